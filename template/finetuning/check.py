@@ -1,0 +1,205 @@
+"""The check before a run: settings, model and environment. It says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "finetuning" / "olive-config.yaml"
+DISK_GIB = 0.5  # checkpoints and adapter of the largest model in the catalogue
+DEAD = {
+    "warmup_ratio": "use warmup_steps, which takes a share below 1 too",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
+}
+
+
+class ConfigError(Exception):
+    """What is wrong with the settings, where, and what to do: one sentence."""
+
+
+def read_config(path: Path = CONFIG) -> dict[str, Any]:
+    """Read olive-config.yaml. Raises ConfigError when it is missing or torn."""
+    name = path.name
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: `copier recopy` brings it back, and keeps your other files.")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{name}, line {line}: {error.problem}. Repair the line, or `git checkout` the file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} is not a text file in YAML: {error}. `git checkout` brings it back.") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{name} holds no settings: `git checkout` or `copier recopy` brings it back.")
+    for key in ("input_model", "data_configs", "passes"):
+        if not config.get(key):
+            raise ConfigError(f"{name}: the section {key} is missing. `git checkout` or `copier recopy` brings it back.")
+    return config
+
+
+def pass_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the one pass."""
+    passes = config["passes"]
+    if not isinstance(passes, dict) or len(passes) != 1:
+        raise ConfigError("olive-config.yaml: passes holds more than one pass. Keep one; export.py has the later steps.")
+    settings: dict[str, Any] = next(iter(passes.values()))
+    return settings
+
+
+def data_settings(config: dict[str, Any], part: str, component: str) -> dict[str, Any]:
+    """Return the arguments of chat_rows (`load_dataset_config`) or chat_tokens (`pre_process_data_config`) for a part."""
+    from dataset import chat_rows, chat_tokens
+
+    function = {"load_dataset_config": chat_rows, "pre_process_data_config": chat_tokens}[component]
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    for data_config in config["data_configs"]:
+        if data_config.get("name") == part:
+            return defaults | {key: value for key, value in data_config[component].items() if key != "type"}
+    raise ConfigError(f"olive-config.yaml: data_configs has no entry named {part}. `copier recopy` brings it back.")
+
+
+def validate(config: dict[str, Any], path: Path = CONFIG) -> None:
+    """Refuse settings that are unknown, without effect or of the wrong type. Raises ConfigError.
+
+    Olive only warns about a key that it does not know, and ignores it: a misspelt setting would train with its default.
+    """
+    for section, keys, known in known_keys(config):
+        for key in keys:
+            where = f"{path.name}, line {line_of(path, key)}: {section}.{key}".replace(": .", ": ")
+            if key in DEAD:
+                raise ConfigError(f"{where} has no effect any more: {DEAD[key]}.")
+            if key not in known:
+                nearest = difflib.get_close_matches(key, known, n=1)
+                advice = f"did you mean {nearest[0]}?" if nearest else "remove it, or see the file's comments."
+                raise ConfigError(f"{where} is not a setting: {advice}")
+    validate_values(config, path)
+
+
+def known_keys(config: dict[str, Any]) -> list[tuple[str, dict[str, Any], set[str]]]:
+    """Return (section, its settings, the keys it may have), read from the code that will use them."""
+    from dataset import chat_rows, chat_tokens
+    from olive.data.config import DataConfig
+    from olive.engine.config import RunPassConfig
+    from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
+    from olive.model import HfModelHandler
+    from olive.model.config.hf_config import HfLoadKwargs
+    from olive.passes.pytorch.lora import HFTrainingArguments
+    from olive.workflows.run.config import RunConfig, RunEngineConfig
+    from train import METHODS, Training
+    from transformers import TrainingArguments
+
+    olive_pass = pass_settings(config)
+    method = str(olive_pass.get("type")).lower()
+    if method not in METHODS:
+        raise ConfigError(f"{CONFIG.name}: passes.*.type {olive_pass.get('type')!r} is none of LoRA, QLoRA, DoRA, LoHa, LoKr.")
+    pass_class = type("Known", (Training, METHODS[method]), {})
+    components = {
+        "load_dataset_config": {"type", *inspect.signature(chat_rows).parameters},
+        "pre_process_data_config": {"type", *inspect.signature(chat_tokens).parameters} - {"rows"},
+    }
+    sections = [
+        ("", config, {*RunConfig.model_fields, *RunEngineConfig.model_fields} - {"engine"}),
+        ("input_model", config["input_model"], {"type", *inspect.signature(HfModelHandler).parameters}),
+        (
+            "load_kwargs",
+            config["input_model"].get("load_kwargs") or {},
+            {*HfLoadKwargs.model_fields, "revision", "attn_implementation", "use_safetensors", "variant"},
+        ),
+        ("passes.*", olive_pass, {*RunPassConfig.model_fields, *pass_class._default_config(DEFAULT_CPU_ACCELERATOR)}),
+        (
+            "training_args",
+            olive_pass.get("training_args") or {},
+            {*HFTrainingArguments.model_fields, *(field.name for field in fields(TrainingArguments))} - {*DEAD},
+        ),
+    ]
+    for data_config in config["data_configs"]:
+        sections.append(("data_configs", data_config, {*DataConfig.model_fields}))
+        sections += [(name, data_config.get(name) or {}, known) for name, known in components.items()]
+    return sections
+
+
+def validate_values(config: dict[str, Any], path: Path) -> None:
+    """Let Olive and transformers judge the values. Raises ConfigError with the first complaint."""
+    import tempfile
+    from copy import deepcopy
+
+    from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
+    from olive.passes.olive_pass import create_pass_from_dict
+    from olive.workflows.run.config import RunConfig
+    from pydantic import ValidationError
+    from train import METHODS, Training
+
+    try:
+        run_config = RunConfig.model_validate(deepcopy(config))  # Olive changes the dict it is given
+        ((chosen,),) = run_config.passes.values()
+        with tempfile.TemporaryDirectory() as folder:
+            chosen.config["training_args"] |= {"output_dir": folder, "use_cpu": True}
+            pass_class = type(chosen.type, (Training, METHODS[chosen.type.lower()]), {})
+            olive_pass = create_pass_from_dict(pass_class, chosen.config, True, DEFAULT_CPU_ACCELERATOR)
+            olive_pass.config.training_args.create_training_args()
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = next((part for part in reversed(problem["loc"]) if line_of(path, str(part)) > 1), problem["loc"][0])
+        message = f"{key}: {problem['msg'].lower()}, not {problem['input']!r}."
+        raise ConfigError(f"{path.name}, line {line_of(path, str(key))}: {message}") from error
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ConfigError(f"{path.name}: {str(error).splitlines()[0]}") from error
+
+
+def line_of(path: Path, key: str) -> int:
+    """Return the line where a key stands first, 1 when it does not stand on a line of its own."""
+    pattern = re.compile(rf"\s*(- )?{re.escape(str(key))}\s*:")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((number for number, line in enumerate(lines, start=1) if pattern.match(line)), 1)
+
+
+def check_machine(config: dict[str, Any]) -> None:
+    """Refuse a run that this machine cannot do. Raises ConfigError."""
+    import shutil
+
+    import torch
+
+    if pass_settings(config)["type"].lower() == "qlora":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                "type: QLoRA needs bitsandbytes, which a CPU environment lacks: set type: LoRA in olive-config.yaml, "
+                "or `copier update -d device=gpu` on a machine with an NVIDIA GPU."
+            )
+        if not torch.cuda.is_available():
+            raise ConfigError("type: QLoRA needs an NVIDIA GPU, and PyTorch sees none: set type: LoRA in olive-config.yaml.")
+    free = shutil.disk_usage(ROOT).free / 2**30
+    if free < DISK_GIB:
+        raise ConfigError(f"{ROOT}: {free:.2f} GiB of disk are free and a run needs {DISK_GIB}: free some and run again.")
+
+
+def base_model_folder(config: dict[str, Any]) -> str:
+    """Return the folder of the base model; builds the demo model when it is missing. Raises ConfigError."""
+    model_path = str(config["input_model"]["model_path"])
+    if (ROOT / model_path).is_dir():
+        return str(ROOT / model_path)
+    if model_path == "models/demo":
+        from tiny_model import build_demo
+
+        build_demo()
+        return str(ROOT / model_path)
+    if model_path.startswith((".", "/", "models/")):
+        raise ConfigError(f"input_model.model_path: the folder {model_path} is not there. Correct it in {CONFIG.name}.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    revision = (config["input_model"].get("load_kwargs") or {}).get("revision")
+    try:
+        return snapshot_download(model_path, revision=revision, local_files_only=True)
+    except HFValidationError:
+        raise ConfigError(f"input_model.model_path: {model_path!r} is neither a folder nor a Hugging Face id.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError):
+        raise ConfigError(f"{model_path} is not on this machine yet: run `python setup/get_model.py`.") from None

@@ -1,0 +1,339 @@
+"""Write the sample data of the template: short phrases, each labelled with the tone of its one emotion cue.
+
+python tools/make_sample_dataset.py            writes template/dataset/sample-{train,heldout}.jsonl
+python tools/make_sample_dataset.py --check    exits 1 when the files on disk are not what this script writes
+
+A phrase is a frame filled with a cue, a scene and a person. Frames, scenes and people are shared by all tones;
+only the cue decides the label. Held-out rows pair cues with scenes they never meet in the training rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "template" / "dataset"
+SEED = 20
+ROWS_PER_TONE = {"sample-train.jsonl": 200, "sample-heldout.jsonl": 40}
+SHORTEST, LONGEST = 5, 18  # words
+
+# tone -> kind -> cues. A state follows «was», an act is a verb in the past, a feeling is a noun.
+CUES: dict[str, dict[str, list[str]]] = {
+    "joy": {
+        "state": """happy delighted thrilled cheerful elated ecstatic jubilant pleased gleeful euphoric
+                    chuffed""".split(),
+        "act": ["laughed out loud", "grinned", "cheered", "beamed", "smiled broadly", "whooped"],
+        "feeling": ["delight", "happiness", "glee", "elation", "euphoria"],
+    },
+    "sadness": {
+        "state": """sad heartbroken miserable gloomy tearful dejected downcast glum sorrowful forlorn
+                    crestfallen""".split(),
+        "act": ["cried", "wept", "sobbed", "burst into tears", "welled up", "broke down"],
+        "feeling": ["sorrow", "grief", "despair", "heartache", "misery"],
+    },
+    "fear": {
+        "state": """scared frightened terrified anxious nervous worried petrified uneasy apprehensive alarmed
+                    jittery""".split(),
+        "act": ["trembled", "shuddered", "panicked", "turned pale", "shook all over", "backed away"],
+        "feeling": ["terror", "dread", "panic", "anxiety", "horror"],
+    },
+    "surprise": {
+        "state": """astonished amazed stunned startled astounded shocked speechless dumbfounded flabbergasted
+                    gobsmacked thunderstruck""".split(),
+        "act": ["gasped", "gaped", "blinked twice", "did a double take", "could hardly believe it", "stared open-mouthed"],
+        "feeling": ["astonishment", "amazement", "disbelief", "shock", "bewilderment"],
+    },
+}
+
+
+class Person(NamedTuple):
+    """Someone a phrase is about, in the forms that a frame may ask for."""
+
+    who: str
+    obj: str
+    possessive: str
+    their: str
+    was: str = "was"
+    never_at: tuple[str, ...] = ()  # topics that would sound odd
+
+
+# The speaker comes first: frames with an asterisk leave out these two.
+PEOPLE = [
+    Person("I", "me", "my", "my"),
+    Person("we", "us", "our", "our", "were"),
+    Person("my sister", "my sister", "my sister's", "her"),
+    Person("my brother", "my brother", "my brother's", "his"),
+    Person("Mum", "Mum", "Mum's", "her"),
+    Person("Dad", "Dad", "Dad's", "his"),
+    Person("Grandma", "Grandma", "Grandma's", "her", never_at=("work", "school")),
+    Person("my best friend", "my best friend", "my best friend's", "her"),
+    Person("our neighbour", "our neighbour", "our neighbour's", "his"),
+    Person("my flatmate", "my flatmate", "my flatmate's", "his"),
+    Person("the children", "the children", "the children's", "their", "were", ("work", "money")),
+    Person("my parents", "my parents", "my parents'", "their", "were", ("school",)),
+    Person("my cousins", "my cousins", "my cousins'", "their", "were"),
+]
+
+# topic -> things that may please, sadden, frighten or surprise, depending on who tells them
+SCENES: dict[str, list[str]] = {
+    "work": [
+        "the manager read out the new rota",
+        "the boss called everyone into the meeting room",
+        "the company moved to another town",
+        "the office closed for good",
+        "the new contract arrived by courier",
+    ],
+    "family": [
+        "the letter from Scotland arrived",
+        "the baby took its first steps",
+        "the twins left for university",
+        "the wedding was moved to March",
+        "Uncle Ben walked in without knocking",
+    ],
+    "travel": [
+        "the plane turned back to the airport",
+        "the ferry pulled away from the harbour",
+        "the last train left the platform",
+        "the coach took the mountain road",
+        "the guard opened the blue suitcase",
+    ],
+    "weather": [
+        "it started to rain",
+        "the first snow fell on the hills",
+        "the storm changed direction",
+        "thick fog rolled in from the sea",
+        "the wind dropped all at once",
+    ],
+    "food": [
+        "the chef came out of the kitchen",
+        "the cake came out of the oven",
+        "the corner café changed hands",
+        "the waiter brought the bill",
+        "the mystery dish was served",
+    ],
+    "sport": [
+        "the referee blew the final whistle",
+        "the captain named the team for Saturday",
+        "the goalkeeper walked off the pitch",
+        "the match went to penalties",
+        "the horse refused the last fence",
+    ],
+    "school": [
+        "the exam results went up on the wall",
+        "the teacher read the essay aloud",
+        "the head teacher came into the classroom",
+        "the school bus drove straight past",
+        "the bell rang for the last time",
+    ],
+    "neighbours": [
+        "somebody knocked on the door late at night",
+        "the house next door was sold",
+        "the music upstairs stopped",
+        "a removal van stopped outside",
+        "the family across the road packed up and left",
+    ],
+    "health": [
+        "the doctor rang with the test results",
+        "the nurse called the next name",
+        "the dentist put down the drill",
+    ],
+    "home": [
+        "the lights went out",
+        "the phone rang at midnight",
+        "the old clock began to chime again",
+    ],
+    "pets": [
+        "the dog came back alone",
+        "the kitten climbed the tallest tree",
+        "the vet came out of the surgery",
+    ],
+    "money": [
+        "the bank wrote again",
+        "the lottery numbers were read out",
+        "the landlord put up a notice",
+    ],
+    "going out": [
+        "the curtain fell",
+        "the band played one more song",
+        "the film ended like that",
+        "the magician asked for a volunteer",
+    ],
+}
+
+TIMES = ["Yesterday", "Last week", "On Friday", "Two days ago", "In the end", "A month ago"]
+TAILS = [
+    "I put the kettle on",
+    "we talked about it for hours",
+    "somebody took a photo",
+    "the others looked round",
+    "nobody asked why",
+]
+
+# {reaction} is «was» and a state, or an act. Frames with an asterisk tell of somebody other than the speaker.
+FRAMES: dict[str, list[str]] = {
+    "reaction": [
+        "{who} {reaction} when {scene}.",
+        "When {scene}, {who} {reaction}.",
+        "{scene}, and {who} {reaction}.",
+        "{time}, {who} {reaction} when {scene}.",
+        "{who} {reaction} the moment {scene}.",
+        "{who} {reaction} when {scene}, and {tail}.",
+        "Guess what: {scene}, and {who} {reaction}!",
+        "*I noticed that {who} {reaction} as soon as {scene}.",
+        "*{who} {reaction} on hearing how {scene}.",
+        "*Apparently {who} {reaction} just after {scene}.",
+    ],
+    "state": [
+        "{scene}, which left {obj} {cue}.",
+        "You should have seen how {cue} {who} {was} when {scene}.",
+        "Why {was} {who} so {cue} when {scene}?",
+        "{who} had never been so {cue} as on the day {scene}.",
+        "{who} tried not to look {cue} when {scene}.",
+        "*{who} sounded {cue} on the phone after {scene}.",
+        "*{who} looked {cue} to me when {scene}.",
+    ],
+    "feeling": [
+        "{scene}, and I have rarely felt such {cue}.",
+        "{who} could not hide {their} {cue} when {scene}.",
+        "What {who} remembered most was the sheer {cue} when {scene}.",
+        "Imagine {possessive} {cue} when {scene}!",
+        "People still talk about the {cue} on the day {scene}.",
+        "*I could see the {cue} in {possessive} eyes when {scene}.",
+    ],
+}
+FRAMES_FOR = {
+    "state": FRAMES["reaction"] + FRAMES["state"],
+    "act": FRAMES["reaction"],
+    "feeling": FRAMES["feeling"],
+}
+
+
+class Example(NamedTuple):
+    """One phrase with what it was made of."""
+
+    phrase: str
+    tone: str
+    cue: str
+    frame: str
+    scene: str
+    person: str
+
+
+def normalise(phrase: str) -> str:
+    """Return the phrase in lower case and without punctuation: two phrases that agree in this are the same."""
+    return " ".join(re.findall(r"[\w']+", phrase.lower()))
+
+
+def pick(rng: random.Random, items: list[T]) -> T:
+    """Choose an item with nothing but random(), the one method whose results are the same in every Python."""
+    return items[int(rng.random() * len(items))]
+
+
+def compose(rng: random.Random, tone: str, kind: str, cue: str) -> Example:
+    """Fill a random frame of the kind; the phrase may still be too long or repeat a word."""
+    frame = pick(rng, FRAMES_FOR[kind])
+    person = pick(rng, PEOPLE[2:] if frame.startswith("*") else PEOPLE)
+    scene = pick(rng, [scene for topic, scenes in SCENES.items() if topic not in person.never_at for scene in scenes])
+    phrase = frame.lstrip("*").format(
+        cue=cue,
+        reaction=f"{person.was} {cue}" if kind == "state" else cue,
+        scene=scene,
+        time=pick(rng, TIMES),
+        tail=pick(rng, TAILS),
+        **person._asdict(),
+    )
+    return Example(phrase[0].upper() + phrase[1:], tone, cue, frame, scene, person.who)
+
+
+def reads_well(phrase: str) -> bool:
+    """Tell whether the phrase has a fair length and says no longer word twice."""
+    words = normalise(phrase).split()
+    long_words = [word.removesuffix("'s") for word in words if len(word) > 3]
+    return SHORTEST <= len(phrase.split()) <= LONGEST and len(set(long_words)) == len(long_words)
+
+
+def make_split(rng: random.Random, rows_per_tone: int, earlier: list[Example]) -> list[Example]:
+    """Make a balanced list of new phrases that share no cue and scene, nor frame, person and cue, with earlier ones."""
+    pairs = {(example.cue, example.scene) for example in earlier}
+    triples = {(example.frame, example.person, example.cue) for example in earlier}
+    seen = {normalise(example.phrase) for example in earlier}
+    split: list[list[Example]] = []
+    for tone, kinds in CUES.items():
+        cues = [(kind, cue) for kind, words in kinds.items() for cue in words]
+        used: Counter[str] = Counter()
+        examples: list[Example] = []
+        while len(examples) < rows_per_tone:
+            if len(examples) % len(cues) == 0:
+                cues.sort(key=lambda _: rng.random())
+            kind, cue = cues[len(examples) % len(cues)]
+            drafts = [compose(rng, tone, kind, cue) for _ in range(60)]
+            drafts = [
+                draft
+                for draft in drafts
+                if reads_well(draft.phrase)
+                and normalise(draft.phrase) not in seen
+                and (cue, draft.scene) not in pairs
+                and (draft.frame, draft.person, cue) not in triples
+            ]
+            # The least used parts first, so that every tone has every frame, scene and person about equally often.
+            best = min(drafts, key=lambda draft: 3 * used[draft.frame] + used[draft.scene] + used[draft.person])
+            used.update([best.frame, best.scene, best.person])
+            seen.add(normalise(best.phrase))
+            examples.append(best)
+        split.append(sorted(examples, key=lambda _: rng.random()))
+    # One row of each tone in every four, so that the head of the file is balanced too.
+    return [example for four in zip(*split, strict=True) for example in sorted(four, key=lambda _: rng.random())]
+
+
+def make_dataset() -> dict[str, list[Example]]:
+    """Return the examples of each file, the same ones at every call."""
+    rng = random.Random(SEED)
+    dataset: dict[str, list[Example]] = {}
+    for name, rows_per_tone in ROWS_PER_TONE.items():
+        dataset[name] = make_split(rng, rows_per_tone, [example for split in dataset.values() for example in split])
+    return dataset
+
+
+def to_jsonl(examples: list[Example]) -> bytes:
+    """Return the examples as chat rows, one JSON object a line."""
+    rows = (
+        {"messages": [{"role": "user", "content": example.phrase}, {"role": "assistant", "content": example.tone}]}
+        for example in examples
+    )
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the files, or with --check compare them; return the exit status."""
+    parser = argparse.ArgumentParser(description="Write the sample data of the template.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file differs")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the files lie (default: template/dataset)")
+    options = parser.parse_args(arguments)
+    files = {options.folder / name: to_jsonl(examples) for name, examples in make_dataset().items()}
+    if options.check:
+        stale = [path for path, content in files.items() if not path.is_file() or path.read_bytes() != content]
+        for path in stale:
+            print(
+                f"{path} is not what the generator writes: run python tools/make_sample_dataset.py.", file=sys.stderr
+            )
+        return 1 if stale else 0
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for path, content in files.items():
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+        print(f"{path}: {len(content.splitlines())} rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
