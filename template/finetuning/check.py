@@ -34,31 +34,48 @@ def read_config(path: Path = CONFIG) -> dict[str, Any]:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{name}, line {line}: {error.problem}. Repair the line, or `git checkout` the file.") from None
+        raise ConfigError(
+            f"{name}, line {line}: {error.problem}. Repair the line, or `git checkout` the file."
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name} is not a text file in YAML: {error}. `git checkout` brings it back.") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{name} holds no settings: `git checkout` or `copier recopy` brings it back.")
-    for key in ("input_model", "data_configs", "passes"):
-        if not config.get(key):
-            raise ConfigError(f"{name}: the section {key} is missing. `git checkout` or `copier recopy` brings it back.")
+    need(config, "", ("input_model", "data_configs", "passes"))
+    need(config["input_model"], "input_model.", ("model_path", "load_kwargs"))
+    settings = pass_settings(config)
+    need(settings, "passes.*.", ("type", "torch_dtype", "training_args"))
+    need(settings["training_args"], "training_args.", ("seed", "per_device_eval_batch_size"))
+    if str(settings["type"]).lower() == "qlora":
+        need(settings, "passes.*.", ("compute_dtype", "quant_type", "double_quant"))
     return config
+
+
+def need(section: dict[str, Any], where: str, keys: tuple[str, ...]) -> None:
+    """Raise ConfigError for a setting that the steps read themselves and that has no default in Olive."""
+    for key in keys:
+        if section.get(key) is None:
+            raise ConfigError(
+                f"{CONFIG.name}: {where}{key} is missing: `git checkout` or `copier recopy` brings it back."
+            )
 
 
 def pass_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the one pass."""
     passes = config["passes"]
     if not isinstance(passes, dict) or len(passes) != 1:
-        raise ConfigError("olive-config.yaml: passes holds more than one pass. Keep one; export.py has the later steps.")
+        raise ConfigError(
+            "olive-config.yaml: passes holds more than one pass. Keep one; export.py has the later steps."
+        )
     settings: dict[str, Any] = next(iter(passes.values()))
     return settings
 
 
 def data_settings(config: dict[str, Any], part: str, component: str) -> dict[str, Any]:
-    """Return the arguments of chat_rows (`load_dataset_config`) or chat_tokens (`pre_process_data_config`) for a part."""
+    """Return the arguments of chat_rows (component load_dataset_config) or chat_tokens (pre_process_data_config)."""
     from dataset import chat_rows, chat_tokens
 
-    function = {"load_dataset_config": chat_rows, "pre_process_data_config": chat_tokens}[component]
+    function: Any = {"load_dataset_config": chat_rows, "pre_process_data_config": chat_tokens}[component]
     parameters = inspect.signature(function).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     for data_config in config["data_configs"]:
@@ -100,8 +117,10 @@ def known_keys(config: dict[str, Any]) -> list[tuple[str, dict[str, Any], set[st
     olive_pass = pass_settings(config)
     method = str(olive_pass.get("type")).lower()
     if method not in METHODS:
-        raise ConfigError(f"{CONFIG.name}: passes.*.type {olive_pass.get('type')!r} is none of LoRA, QLoRA, DoRA, LoHa, LoKr.")
-    pass_class = type("Known", (Training, METHODS[method]), {})
+        raise ConfigError(
+            f"{CONFIG.name}: passes.*.type {olive_pass.get('type')!r} is none of LoRA, QLoRA, DoRA, LoHa, LoKr."
+        )
+    pass_class: Any = type("Known", (Training, METHODS[method]), {})
     components = {
         "load_dataset_config": {"type", *inspect.signature(chat_rows).parameters},
         "pre_process_data_config": {"type", *inspect.signature(chat_tokens).parameters} - {"rows"},
@@ -143,7 +162,7 @@ def validate_values(config: dict[str, Any], path: Path) -> None:
         ((chosen,),) = run_config.passes.values()
         with tempfile.TemporaryDirectory() as folder:
             chosen.config["training_args"] |= {"output_dir": folder, "use_cpu": True}
-            pass_class = type(chosen.type, (Training, METHODS[chosen.type.lower()]), {})
+            pass_class: Any = type(chosen.type, (Training, METHODS[chosen.type.lower()]), {})
             olive_pass = create_pass_from_dict(pass_class, chosen.config, True, DEFAULT_CPU_ACCELERATOR)
             olive_pass.config.training_args.create_training_args()
     except ValidationError as error:
@@ -175,10 +194,14 @@ def check_machine(config: dict[str, Any]) -> None:
                 "or `copier update -d device=gpu` on a machine with an NVIDIA GPU."
             )
         if not torch.cuda.is_available():
-            raise ConfigError("type: QLoRA needs an NVIDIA GPU, and PyTorch sees none: set type: LoRA in olive-config.yaml.")
+            raise ConfigError(
+                "type: QLoRA needs an NVIDIA GPU, and PyTorch sees none: set type: LoRA in olive-config.yaml."
+            )
     free = shutil.disk_usage(ROOT).free / 2**30
     if free < DISK_GIB:
-        raise ConfigError(f"{ROOT}: {free:.2f} GiB of disk are free and a run needs {DISK_GIB}: free some and run again.")
+        raise ConfigError(
+            f"{ROOT}: {free:.2f} GiB of disk are free and a run needs {DISK_GIB}: free some and run again."
+        )
 
 
 def base_model_folder(config: dict[str, Any]) -> str:
@@ -200,6 +223,8 @@ def base_model_folder(config: dict[str, Any]) -> str:
     try:
         return snapshot_download(model_path, revision=revision, local_files_only=True)
     except HFValidationError:
-        raise ConfigError(f"input_model.model_path: {model_path!r} is neither a folder nor a Hugging Face id.") from None
+        raise ConfigError(
+            f"input_model.model_path: {model_path!r} is neither a folder nor a Hugging Face id."
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError):
         raise ConfigError(f"{model_path} is not on this machine yet: run `python setup/get_model.py`.") from None

@@ -231,15 +231,16 @@ def tokenise(tokenizer: Any, messages: list[Message], train_on: str) -> dict[str
     else:
         labels = [IGNORED] * len(ids)
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        offsets = encoded["offset_mapping"]
         for start, end in answer_spans(tokenizer, messages, text):
-            for i, (left, right) in enumerate(encoded["offset_mapping"]):
-                if left >= start and right <= end:
+            after = next((i for i, (left, _) in enumerate(offsets) if left >= end), len(ids))
+            # the token that ends the turn is learnt too, with a blank that a template may put before it
+            while after < len(ids) and ids[after] not in special and not text[slice(*offsets[after])].strip():
+                after += 1
+            ends_turn = after < len(ids) and ids[after] in special
+            for i, (left, right) in enumerate(offsets):
+                if left >= start and (right <= end or (ends_turn and i <= after)):
                     labels[i] = ids[i]
-                elif left >= end and labels[i - 1] != IGNORED:
-                    # the token that ends the turn is learnt too, the line break that some templates add is not
-                    if ids[i] in special:
-                        labels[i] = ids[i]
-                    break
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
@@ -254,13 +255,20 @@ def answer_spans(tokenizer: Any, messages: list[Message], text: str) -> list[tup
         start = len(before) if text.startswith(before) else -1
         end = text.find(content, start) + len(content) if start >= 0 else -1
         if end < start or start < 0:
-            raise DataError("the chat template changes earlier turns, so the answers cannot be found: set train_on: all.")
+            raise DataError(
+                "the chat template changes earlier turns, so the answers cannot be found: set train_on: all."
+            )
         spans.append((start, end))
     return spans
 
 
-if "olive" in sys.modules:  # Olive needs the names registered; nobody else should wait for its import
+def register() -> None:
+    """Make the two functions known to Olive by their names."""
     from olive.data.registry import Registry
 
     Registry.register_dataset()(chat_rows)
     Registry.register_pre_process()(chat_tokens)
+
+
+if "olive" in sys.modules and __name__ == Path(__file__).stem:  # `olive run` imports this file as its user script
+    register()

@@ -3,22 +3,59 @@
 from __future__ import annotations
 
 import math
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from dataset import IGNORED, Message, tokenise, with_system
+from check import data_settings, pass_settings
+from dataset import IGNORED, Message, load_tokenizer, tokenise, with_system
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-MAX_ANSWERS = 200  # generating is slow: more rows than this would change the accuracy by little
+MAX_ANSWERS = 200  # generating is slow, and more rows than this would change the accuracy by little
 
 
-def load_model(model_folder: str, adapter: Path | None, olive_pass: dict[str, Any]) -> Any:
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures, and the questions and answers behind the accuracy."""
+
+    metrics: dict[str, float]  # eval_loss in nats per answer token, perplexity, accuracy from 0 to 1
+    questions: list[list[Message]]
+    answers: list[str]
+    seconds: float
+
+
+def evaluate(config: dict[str, Any], folder: str, adapter: Path | None, rows: list[list[Message]]) -> Evaluation:
+    """Evaluate the base model in `folder`, with the adapter when there is one, on held-out rows.
+
+    eval_loss is the mean over all answer tokens, accuracy the share of the first MAX_ANSWERS rows whose last turn is
+    generated exactly as it stands in the row, greedily.
+    """
+    started = time.monotonic()
+    model = load_model(folder, adapter, pass_settings(config))
+    tokenizer = load_tokenizer(folder)
+    settings = data_settings(config, "held_out", "pre_process_data_config")
+    batch_size = pass_settings(config)["training_args"]["per_device_eval_batch_size"]
+    rows = [with_system(row, settings["system_prompt"]) for row in rows]
+    examples = [tokenise(tokenizer, row, settings["train_on"]) for row in rows]
+    loss = answer_loss(model, tokenizer, examples, settings["max_seq_len"], batch_size)
+    asked = [row for row in rows if len(row) > 1 and row[-1]["role"] == "assistant"][:MAX_ANSWERS]
+    answers = generate(model, tokenizer, asked, batch_size, end_of_turn(tokenizer, examples))
+    right = sum(answer.strip() == row[-1]["content"].strip() for answer, row in zip(answers, asked, strict=True))
+    metrics = {
+        "eval_loss": round(loss, 4),
+        "perplexity": round(math.exp(min(loss, 700)), 4),
+        "accuracy": round(right / len(asked), 4) if asked else 0.0,
+    }
+    return Evaluation(metrics, asked, answers, round(time.monotonic() - started, 2))
+
+
+def load_model(folder: str, adapter: Path | None, olive_pass: dict[str, Any]) -> Any:
     """Load the base model in the precision of the training, with the adapter on top when there is one."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = getattr(torch, olive_pass["torch_dtype"])
     quantization = None
     if olive_pass["type"].lower() == "qlora":
         quantization = BitsAndBytesConfig(
@@ -28,12 +65,14 @@ def load_model(model_folder: str, adapter: Path | None, olive_pass: dict[str, An
             bnb_4bit_use_double_quant=olive_pass["double_quant"],
         )
     model = AutoModelForCausalLM.from_pretrained(
-        model_folder,
-        dtype=dtype,
+        folder,
+        dtype=getattr(torch, olive_pass["torch_dtype"]),
         device_map="cuda" if torch.cuda.is_available() else "cpu",
         quantization_config=quantization,
         local_files_only=True,
     )
+    if model.config.hidden_size < 256:
+        torch.set_num_threads(1)  # for matrices as small as the demo's a second thread only waits for the first
     if adapter:
         from peft import PeftModel
 
@@ -42,35 +81,22 @@ def load_model(model_folder: str, adapter: Path | None, olive_pass: dict[str, An
 
 
 @torch.inference_mode()
-def evaluate(
-    model: Any, tokenizer: Any, rows: list[list[Message]], settings: dict[str, Any], batch_size: int
-) -> tuple[dict[str, float], list[str]]:
-    """Return {eval_loss, perplexity, accuracy} over held-out rows, and the answers behind the accuracy.
-
-    eval_loss is the mean over all answer tokens in nats, perplexity its exponential, accuracy the share of the first
-    MAX_ANSWERS rows whose last turn is answered exactly as expected. `settings` are those of chat_tokens.
-    """
-    rows = [with_system(row, settings["system_prompt"]) for row in rows]
-    examples = [tokenise(tokenizer, row, settings["train_on"]) for row in rows]
-    length = settings["max_seq_len"]
+def answer_loss(
+    model: Any, tokenizer: Any, examples: list[dict[str, list[int]]], max_seq_len: int, batch_size: int
+) -> float:
+    """Return the mean cross entropy in nats over all labels that are not IGNORED."""
     loss = tokens = 0.0
     for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        ids = pad([example["input_ids"][:length] for example in batch], tokenizer.pad_token_id).to(model.device)
-        mask = pad([example["attention_mask"][:length] for example in batch], 0).to(model.device)
-        labels = pad([example["labels"][:length] for example in batch], IGNORED).to(model.device)
-        logits = model(input_ids=ids, attention_mask=mask).logits
-        loss += cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum").item()
-        tokens += (labels[:, 1:] != IGNORED).sum().item()
-    answered = [row for row in rows if row[-1]["role"] == "assistant"][:MAX_ANSWERS]
-    answers = generate(model, tokenizer, answered, batch_size, end_of_turn(tokenizer, examples))
-    right = sum(answer.strip() == row[-1]["content"].strip() for answer, row in zip(answers, answered, strict=True))
-    eval_loss = loss / tokens
-    return {
-        "eval_loss": round(eval_loss, 4),
-        "perplexity": round(math.exp(min(eval_loss, 700)), 4),
-        "accuracy": round(right / len(answered), 4) if answered else 0.0,
-    }, answers
+        batch = [{key: ids[:max_seq_len] for key, ids in row.items()} for row in examples[start : start + batch_size]]
+        ids = pad([row["input_ids"] for row in batch], tokenizer.pad_token_id).to(model.device)
+        mask = pad([row["attention_mask"] for row in batch], 0).to(model.device)
+        labels = pad([row["labels"] for row in batch], IGNORED).to(model.device)[:, 1:]
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        loss += cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        ).item()
+        tokens += (labels != IGNORED).sum().item()
+    return loss / tokens
 
 
 def generate(

@@ -26,7 +26,12 @@ def shrink(config: dict[str, Any], results: Path) -> None:
         rows["max_rows"] = ROWS
         if rows.get("dataset_name"):
             print("The smoke run takes the sample in place of the Hugging Face dataset: it needs no network.")
-            rows |= {"dataset_name": None, "train_file": str(SAMPLE), "held_out_file": None, "dataset_format": "messages"}
+            rows |= {
+                "dataset_name": None,
+                "train_file": str(SAMPLE),
+                "held_out_file": None,
+                "dataset_format": "messages",
+            }
     if settings["type"].lower() == "qlora":
         print("The smoke run trains with LoRA in place of QLoRA: four-bit weights need the GPU.")
         settings["type"] = "LoRA"

@@ -25,11 +25,13 @@ DEMO = ROOT / "models" / "demo"
 SAMPLE = ROOT / "dataset" / "sample-train.jsonl"
 VOCABULARY = 1024
 STEPS = 150
-BATCH_SIZE = 32
+BATCH_SIZE = 16
 LEARNING_RATE = 3e-3
 
 
-def build(folder: Path, facts: dict[str, Any], rows: list[list[dict[str, str]]], steps: int = STEPS, seed: int = 42) -> None:
+def build(
+    folder: Path, facts: dict[str, Any], rows: list[list[dict[str, str]]], steps: int = STEPS, seed: int = 42
+) -> None:
     """Build a tiny model of the architecture in `facts` (setup/model.yaml) from conversations, and save it to `folder`.
 
     The folder appears when it is complete. Raises ValueError for an architecture that transformers does not know.
@@ -104,7 +106,10 @@ def tiny_config(facts: dict[str, Any], tokenizer: Any) -> Any:
 
 
 def teach_form(model: Any, tokenizer: Any, rows: list[list[dict[str, str]]], steps: int, seed: int) -> None:
-    """Train all weights on conversations whose answers were shuffled among them: the form is learnt, the task is not."""
+    """Train all weights on conversations whose answers were shuffled among them: the form is learnt, the task is not.
+
+    The loss is that of every token: a base model has read its language, and its embeddings mean something.
+    """
     import random
 
     import torch
@@ -113,7 +118,7 @@ def teach_form(model: Any, tokenizer: Any, rows: list[list[dict[str, str]]], ste
     shuffle = random.Random(seed)
     answers = [row[-1] for row in rows]
     shuffle.shuffle(answers)
-    examples = [tokenise(tokenizer, [*row[:-1], answer], "responses") for row, answer in zip(rows, answers, strict=True)]
+    examples = [tokenise(tokenizer, [*row[:-1], answer], "all") for row, answer in zip(rows, answers, strict=True)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     model.train()
     for _ in range(steps):
@@ -151,5 +156,7 @@ def build_demo() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.update(
+        HF_HUB_DISABLE_TELEMETRY="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1"
+    )
     sys.exit(main())

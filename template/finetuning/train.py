@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import os
 import time
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dataset
 import psutil
+import torch
 import transformers
 from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
 from olive.passes.olive_pass import PassConfigParam, create_pass_from_dict
@@ -28,21 +31,27 @@ EXTRA_SETTINGS = {
 }
 
 
-def train(config: dict[str, Any], run_folder: Path) -> tuple[Path, dict[str, float]]:
-    """Run the pass of olive-config.yaml (as a dict) and return the adapter's folder and timings in seconds.
+def train(config: dict[str, Any], run_folder: Path) -> tuple[Path, dict[str, float], list[dict[str, float]]]:
+    """Run the pass of olive-config.yaml (as a dict) and return the adapter's folder, timings and the losses.
 
-    Checkpoints go to run_folder/checkpoints, the adapter to run_folder/output/adapter. The timings are
-    `start_to_first_step` (from the start of the process) and `training`.
+    Checkpoints go to run_folder/checkpoints, and the newest one there is gone on from; the adapter goes to
+    run_folder/output/adapter. The timings, in seconds, are `start_to_first_step` (from the start of the process) and
+    `training`; the losses are the Trainer's log: a dict with `step` and `loss` or `eval_loss` for each report.
     """
-    run_config = RunConfig.model_validate(config)
+    dataset.register()
+    run_config = RunConfig.model_validate(deepcopy(config))  # Olive changes the dict it is given
     ((chosen,),) = run_config.passes.values()
     arguments = chosen.config["training_args"]
-    arguments |= {"output_dir": str(run_folder / "checkpoints"), "overwrite_output_dir": True}
+    arguments |= {
+        "output_dir": str(run_folder / "checkpoints"),
+        "overwrite_output_dir": True,  # Olive must not look for checkpoints: the loop below does
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
     transformers.set_seed(arguments["seed"])  # adapters are initialised before the Trainer sets its seed
     pass_class = type(chosen.type, (Training, METHODS[chosen.type.lower()]), {})
     olive_pass = create_pass_from_dict(pass_class, chosen.config, True, DEFAULT_CPU_ACCELERATOR)
     output = olive_pass.run(run_config.input_model.create_model(), str(run_folder / "output"))
-    return Path(output.adapter_path), olive_pass.timings
+    return Path(output.adapter_path), olive_pass.timings, olive_pass.history
 
 
 class Training(lora.LoRA):
@@ -60,6 +69,7 @@ class Training(lora.LoRA):
     def train_and_save_new_model(
         self, model: Any, tokenizer: Any, config: Any, output_model: Any, output_model_path: str
     ) -> Any:
+        """Train `model`, a PEFT model, and return `output_model`, Olive's handle of it, with the adapter's folder."""
         train_rows, held_out_rows = self.get_datasets(config)
         if config.torch_dtype == "float16":
             config.training_args.extra_args["fp16"] = True
@@ -79,14 +89,23 @@ class Training(lora.LoRA):
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         if config.early_stopping_patience:
             trainer.add_callback(transformers.EarlyStoppingCallback(config.early_stopping_patience))
-        trainer.train()
+        trainer.train(resume_from_checkpoint=newest_checkpoint(trainer.args.output_dir))
         self.timings = progress.timings()
+        self.history = trainer.state.log_history
 
         adapter = Path(output_model_path) / "adapter"
         # the embeddings are the base model's: only what was trained is saved
         model.save_pretrained(adapter, save_embedding_layers=False)
         output_model.set_resource("adapter_path", adapter)
         return output_model
+
+
+def newest_checkpoint(folder: str) -> str | None:
+    """Return the newest checkpoint of an interrupted run, and say so."""
+    checkpoint: str | None = transformers.trainer_utils.get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if checkpoint:
+        print(f"Going on from {Path(checkpoint).name} of an interrupted run (--fresh starts over)")
+    return checkpoint
 
 
 class Progress(transformers.TrainerCallback):
@@ -108,7 +127,10 @@ class Progress(transformers.TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the newest losses."""
-        self.values |= {key: logs[key] for key in ("loss", "eval_loss") if key in (logs or {})}
+        new = {key: logs[key] for key in ("loss", "eval_loss") if key in (logs or {})}
+        if not new:
+            return
+        self.values |= new
         shown = "  ".join(f"{key.replace('_', ' ')} {float(value):.4f}" for key, value in self.values.items())
         left = (time.time() - self.started) / max(state.global_step, 1) * (state.max_steps - state.global_step)
         line = f"step {state.global_step}/{state.max_steps}  {shown}  {left:.0f} s left"

@@ -1,0 +1,55 @@
+# make demo    render with the defaults, create the environment, fine-tune, show the answers before and after
+# make test    everything CI runs
+# make lint    ruff and mypy
+# make bench   what it costs, beside its peers
+# make docs    the reference pages, made from copier.yml and catalog/
+# make lock    pin what the repository and the workspaces install
+#
+# Needs python3 (3.11 or later, with venv), git and make; everything else goes into .venv and .cache here.
+
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+WORKSPACE := $(CURDIR)/.cache/workspace
+export PATH := $(BIN):$(PATH)
+
+.PHONY: demo test lint bench docs lock clean
+
+.venv/ready: locks/repository.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r locks/repository.txt
+	@touch $@
+
+demo: .venv/ready
+	copier copy --trust --defaults --overwrite --vcs-ref HEAD -d environment=venv . demo
+	demo/.venv/bin/python demo/finetuning/invoke_olive.py --check
+	demo/.venv/bin/python demo/finetuning/invoke_olive.py
+
+lint: .venv/ready
+	ruff format --check .
+	ruff check .
+	mypy
+
+# One workspace with its environment, rendered and made as a user's, serves all workspace tests. It is made again when
+# a lock changes; the files are rendered anew each time.
+$(WORKSPACE)/.venv/ready: .venv/ready template/setup/requirements-cpu.txt
+	copier copy --quiet --defaults --overwrite --skip-tasks --vcs-ref HEAD -d environment=venv . $(WORKSPACE)
+	python $(WORKSPACE)/setup/create_env.py --manager venv
+	@touch $@
+
+test: lint $(WORKSPACE)/.venv/ready
+	pytest -n 2 tests/unit tests/render tests/update
+	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace
+
+bench: $(WORKSPACE)/.venv/ready
+	python benchmarks/copy_time.py
+	python benchmarks/demo_run.py
+
+docs: .venv/ready
+	python docs/make_reference.py
+
+lock: .venv/ready
+	python locks/lock.py
+
+clean:
+	rm -rf .venv .cache demo

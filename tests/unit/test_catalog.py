@@ -1,0 +1,347 @@
+"""The catalogue: every entry is complete and consistent, and every chat template keeps its promises."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+import yaml
+from jinja2 import Environment, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+CATALOG = Path(__file__).resolve().parents[2] / "catalog"
+ORIGINAL = {
+    "phi-3-mini-4k-instruct",
+    "phi-2",
+    "phi-1_5",
+    "llama-2-7b",
+    "llama-3-8b",
+    "mistral-7b-v0.1",
+    "mistral-7b-instruct-v0.2",
+    "zephyr-7b-beta",
+}
+LAYERS = {  # the linear layers of a block in transformers, by architecture
+    "phi": {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"},
+    "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+}
+SEPARATE_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+Id = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+HubId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
+Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+Url = Annotated[str, Field(pattern=r"^https://[^\s]+$")]
+Folder = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")]
+Region = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]+$")]
+
+
+class Entry(BaseModel):
+    """Whatever the catalogue holds: no key is unknown, none is left out, and 4 is not "4"."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Onnx(Entry):
+    """A ready-made chat model for one platform and device."""
+
+    platform: Literal["linux", "windows", "macos"]
+    device: Literal["cpu", "gpu"]
+    hub_id: HubId
+    revision: Revision | None
+    folder: Folder
+    gib: PositiveFloat | None
+
+
+class Model(Entry):
+    """A model that the question `model` offers."""
+
+    id: Id
+    name: Annotated[str, Field(min_length=1, max_length=40)]
+    hub_id: HubId | None
+    revision: Revision | None
+    licence: str | None
+    licence_url: Url | None
+    gated: bool | None
+    parameters: PositiveInt | None
+    layers: PositiveInt | None
+    hidden_size: PositiveInt | None
+    intermediate_size: PositiveInt | None
+    attention_heads: PositiveInt | None
+    key_value_heads: PositiveInt | None
+    vocabulary: PositiveInt | None
+    context: PositiveInt | None
+    architecture: str
+    target_modules: list[str] | None
+    chat_template: str
+    instruct: bool | None
+    onnx: list[Onnx]
+    deprecated: bool
+    replaced_by: Id | None
+    source: Url | None
+
+
+class SpecialTokens(Entry):
+    """What a tokenizer must know as whole tokens."""
+
+    bos_token: str | None
+    eos_token: str
+    pad_token: str | None
+    additional: list[str]
+
+
+class Family(Entry):
+    """A chat template and its marks."""
+
+    special_tokens: SpecialTokens
+    end_of_turn: str
+    source: Url | None
+    template: str
+
+
+class Price(Entry):
+    """What an hour costs."""
+
+    usd_per_hour: PositiveFloat
+    date: Annotated[str, Field(pattern=r"^20\d\d-[01]\d-[0-3]\d$")]
+    source: Url
+
+
+class Gpu(Entry):
+    """A GPU that Azure rents."""
+
+    id: Id
+    name: str
+    profile: str
+    kind: Literal["serverless", "dedicated"]
+    vcpu: PositiveInt
+    memory_gib: PositiveInt
+    gpus: PositiveInt
+    gpu_memory_gib: PositiveInt
+    bf16: bool
+    regions: Annotated[list[Region], Field(min_length=1)] | None
+    price: Price | None
+
+    @model_validator(mode="after")
+    def profile_fits_kind(self) -> Gpu:
+        """A serverless profile has one GPU and a name of its own."""
+        serverless = self.profile.startswith("Consumption-GPU-")
+        if serverless != (self.kind == "serverless") or (serverless and self.gpus != 1):
+            raise ValueError(f"{self.profile} with {self.gpus} GPUs is not {self.kind}")
+        return self
+
+
+def read(name: str) -> Any:
+    """Read a file of the catalogue."""
+    return yaml.safe_load((CATALOG / name).read_text(encoding="utf-8"))
+
+
+MODELS = [Model.model_validate(entry) for entry in read("models.yml")["models"]]
+FROM_HUB = [model for model in MODELS if model.id not in ("demo", "custom")]
+FAMILIES = {name: Family.model_validate(entry) for name, entry in read("chat_templates.yml")["families"].items()}
+AZURE = read("azure_gpus.yml")
+GPUS = [Gpu.model_validate(entry) for entry in AZURE["gpus"]]
+
+each_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.id)
+each_hub_model = pytest.mark.parametrize("model", FROM_HUB, ids=lambda model: model.id)
+each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+class Generation(Extension):
+    """The tag by which a template marks what the model must learn; here it becomes «…», to be seen in the text."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own spelling)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """Put the marks around what stands between the tags."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Any) -> str:
+        return f"«{caller()}»"
+
+
+def render_marked(family: Family, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+    """Render a conversation as transformers does, with «» around what must be learnt."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation])
+    tokens = {key: value for key, value in family.special_tokens.model_dump(exclude={"additional"}).items() if value}
+    template = environment.from_string(family.template)
+    return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
+
+
+def render(family: Family, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+    """Render a conversation as transformers does."""
+    return re.sub("[«»]", "", render_marked(family, messages, add_generation_prompt))
+
+
+SYSTEM = {"role": "system", "content": "Answer in one word.\n"}
+TURNS = [
+    {"role": "user", "content": " What a day! "},
+    {"role": "assistant", "content": "joy"},
+    {"role": "user", "content": "It is dark.\n\nVery dark."},
+    {"role": "assistant", "content": " fear\n"},
+]
+
+
+def test_the_files_can_be_included_in_the_questions_and_read_the_same() -> None:
+    lines = (CATALOG / "chat_templates.yml").read_text(encoding="utf-8").splitlines()
+    assert (lines[0], lines[-1]) == ("# {% raw %}", "# {% endraw %}")
+    for path in CATALOG.glob("*.yml"):
+        text = path.read_text(encoding="utf-8")
+        assert yaml.safe_load(Environment().from_string(text).render()) == yaml.safe_load(text), path.name
+        # The questions pass the catalogue on as JSON, which knows no dates.
+        assert json.loads(json.dumps(yaml.safe_load(text))) == yaml.safe_load(text), path.name
+
+
+def test_model_ids_are_unique() -> None:
+    ids = [model.id for model in MODELS]
+    assert sorted(set(ids)) == sorted(ids)
+
+
+def test_the_demo_comes_first_and_a_custom_model_last() -> None:
+    assert (MODELS[0].id, MODELS[-1].id) == ("demo", "custom")
+
+
+def test_the_eight_models_of_the_original_are_there() -> None:
+    assert {model.id for model in MODELS} >= ORIGINAL
+
+
+@each_hub_model
+def test_a_model_of_the_hub_has_every_fact(model: Model) -> None:
+    may_be_missing = {"revision", "replaced_by"}
+    missing = {key for key, value in model if value is None} - may_be_missing
+    assert not missing
+    assert model.source and model.hub_id and model.source.startswith(f"https://huggingface.co/{model.hub_id}/")
+
+
+@each_model
+def test_the_chat_template_of_a_model_exists(model: Model) -> None:
+    assert model.chat_template in FAMILIES
+    if model.instruct is not None:
+        assert model.instruct == (model.chat_template != "plain")
+
+
+@each_model
+def test_the_target_modules_are_those_of_the_architecture(model: Model) -> None:
+    if model.target_modules is not None:
+        assert set(model.target_modules) == LAYERS.get(model.architecture, SEPARATE_LAYERS)
+
+
+@each_model
+def test_the_shape_of_a_model_gives_its_parameters(model: Model) -> None:
+    if model.parameters is None:
+        return
+    assert model.vocabulary and model.hidden_size and model.layers and model.intermediate_size
+    assert model.attention_heads and model.key_value_heads
+    assert model.attention_heads % model.key_value_heads == 0
+    width, heads = model.hidden_size, 2 * model.attention_heads + 2 * model.key_value_heads
+    mlp = (2 if model.architecture == "phi" else 3) * width * model.intermediate_size
+    head_width = {"qwen3": 128, "gemma3_text": 256}.get(model.architecture, width // model.attention_heads)
+    blocks = model.layers * (mlp + width * heads * head_width)
+    embedding = model.vocabulary * width
+    # The output layer may share the embedding; the rest are norms and biases.
+    sums = (blocks + embedding, blocks + 2 * embedding)
+    assert any(total == pytest.approx(model.parameters, rel=0.0005, abs=1000) for total in sums)
+
+
+@each_model
+def test_a_platform_and_device_has_at_most_one_ready_made_model(model: Model) -> None:
+    places = [(onnx.platform, onnx.device) for onnx in model.onnx]
+    assert len(set(places)) == len(places)
+
+
+@each_model
+def test_a_deprecated_model_names_its_successor(model: Model) -> None:
+    if model.deprecated:
+        assert model.replaced_by in {other.id for other in MODELS if not other.deprecated}
+    else:
+        assert model.replaced_by is None
+
+
+@each_family
+def test_a_template_shows_every_turn_in_order(family: Family) -> None:
+    text = render(family, [SYSTEM, *TURNS])
+    places = [text.index(turn["content"]) for turn in [SYSTEM, *TURNS]]
+    assert places == sorted(places)
+
+
+@each_family
+@pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["without system", "with system"])
+def test_a_question_reads_the_same_whether_its_answer_follows_or_not(family: Family, system: list[Any]) -> None:
+    messages = [*system, *TURNS]
+    whole = render(family, messages)
+    for i, turn in enumerate(messages):
+        if turn["role"] == "assistant":
+            question = render(family, messages[:i], add_generation_prompt=True)
+            answered = render(family, messages[: i + 1])
+            assert whole.startswith(question)
+            assert answered.startswith(question)
+            assert whole.startswith(answered)
+
+
+@each_family
+def test_what_must_be_learnt_is_the_answer_and_its_end_of_turn(family: Family) -> None:
+    learnt = re.findall("«(.*?)»", render_marked(family, [SYSTEM, *TURNS]), flags=re.DOTALL)
+    answers = [turn["content"] for turn in TURNS if turn["role"] == "assistant"]
+    assert len(learnt) == len(answers)
+    for text, answer in zip(learnt, answers, strict=True):
+        assert text.endswith(family.end_of_turn)
+        assert text.removesuffix(family.end_of_turn).strip() == answer.strip()
+        assert answer in text
+
+
+@each_family
+def test_a_prompt_ends_exactly_where_what_must_be_learnt_begins(family: Family) -> None:
+    prompt = render(family, [SYSTEM, *TURNS[:1]], add_generation_prompt=True)
+    marked = render_marked(family, [SYSTEM, *TURNS[:2]])
+    assert marked[: marked.index("«")] == prompt
+
+
+@each_family
+def test_a_text_begins_with_the_first_token_where_the_family_has_one_in_its_template(family: Family) -> None:
+    text = render(family, [SYSTEM, *TURNS])
+    bos = family.special_tokens.bos_token
+    if bos and "bos_token" in family.template:
+        assert text.startswith(bos)
+    elif bos:
+        assert bos not in text
+
+
+@each_family
+def test_every_mark_in_the_text_is_a_special_token(family: Family) -> None:
+    tokens = family.special_tokens
+    known = {tokens.bos_token, tokens.eos_token, tokens.pad_token, *tokens.additional}
+    assert family.end_of_turn in known
+    marks = set(re.findall(r"</?\|?[a-z_]+\|?>|\[/?INST\]|<</?SYS>>", render(family, [SYSTEM, *TURNS])))
+    assert marks <= known
+
+
+def test_the_plain_family_needs_nothing_but_an_end() -> None:
+    plain = FAMILIES["plain"]
+    assert plain.special_tokens.bos_token is None
+    assert plain.special_tokens.additional == []
+    assert plain.end_of_turn == plain.special_tokens.eos_token
+
+
+def test_the_plain_family_begins_as_the_tokenizer_was_trained_to() -> None:
+    plain = FAMILIES["plain"].model_copy(deep=True)
+    plain.special_tokens.bos_token = "<s>"
+    assert render(plain, TURNS[:1]) == "<s>" + render(FAMILIES["plain"], TURNS[:1])
+
+
+def test_gpu_ids_are_unique() -> None:
+    assert len({gpu.id for gpu in GPUS}) == len(GPUS)
+
+
+def test_the_locations_are_the_regions_that_have_a_gpu() -> None:
+    assert AZURE["locations"] == sorted({region for gpu in GPUS for region in gpu.regions or []})
+
+
+def test_the_bfloat16_of_a_gpu_follows_from_its_generation() -> None:
+    for gpu in GPUS:
+        assert gpu.bf16 == ("A100" in gpu.profile), gpu.id
