@@ -270,5 +270,5 @@ def register() -> None:
     Registry.register_pre_process()(chat_tokens)
 
 
-if "olive" in sys.modules and __name__ == Path(__file__).stem:  # `olive run` imports this file as its user script
+if "olive" in sys.modules:  # `olive run` imports this file as its user script
     register()

@@ -7,6 +7,7 @@ Olive's inside, and imports what is heavy: invoke_olive.py imports it when train
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from copy import deepcopy
@@ -89,6 +90,9 @@ class Training(lora.LoRA):
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         if config.early_stopping_patience:
             trainer.add_callback(transformers.EarlyStoppingCallback(config.early_stopping_patience))
+        batches = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
+        if trainer.args.max_steps > batches * trainer.args.num_train_epochs:
+            trainer.args.max_steps = -1  # it may end a run before its epochs, never lengthen it
         trainer.train(resume_from_checkpoint=newest_checkpoint(trainer.args.output_dir))
         self.timings = progress.timings()
         self.history = trainer.state.log_history

@@ -1,0 +1,126 @@
+"""The report of a run: models/report/index.html, one file that needs no network, with its plot beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+TEMPLATE = Path(__file__).with_name("report.html")
+# background, ink, training, held out: the two curves stay apart for colour-blind eyes too
+LIGHT = ("#ffffff", "#333333", "#0072b2", "#d55e00")
+DARK = ("#1b1e24", "#d8dbe0", "#56b4e9", "#e69f00")
+
+
+def write_report(run: dict[str, Any], history: list[dict[str, float]], folder: Path) -> Path:
+    """Write index.html and loss.png to a folder, in place of what was there, and return the page's path.
+
+    `run` is the content of run.json; `history` is the Trainer's log: dicts with `step` and `loss` or `eval_loss`.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    training, held_out = curve(history, "loss"), curve(history, "eval_loss")
+    plots = [loss_plot(training, held_out, colours) for colours in (LIGHT, DARK)]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        run=run,
+        metrics=metrics(run),
+        examples=[
+            {**example, "base_right": right(example, "before"), "tuned_right": right(example, "after")}
+            for example in run["examples"]
+        ],
+        sections=sections(run),
+        light_plot=base64.b64encode(plots[0]).decode(),
+        dark_plot=base64.b64encode(plots[1]).decode(),
+        plot_in_words=" ".join(in_words(*named) for named in (("Training", training), ("Held-out", held_out))).strip(),
+    )
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    (new / "index.html").write_text(page, encoding="utf-8")
+    (new / "loss.png").write_bytes(plots[0])
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder / "index.html"
+
+
+def metrics(run: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the rows of the table before and after."""
+    before, after = run["metrics"]["before"], run["metrics"]["after"]
+    rows = [("Loss", "eval_loss", "{:.4f}", "lower is better"), ("Perplexity", "perplexity", "{:.2f}", "lower is better")]
+    if run["examples"]:  # without questions there are no answers to be right or wrong
+        rows.insert(0, ("Exact answers", "accuracy", "{:.1%}", "higher is better"))
+    return [
+        {"name": name, "before": form.format(before[key]), "after": form.format(after[key]), "hint": hint}
+        for name, key, form, hint in rows
+    ]
+
+
+def right(example: dict[str, str], answer: str) -> bool:
+    """Tell whether an answer is the expected one, as the accuracy counts it."""
+    return example[answer].strip() == example["expected"].strip()
+
+
+def sections(run: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """Return the other facts of run.json as tables: its plain values first, then every group of values."""
+    plain = {key: value for key, value in run.items() if not isinstance(value, dict | list)}
+    groups = {key: value for key, value in run.items() if isinstance(value, dict) and key != "metrics"}
+    return [
+        (
+            "timings, in seconds" if title == "timings" else title,
+            {key.replace("_", " "): in_text(value) for key, value in facts.items()},
+        )
+        for title, facts in {"run": plain, **groups}.items()
+    ]
+
+
+def in_text(value: Any) -> str:
+    """Write one value for people."""
+    if value is None or value == "":
+        return "–"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def curve(history: list[dict[str, float]], key: str) -> list[tuple[float, float]]:
+    """Return (step, value) of every entry of the Trainer's log that has the value."""
+    return [(entry["step"], float(entry[key])) for entry in history if key in entry]
+
+
+def in_words(name: str, points: list[tuple[float, float]]) -> str:
+    """Describe a curve for those who do not see it."""
+    if not points:
+        return ""
+    (first, start), (last, end) = points[0], points[-1]
+    return f"{name} loss: {start:.3f} at step {first:.0f}, {end:.3f} at step {last:.0f}."
+
+
+def loss_plot(
+    training: list[tuple[float, float]], held_out: list[tuple[float, float]], colours: tuple[str, str, str, str]
+) -> bytes:
+    """Draw the losses over the steps. Returns a PNG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+
+    background, ink, blue, orange = colours
+    with rc_context({"font.size": 11, "text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink}):
+        figure = Figure(figsize=(5.6, 3.2), dpi=200, facecolor=background, layout="constrained")
+        axes = figure.add_subplot(facecolor=background, xlabel="step", ylabel="loss")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["bottom", "left"]].set_color(ink)
+        axes.grid(axis="y", alpha=0.25)
+        if training:
+            axes.plot(*zip(*training, strict=True), color=blue, linewidth=1.5, label="training")
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), "o--", color=orange, markersize=5, label="held-out")
+            step, lowest = min(held_out, key=lambda point: point[1])
+            axes.plot(step, lowest, "o", color=orange, markersize=12, fillstyle="none", label=f"lowest: {lowest:.3f}")
+        if training or held_out:
+            axes.legend(frameon=False)
+        png = io.BytesIO()
+        figure.savefig(png, format="png", facecolor=background)
+    return png.getvalue()
