@@ -15,10 +15,24 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "finetuning" / "olive-config.yaml"
 DISK_GIB = 0.5  # checkpoints and adapter of the largest model in the catalogue
+CHOICES = {
+    "train_on": ("responses", "all"),
+    "dataset_format": ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "columns", "text"),
+    "torch_dtype": ("float32", "bfloat16", "float16"),
+}
 DEAD = {
     "warmup_ratio": "use warmup_steps, which takes a share below 1 too",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
 }
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's loader, which also reads 2e-4 as a number: YAML 1.1 wants 2.0e-4 and makes it a text."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9.]+[eE][-+]?[0-9]+$"), list("-+0123456789.")
+)
 
 
 class ConfigError(Exception):
@@ -31,7 +45,7 @@ def read_config(path: Path = CONFIG) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path} is missing: `copier recopy` brings it back, and keeps your other files.")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(
@@ -98,6 +112,8 @@ def validate(config: dict[str, Any], path: Path = CONFIG) -> None:
                 nearest = difflib.get_close_matches(key, known, n=1)
                 advice = f"did you mean {nearest[0]}?" if nearest else "remove it, or see the file's comments."
                 raise ConfigError(f"{where} is not a setting: {advice}")
+            if key in CHOICES and keys[key] not in CHOICES[key]:
+                raise ConfigError(f"{where} is {keys[key]!r}: choose one of {', '.join(CHOICES[key])}.")
     validate_values(config, path)
 
 
@@ -153,18 +169,27 @@ def validate_values(config: dict[str, Any], path: Path) -> None:
 
     from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
     from olive.passes.olive_pass import create_pass_from_dict
+    from olive.passes.pytorch.lora import HFTrainingArguments
     from olive.workflows.run.config import RunConfig
     from pydantic import ValidationError
     from train import METHODS, Training
+    from transformers import TrainingArguments
 
+    arguments = pass_settings(config)["training_args"]
+    for field in fields(TrainingArguments):
+        value = arguments.get(field.name)
+        if type(field.default) in (int, float) and value is not None and type(value) not in (int, float):
+            line = line_of(path, field.name)
+            raise ConfigError(f"{path.name}, line {line}: training_args.{field.name} is {value!r}: write a number.")
     try:
         run_config = RunConfig.model_validate(deepcopy(config))  # Olive changes the dict it is given
         ((chosen,),) = run_config.passes.values()
         with tempfile.TemporaryDirectory() as folder:
             chosen.config["training_args"] |= {"output_dir": folder, "use_cpu": True}
             pass_class: Any = type(chosen.type, (Training, METHODS[chosen.type.lower()]), {})
-            olive_pass = create_pass_from_dict(pass_class, chosen.config, True, DEFAULT_CPU_ACCELERATOR)
-            olive_pass.config.training_args.create_training_args()
+            create_pass_from_dict(pass_class, chosen.config, True, DEFAULT_CPU_ACCELERATOR)
+            # what does not fit the class, Olive takes as a plain dict: build it once more to hear why
+            HFTrainingArguments.model_validate(chosen.config["training_args"]).create_training_args()
     except ValidationError as error:
         problem = error.errors()[0]
         key = next((part for part in reversed(problem["loc"]) if line_of(path, str(part)) > 1), problem["loc"][0])
@@ -187,16 +212,17 @@ def check_machine(config: dict[str, Any]) -> None:
 
     import torch
 
-    if pass_settings(config)["type"].lower() == "qlora":
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError(
-                "type: QLoRA needs bitsandbytes, which a CPU environment lacks: set type: LoRA in olive-config.yaml, "
-                "or `copier update -d device=gpu` on a machine with an NVIDIA GPU."
-            )
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                "type: QLoRA needs an NVIDIA GPU, and PyTorch sees none: set type: LoRA in olive-config.yaml."
-            )
+    if pass_settings(config)["type"].lower() == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "type: QLoRA needs bitsandbytes, which a CPU environment lacks: set type: LoRA in olive-config.yaml, "
+            "or `copier update --data device=gpu` for a machine with an NVIDIA GPU."
+        )
+    accelerators = config["systems"]["local_system"]["accelerators"]
+    if accelerators[0]["device"] == "gpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            "PyTorch sees no NVIDIA GPU: see whether `nvidia-smi` lists it, or train on the CPU with "
+            "`copier update --data device=cpu`."
+        )
     free = shutil.disk_usage(ROOT).free / 2**30
     if free < DISK_GIB:
         raise ConfigError(
@@ -207,12 +233,12 @@ def check_machine(config: dict[str, Any]) -> None:
 def base_model_folder(config: dict[str, Any]) -> str:
     """Return the folder of the base model; builds the demo model when it is missing. Raises ConfigError."""
     model_path = str(config["input_model"]["model_path"])
-    if (ROOT / model_path).is_dir():
-        return str(ROOT / model_path)
-    if model_path == "models/demo":
+    if model_path == "models/demo" and not (ROOT / model_path).is_dir():
         from tiny_model import build_demo
 
         build_demo()
+    if (ROOT / model_path).is_dir():
+        check_weights(ROOT / model_path)
         return str(ROOT / model_path)
     if model_path.startswith((".", "/", "models/")):
         raise ConfigError(f"input_model.model_path: the folder {model_path} is not there. Correct it in {CONFIG.name}.")
@@ -221,10 +247,28 @@ def base_model_folder(config: dict[str, Any]) -> str:
 
     revision = (config["input_model"].get("load_kwargs") or {}).get("revision")
     try:
-        return snapshot_download(model_path, revision=revision, local_files_only=True)
+        folder = snapshot_download(model_path, revision=revision, local_files_only=True)
     except HFValidationError:
         raise ConfigError(
             f"input_model.model_path: {model_path!r} is neither a folder nor a Hugging Face id."
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError):
         raise ConfigError(f"{model_path} is not on this machine yet: run `python setup/get_model.py`.") from None
+    check_weights(Path(folder))
+    return folder
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a model whose files are missing or cut off. Raises ConfigError."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    torn = [] if files and (folder / "config.json").is_file() else [folder]
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            torn.append(file)
+    if torn:
+        raise ConfigError(f"The model is incomplete ({torn[0]}): delete {folder} and run `python setup/get_model.py`.")

@@ -32,29 +32,31 @@ def main() -> int:
     arguments = parser.parse_args()
     os.chdir(ROOT)  # the paths in olive-config.yaml are relative to the workspace
     quiet()
-    from check import ConfigError
-    from dataset import DataError
-
     try:
         return run(arguments)
-    except (ConfigError, DataError) as error:
-        if arguments.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        if arguments.debug:
-            raise
-        print(f"error: {error}. Nothing that was there is lost; run the same command again.", file=sys.stderr)
-    except ModuleNotFoundError as error:
-        if arguments.debug:
-            raise
-        print(
-            f"error: {error.name} is not installed in {sys.prefix}: run `python setup/create_env.py`.", file=sys.stderr
-        )
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from the newest checkpoint.", file=sys.stderr)
         return 130
-    return 1
+    except Exception as error:
+        if arguments.debug:
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 1
+
+
+def explain(error: Exception) -> str:
+    """Return what is wrong and what to do, in one sentence."""
+    name, first_line = type(error).__name__, (str(error).splitlines() or [""])[0]
+    if name in ("ConfigError", "DataError"):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed in {sys.prefix}: run `python setup/create_env.py`, then use its Python."
+    if name == "OutOfMemoryError":
+        return (
+            "The GPU's memory is full: halve per_device_train_batch_size and double gradient_accumulation_steps in "
+            "olive-config.yaml, or lower max_seq_len, or set gradient_checkpointing: true."
+        )
+    return f"{name}: {first_line} Nothing that was there is lost; --debug shows where it happened."
 
 
 def quiet() -> None:

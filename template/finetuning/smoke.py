@@ -37,6 +37,10 @@ def shrink(config: dict[str, Any], results: Path) -> None:
         settings["type"] = "LoRA"
         for key in ("quant_type", "double_quant", "compute_dtype", "save_quant_config"):
             settings.pop(key, None)
+    config["systems"]["local_system"]["accelerators"][0] = {
+        "device": "cpu",
+        "execution_providers": ["CPUExecutionProvider"],
+    }
     settings["torch_dtype"] = "float32"
     settings["training_args"] |= {
         "max_steps": STEPS,
