@@ -29,27 +29,23 @@ SHORTEST, LONGEST = 5, 18  # words
 # tone -> kind -> cues. A state follows «was», an act is a verb in the past, a feeling is a noun.
 CUES: dict[str, dict[str, list[str]]] = {
     "joy": {
-        "state": """happy delighted thrilled cheerful elated ecstatic jubilant pleased gleeful euphoric
-                    chuffed""".split(),
-        "act": ["laughed out loud", "grinned", "cheered", "beamed", "smiled broadly", "whooped"],
+        "state": "happy delighted thrilled cheerful elated ecstatic jubilant pleased gleeful euphoric".split(),
+        "act": ["laughed", "grinned", "cheered", "beamed", "smiled"],
         "feeling": ["delight", "happiness", "glee", "elation", "euphoria"],
     },
     "sadness": {
-        "state": """sad heartbroken miserable gloomy tearful dejected downcast glum sorrowful forlorn
-                    crestfallen""".split(),
-        "act": ["cried", "wept", "sobbed", "burst into tears", "welled up", "broke down"],
-        "feeling": ["sorrow", "grief", "despair", "heartache", "misery"],
+        "state": "sad heartbroken miserable gloomy tearful dejected downcast glum sorrowful mournful".split(),
+        "act": ["cried", "wept", "sobbed", "broke down", "burst into tears"],
+        "feeling": ["sorrow", "grief", "gloom", "misery", "despair"],
     },
     "fear": {
-        "state": """scared frightened terrified anxious nervous worried petrified uneasy apprehensive alarmed
-                    jittery""".split(),
-        "act": ["trembled", "shuddered", "panicked", "turned pale", "shook all over", "backed away"],
-        "feeling": ["terror", "dread", "panic", "anxiety", "horror"],
+        "state": "scared frightened terrified anxious nervous worried petrified uneasy alarmed horrified".split(),
+        "act": ["trembled", "shuddered", "panicked", "turned pale", "cowered"],
+        "feeling": ["fright", "terror", "panic", "anxiety", "horror"],
     },
     "surprise": {
-        "state": """astonished amazed stunned startled astounded shocked speechless dumbfounded flabbergasted
-                    gobsmacked thunderstruck""".split(),
-        "act": ["gasped", "gaped", "blinked twice", "did a double take", "could hardly believe it", "stared open-mouthed"],
+        "state": "astonished amazed stunned startled astounded shocked flabbergasted bewildered dumbfounded gobsmacked".split(),
+        "act": ["gasped", "gaped", "gawped", "blinked twice", "did a double take"],
         "feeling": ["astonishment", "amazement", "disbelief", "shock", "bewilderment"],
     },
 }
@@ -86,51 +82,48 @@ PEOPLE = [
 # topic -> things that may please, sadden, frighten or surprise, depending on who tells them
 SCENES: dict[str, list[str]] = {
     "work": [
-        "the manager read out the new rota",
-        "the boss called everyone into the meeting room",
+        "the boss called a meeting",
+        "the boss read out the new plan",
         "the company moved to another town",
         "the office closed for good",
-        "the new contract arrived by courier",
     ],
     "family": [
-        "the letter from Scotland arrived",
+        "the letter from Uncle Ben arrived",
+        "Uncle Ben walked in without a word",
         "the baby took its first steps",
-        "the twins left for university",
+        "the twins left home",
         "the wedding was moved to March",
-        "Uncle Ben walked in without knocking",
     ],
     "travel": [
-        "the plane turned back to the airport",
-        "the ferry pulled away from the harbour",
-        "the last train left the platform",
-        "the coach took the mountain road",
-        "the guard opened the blue suitcase",
+        "the plane turned back",
+        "the ferry left the harbour",
+        "the last train pulled out",
+        "the bus took the mountain road",
+        "the guard opened the blue bag",
     ],
     "weather": [
         "it started to rain",
         "the first snow fell on the hills",
-        "the storm changed direction",
+        "the storm moved out to sea",
         "thick fog rolled in from the sea",
         "the wind dropped all at once",
     ],
     "food": [
         "the chef came out of the kitchen",
-        "the cake came out of the oven",
-        "the corner café changed hands",
-        "the waiter brought the bill",
-        "the mystery dish was served",
+        "the judges tasted the cake",
+        "the corner café was sold",
+        "the bakery changed hands",
     ],
     "sport": [
-        "the referee blew the final whistle",
-        "the captain named the team for Saturday",
-        "the goalkeeper walked off the pitch",
+        "the final whistle went",
+        "the captain read out the team",
         "the match went to penalties",
         "the horse refused the last fence",
     ],
     "school": [
         "the exam results went up on the wall",
         "the teacher read the essay aloud",
-        "the head teacher came into the classroom",
+        "the head teacher walked in",
         "the school bus drove straight past",
         "the bell rang for the last time",
     ],
@@ -138,42 +131,38 @@ SCENES: dict[str, list[str]] = {
         "somebody knocked on the door late at night",
         "the house next door was sold",
         "the music upstairs stopped",
-        "a removal van stopped outside",
-        "the family across the road packed up and left",
+        "the family across the road moved out",
     ],
     "health": [
         "the doctor rang with the test results",
         "the nurse called the next name",
-        "the dentist put down the drill",
+        "the surgeon came to the door",
     ],
     "home": [
         "the lights went out",
         "the phone rang at midnight",
-        "the old clock began to chime again",
+        "the old piano was sold",
     ],
     "pets": [
         "the dog came back alone",
         "the kitten climbed the tallest tree",
-        "the vet came out of the surgery",
+        "the vet came out",
     ],
     "money": [
-        "the bank wrote again",
+        "the letter from the bank arrived",
         "the lottery numbers were read out",
-        "the landlord put up a notice",
     ],
     "going out": [
         "the curtain fell",
         "the band played one more song",
         "the film ended like that",
-        "the magician asked for a volunteer",
     ],
 }
 
-TIMES = ["Yesterday", "Last week", "On Friday", "Two days ago", "In the end", "A month ago"]
+TIMES = ["Yesterday", "Last week", "On Friday", "Last night", "A month ago"]
 TAILS = [
     "I put the kettle on",
     "we talked about it for hours",
-    "somebody took a photo",
     "the others looked round",
     "nobody asked why",
 ]
@@ -189,7 +178,7 @@ FRAMES: dict[str, list[str]] = {
         "{who} {reaction} when {scene}, and {tail}.",
         "Guess what: {scene}, and {who} {reaction}!",
         "*I noticed that {who} {reaction} as soon as {scene}.",
-        "*{who} {reaction} on hearing how {scene}.",
+        "*They say that {who} {reaction} when {scene}.",
         "*Apparently {who} {reaction} just after {scene}.",
     ],
     "state": [
@@ -322,9 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check:
         stale = [path for path, content in files.items() if not path.is_file() or path.read_bytes() != content]
         for path in stale:
-            print(
-                f"{path} is not what the generator writes: run python tools/make_sample_dataset.py.", file=sys.stderr
-            )
+            print(f"{path} is not what the generator writes: run python tools/make_sample_dataset.py.", file=sys.stderr)
         return 1 if stale else 0
     options.folder.mkdir(parents=True, exist_ok=True)
     for path, content in files.items():

@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # a pipe on Windows has another encoding
     os.chdir(ROOT)  # the paths in olive-config.yaml are relative to the workspace
     quiet()
     try:
@@ -101,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = check.base_model_folder(config)
     from evaluate import evaluate
     from record import describe, publish, use_folder
+    from report import write_report
     from train import train
 
     run_json = describe(config, rows, folder, results)
@@ -112,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"Evaluating {run_json['base_model']} on the held-out rows")
     before = evaluate(config, folder, None, rows["held_out"])
     print(f"Training an adapter: {run_json['method']}")
-    adapter, timings, _ = train(config, run_folder)
+    adapter, timings, losses = train(config, run_folder)
     print("Evaluating the tuned model on the same rows")
     after = evaluate(config, folder, adapter, rows["held_out"])
 
@@ -124,12 +126,13 @@ def run(arguments: argparse.Namespace) -> int:
     run_json["timings"] = timings | {"before": before.seconds, "after": after.seconds}
     run_json["seconds"] = round(time.monotonic() - started, 2)
     publish(run_json, adapter, folder, results)
+    report = write_report(run_json, losses, results / "report")
     (run_folder / "finished").touch()
-    show(run_json)
+    show(run_json, report.relative_to(ROOT))
     return 0
 
 
-def show(run_json: dict[str, Any]) -> None:
+def show(run_json: dict[str, Any], report: Path) -> None:
     """Print the metrics, some answers, and the next command."""
     from rich.console import Console
     from rich.markup import escape
@@ -146,10 +149,11 @@ def show(run_json: dict[str, Any]) -> None:
     for example in run_json["examples"][:5]:
         answers.add_row(*(escape(example[key][:300]) for key in ("question", "expected", "before", "after")))
     console.print(answers)
-    console.print(
-        f"Done in {run_json['seconds']:.0f} s: {run_json['adapter']}, {Path(run_json['adapter']).parent}/run.json"
-    )
-    console.print("Next: python inference/console_chat.py")
+    console.print(f"Done in {run_json['seconds']:.0f} s.")
+    for what, where in (("adapter", run_json["adapter"]), ("figures", report.parents[1] / "run.json"), ("report", report)):
+        console.print(f"  {what}  {Path(where).as_posix()}", highlight=False)
+    smoke = "smoke" in report.parts
+    console.print(f"Next: python {'finetuning/invoke_olive.py' if smoke else 'inference/console_chat.py'}")
 
 
 if __name__ == "__main__":

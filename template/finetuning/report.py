@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +26,26 @@ def write_report(run: dict[str, Any], history: list[dict[str, float]], folder: P
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         run=run,
         metrics=metrics(run),
-        examples=[
-            {**example, "base_right": right(example, "before"), "tuned_right": right(example, "after")}
-            for example in run["examples"]
-        ],
         sections=sections(run),
         light_plot=base64.b64encode(plots[0]).decode(),
         dark_plot=base64.b64encode(plots[1]).decode(),
-        plot_in_words=" ".join(in_words(*named) for named in (("Training", training), ("Held-out", held_out))).strip(),
+        plot_in_words=f"{in_words('Training', training)} {in_words('Held-out', held_out)}",
     )
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
-    (new / "index.html").write_text(page, encoding="utf-8")
-    (new / "loss.png").write_bytes(plots[0])
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("loss.png", plots[0]), ("index.html", page.encode())):
+        unfinished = folder / f".{name}.new"
+        unfinished.write_bytes(content)
+        unfinished.replace(folder / name)
     return folder / "index.html"
 
 
 def metrics(run: dict[str, Any]) -> list[dict[str, str]]:
     """Return the rows of the table before and after."""
     before, after = run["metrics"]["before"], run["metrics"]["after"]
-    rows = [("Loss", "eval_loss", "{:.4f}", "lower is better"), ("Perplexity", "perplexity", "{:.2f}", "lower is better")]
+    rows = [
+        ("Loss", "eval_loss", "{:.4f}", "lower is better"),
+        ("Perplexity", "perplexity", "{:.2f}", "lower is better"),
+    ]
     if run["examples"]:  # without questions there are no answers to be right or wrong
         rows.insert(0, ("Exact answers", "accuracy", "{:.1%}", "higher is better"))
     return [
@@ -61,22 +54,16 @@ def metrics(run: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def right(example: dict[str, str], answer: str) -> bool:
-    """Tell whether an answer is the expected one, as the accuracy counts it."""
-    return example[answer].strip() == example["expected"].strip()
-
-
-def sections(run: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
-    """Return the other facts of run.json as tables: its plain values first, then every group of values."""
-    plain = {key: value for key, value in run.items() if not isinstance(value, dict | list)}
-    groups = {key: value for key, value in run.items() if isinstance(value, dict) and key != "metrics"}
-    return [
-        (
-            "timings, in seconds" if title == "timings" else title,
-            {key.replace("_", " "): in_text(value) for key, value in facts.items()},
-        )
-        for title, facts in {"run": plain, **groups}.items()
-    ]
+def sections(run: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Return the other facts of run.json as tables by title: its plain values, then every group of values."""
+    tables = {"run": {key: value for key, value in run.items() if not isinstance(value, dict | list)}}
+    tables |= {key: value for key, value in run.items() if isinstance(value, dict) and key != "metrics"}
+    return {
+        "timings, in seconds" if title == "timings" else title: {
+            key.replace("_", " "): in_text(value) for key, value in facts.items()
+        }
+        for title, facts in tables.items()
+    }
 
 
 def in_text(value: Any) -> str:
@@ -94,7 +81,7 @@ def curve(history: list[dict[str, float]], key: str) -> list[tuple[float, float]
 def in_words(name: str, points: list[tuple[float, float]]) -> str:
     """Describe a curve for those who do not see it."""
     if not points:
-        return ""
+        return f"{name} loss: not reported."
     (first, start), (last, end) = points[0], points[-1]
     return f"{name} loss: {start:.3f} at step {first:.0f}, {end:.3f} at step {last:.0f}."
 
@@ -107,7 +94,9 @@ def loss_plot(
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
     background, ink, blue, orange = colours
-    with rc_context({"font.size": 11, "text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink}):
+    with rc_context(
+        {"font.size": 11, "text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink}
+    ):
         figure = Figure(figsize=(5.6, 3.2), dpi=200, facecolor=background, layout="constrained")
         axes = figure.add_subplot(facecolor=background, xlabel="step", ylabel="loss")
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,66 @@
+"""Run after rendering, in the new workspace: create its environment and, when asked, download its model.
+
+It ends with status 0 whatever happens: a task that fails makes Copier delete the new workspace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PYTHON = "python" if sys.platform == "win32" else "python3"
+
+
+def main() -> int:
+    """Prepare the workspace in the current folder; return 0."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--download-model", action=argparse.BooleanOptionalAction, default=False)
+    # An option that a later template passes to an older copy of this file is no reason to fail.
+    args, _ = parser.parse_known_args()
+    try:
+        failed = prepare(Path.cwd(), args.download_model)
+    except KeyboardInterrupt:
+        failed = "It was interrupted. Go on", f"{PYTHON} setup/create_env.py"
+    except Exception as error:  # whatever it is, the workspace must stay
+        failed = f"The environment was not created ({error}). Try again", f"{PYTHON} setup/create_env.py"
+    if failed:
+        print(f"The workspace is complete, but not all is set up. {failed[0]}, in {Path.cwd()}:", file=sys.stderr)
+        print(f"  {failed[1]}", file=sys.stderr, flush=True)
+    return 0
+
+
+def prepare(workspace: Path, download_model: bool) -> tuple[str, str] | None:
+    """Create the environment, then fetch the model; return None, or what failed and the command that tries again."""
+    create_env = load(workspace / "setup" / "create_env.py")
+    manager = create_env.read_settings()["manager"]
+    if manager == "none":
+        return None
+    if subprocess.run([sys.executable, "setup/create_env.py"], cwd=workspace, check=False).returncode != 0:
+        return "The environment was not created. Try again", f"{PYTHON} setup/create_env.py"
+    if not download_model:
+        return None
+    conda, _ = create_env.find_conda(manager)
+    prefix = create_env.find_prefix(conda, create_env.conda_name(), False)[0] if conda else workspace / ".venv"
+    python = str(create_env.python_in(prefix))
+    if subprocess.run([python, "setup/get_model.py"], cwd=workspace, check=False).returncode != 0:
+        return "The model was not downloaded. Activate the environment and try again", "python setup/get_model.py"
+    return None
+
+
+def load(file: Path) -> Any:
+    """Return a script of the workspace as a module, without leaving a trace in the workspace."""
+    sys.dont_write_bytecode = True
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} cannot be loaded")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Pin what the repository and the workspaces install: every locks/*.in. Needs uv and a package index."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+LOCKS = Path(__file__).resolve().parent
+SETUP = LOCKS.parent / "template" / "setup"
+HEADER = "# made by make lock; do not edit\n"
+# Input, output, and what uv is told besides.
+TARGETS = [
+    (LOCKS / "repository.in", LOCKS / "repository.txt", []),
+    (LOCKS / "workspace-cpu.in", SETUP / "requirements-cpu.txt", ["--excludes", str(LOCKS / "without-cuda.txt")]),
+    (LOCKS / "workspace-gpu.in", SETUP / "requirements-gpu.txt", []),
+]
+# One file for every platform and for Python 3.11 to 3.13; no address of an index in it, so it installs from any.
+COMPILE = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--no-emit-index-url"]
+COMPILE += ["--no-annotate", "--no-header"]
+
+
+def lock(source: Path, target: Path, options: list[str]) -> None:
+    """Write one lock. uv keeps the versions that the lock has already, unless it is told to upgrade."""
+    draft = target.with_suffix(".draft")
+    draft.write_text(target.read_text() if target.is_file() else "")
+    # A folder of local wheels would put their local versions (2.13.0+cpu) into the lock.
+    env = {name: value for name, value in os.environ.items() if name != "UV_FIND_LINKS"}
+    command = [*COMPILE, *options, "--output-file", str(draft), str(source)]
+    try:
+        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
+        draft.write_text(HEADER + draft.read_text())
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+    print(f"{target.relative_to(LOCKS.parent)}: {len(target.read_text().splitlines()) - 1} packages")
+
+
+def main() -> int:
+    """Write every lock."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--upgrade", action="store_true", help="take the newest versions that the inputs allow")
+    args = parser.parse_args()
+    try:
+        for source, target, options in TARGETS:
+            lock(source, target, [*options, *(["--upgrade"] if args.upgrade else [])])
+    except FileNotFoundError as error:
+        print(f"lock: {error.filename} is missing; `make lock` installs uv and runs this", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        return int(error.returncode)  # uv has said why
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

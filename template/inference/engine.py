@@ -1,0 +1,241 @@
+"""One streaming chat engine under every face: messages in, text out, piece by piece.
+
+`load` finds out which model is meant (models/run.json, or finetuning/olive-config.yaml for the base model alone) and
+loads it with a backend, a file of its own for each library. Engine does what is the same for all of them. Backends are
+imported when a model is loaded, so that importing this file costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+for variable, value in {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",  # chatting needs no network: setup/get_model.py is what downloads
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(variable, value)  # the libraries read these when they are imported, which is later
+
+ENGINES = ("auto", "torch")
+ROOT = Path(__file__).resolve().parents[1]
+TUNE = "Run `python finetuning/invoke_olive.py`"
+BASE = "or chat with the base model: --baseonly."
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+class ChatError(Exception):
+    """What is wrong, where, and what to do, for the user to read."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How an answer is made. Temperature 0 takes the likeliest token each time: the same answer everywhere."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0  # draw from the likeliest tokens that together reach this share
+    top_k: int = 0  # draw from this many of the likeliest tokens; 0: from all
+    repetition_penalty: float = 1.0  # above 1, what was said is less likely to be said again
+    seed: int | None = None  # the same seed draws the same tokens; None: others each time
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which model to load, as models/run.json or olive-config.yaml says."""
+
+    base: str  # a hub id, or a folder relative to the workspace
+    revision: str | None
+    adapter: str | None  # a folder relative to the workspace
+    method: str
+    dtype: str
+    system_prompt: str
+    run: dict[str, Any] = field(default_factory=dict)  # models/run.json; empty for the base model alone
+
+
+class Backend(Protocol):
+    """What an engine asks of a library."""
+
+    description: str  # for example "torch, float32 on cpu"
+    context: int  # how many tokens prompt and answer may have together
+    notices: list[str]  # what the user should know about the way the model was loaded
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """Render messages with the chat template, up to where the answer begins, and tokenise them."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """Turn tokens into text, without special tokens."""
+
+    def generate(self, prompt: list[int], generation: Generation) -> Generator[int, None, None]:
+        """Yield the answer's tokens, without the one that ends it. Closing the generator stops the computing."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A loaded model. It answers one conversation at a time; others wait."""
+
+    source: Source
+    backend: Backend
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def stream(
+        self, messages: list[Message], generation: Generation, notify: Callable[[str], None]
+    ) -> Generator[str, None, None]:
+        """Yield the answer in pieces; closing the iterator stops the computing at once. Raises ChatError.
+
+        A conversation without a system message gets the training's system prompt; an empty one means none at all.
+        `notify` is called with a sentence when old messages are left out or the answer is cut.
+        """
+        prompt, room = self.fit(messages, generation.max_new_tokens, notify)
+        tokens: list[int] = []
+        text, sent = "", 0
+        computing = self.backend.generate(prompt, replace(generation, max_new_tokens=room))
+        with self.lock, contextlib.closing(computing):
+            for token in computing:
+                tokens.append(token)
+                # All tokens together, as some tokenizers change the space at the start of what they decode.
+                text = self.backend.decode(tokens)
+                if len(text) > sent and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait
+                    yield text[sent:]
+                    sent = len(text)
+        if len(text) > sent:
+            yield text[sent:]
+        if len(tokens) == room:
+            notify(f"The answer was cut at {room} tokens.")
+
+    def fit(self, messages: list[Message], max_new_tokens: int, notify: Callable[[str], None]) -> tuple[list[int], int]:
+        """Return the prompt's tokens and how many the answer may have, without the oldest turns if need be."""
+        given = [turn for turn in messages[:1] if turn["role"] == "system"]
+        turns = messages[len(given) :]
+        system = given or [{"role": "system", "content": self.source.system_prompt}]
+        system = [turn for turn in system if turn["content"]]
+        context = self.backend.context
+        kept = min(max_new_tokens, context // 2)  # for the answer
+        while len(prompt := self.backend.encode(system + turns)) > context - kept:
+            questions = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
+            if len(questions) < 2:
+                raise ChatError(
+                    f"The message comes to {len(prompt)} tokens, but the model reads {context} and {kept} of them are "
+                    "kept for the answer: shorten the message or ask for a shorter answer."
+                )
+            turns = turns[questions[1] :]
+        if dropped := len(messages) - len(given) - len(turns):
+            notify(f"The model reads {context} tokens: the oldest {dropped} messages of this chat were left out.")
+        return prompt, min(max_new_tokens, context - len(prompt))
+
+
+def load(baseonly: bool = False, engine: str = "auto", root: Path = ROOT) -> Engine:
+    """Load the tuned model of the workspace `root`, or its base model alone. Raises ChatError, never falls back."""
+    if engine not in ENGINES:
+        raise ChatError(f"There is no engine {engine!r}: choose one of {', '.join(ENGINES)}.")
+    try:
+        source = base_source(root) if baseonly else tuned_source(root)
+        if not baseonly:
+            check_adapter(source, root)
+        check_base(source, root)
+        from torch_backend import TorchBackend  # late, so that what is wrong is said before seconds of imports
+    except ModuleNotFoundError as error:
+        raise not_installed(error) from error
+    return Engine(source, TorchBackend(source, root))
+
+
+def not_installed(error: ModuleNotFoundError) -> ChatError:
+    """Say which package is missing, and in which Python."""
+    return ChatError(f"{error.name} is not installed in {sys.prefix}: run `python setup/create_env.py`.")
+
+
+def tuned_source(root: Path) -> Source:
+    """Read models/run.json, which a finished run of fine-tuning leaves behind."""
+    try:
+        run = json.loads((root / "models" / "run.json").read_text(encoding="utf-8"))
+        return Source(
+            base=run["base_model"],
+            revision=run["revision"],
+            adapter=run["adapter"],
+            method=run["method"],
+            dtype=run["dtype"],
+            system_prompt=run["system_prompt"],
+            run=run,
+        )
+    except FileNotFoundError:
+        raise ChatError(f"No tuned model yet: models/run.json is missing. {TUNE}, {BASE}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ChatError(f"models/run.json is torn or incomplete ({reason}). {TUNE} again, {BASE}") from error
+
+
+def base_source(root: Path) -> Source:
+    """Read the base model from finetuning/olive-config.yaml, in the precision that training would use."""
+    config = read_yaml(root, "finetuning/olive-config.yaml")
+    try:
+        (chosen,) = config["passes"].values()
+        data = [data.get("pre_process_data_config") or {} for data in config.get("data_configs") or []]
+        return Source(
+            base=config["input_model"]["model_path"],
+            revision=(config["input_model"].get("load_kwargs") or {}).get("revision"),
+            adapter=None,
+            method=chosen["type"].lower(),
+            dtype=chosen["torch_dtype"],
+            system_prompt=next((settings["system_prompt"] for settings in data if settings.get("system_prompt")), ""),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ChatError(f"finetuning/olive-config.yaml does not name the model as it should ({error!r}).") from error
+
+
+def read_yaml(root: Path, file: str) -> dict[str, Any]:
+    """Read a YAML file of the workspace. Raises ChatError."""
+    import yaml
+
+    try:
+        return dict(yaml.safe_load((root / file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ChatError(f"{file} cannot be read: {reason}. Restore it with git or `copier recopy`.") from error
+
+
+def check_adapter(source: Source, root: Path) -> None:
+    """Raise ChatError unless the adapter's folder is whole and was trained on the base model of models/run.json."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = root / str(source.adapter)
+    try:
+        trained_on = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        with safe_open(folder / "adapter_model.safetensors", framework="numpy") as weights:
+            weights.keys()  # a torn file is noticed on opening
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ChatError(
+            f"The adapter in {source.adapter} is missing or torn ({error}). {TUNE} again, {BASE}"
+        ) from error
+    # A folder may have moved with the workspace, and a downloaded model lies in the hub's cache: compare the ends.
+    path = f"/{trained_on or source.base}".replace("\\", "/")
+    if not path.endswith("/" + source.base.lstrip("./")) and "/models--" + source.base.replace("/", "--") not in path:
+        raise ChatError(
+            f"The adapter in {source.adapter} was trained on {trained_on}, but models/run.json names {source.base}. "
+            f"{TUNE} again, {BASE}"
+        )
+
+
+def check_base(source: Source, root: Path) -> None:
+    """Raise ChatError unless the base model lies in its folder or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if (root / source.base / "config.json").is_file():
+        return
+    with contextlib.suppress(HFValidationError):  # a path is no hub id
+        if isinstance(try_to_load_from_cache(source.base, "config.json", revision=source.revision), str):
+            return
+    repair = "Run `python setup/get_model.py`."
+    if source.base != "models/demo" and source.base.startswith(("models/", ".", "/")):
+        repair = "Put the folder back, or change input_model.model_path in finetuning/olive-config.yaml."
+    raise ChatError(f"The base model {source.base} is not on this machine. {repair}")

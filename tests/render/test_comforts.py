@@ -1,0 +1,171 @@
+"""What surrounds the code of a workspace: README, git, VS Code, dev container and CI say what is true of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CATALOGUE = {entry["id"]: entry for entry in yaml.safe_load((ROOT / "catalog" / "models.yml").read_text())["models"]}
+FILE = {"dataset_source": "file", "dataset_path": "dataset/rows.jsonl"}
+HUB = {"dataset_source": "huggingface", "dataset_name": "owner/rows"}
+# Answers that between them go through every branch of the files tested here.
+WORKSPACES: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "gated": {"model": "llama-3.2-1b-instruct", "device": "gpu", "platform": "windows", "environment": "conda"},
+    "azure": {"model": "phi-3-mini-4k-instruct", "target": "azure", "environment": "none", **HUB},
+    "hub": {"model": "custom", "custom_model_id": "owner/model", "environment": "venv", "platform": "macos", **FILE},
+    "folder": {"model": "custom", "custom_model_id": "../model", "device": "cpu", "platform": "windows"},
+}
+
+
+@pytest.fixture(scope="module")
+def workspaces(render: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One workspace for each of the answers above."""
+    folder = tmp_path_factory.mktemp("workspaces")
+    return {name: render(folder / name, **answers) for name, answers in WORKSPACES.items()}
+
+
+def readme(workspace: Path) -> str:
+    return (workspace / "README.md").read_text(encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read one of VS Code's files, which may hold comments."""
+    return json.loads(re.sub(r"^\s*//.*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+
+
+def steps(workspace: Path) -> list[dict[str, Any]]:
+    workflow = yaml.safe_load((workspace / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))
+    return list(workflow["jobs"]["test"]["steps"])
+
+
+def commands(workspace: Path) -> list[list[str]]:
+    """Return what README, tasks, launch configurations, dev container and CI run, behind the name of the Python."""
+    spans = re.findall(r"`([^`\n]+)`", readme(workspace))
+    (block,) = re.findall(r"^```shell\n(.*?)^```", readme(workspace), flags=re.MULTILINE | re.DOTALL)
+    texts = [*spans, *block.splitlines(), *(step["run"] for step in steps(workspace) if "run" in step)]
+    texts.append(read_json(workspace / ".devcontainer" / "devcontainer.json")["postCreateCommand"])
+    found = [shlex.split(text, comments=True)[1:] for text in texts if re.match(r"(\.venv/bin/)?python3? ", text)]
+    found += [task["args"] for task in read_json(workspace / ".vscode" / "tasks.json")["tasks"]]
+    for configuration in read_json(workspace / ".vscode" / "launch.json")["configurations"]:
+        found.append([configuration["program"].removeprefix("${workspaceFolder}/"), *configuration["args"]])
+    return found
+
+
+@cache
+def options(script: Path) -> set[str]:
+    """Return the options of a script, as its --help says."""
+    done = subprocess.run([sys.executable, "-B", script, "--help"], capture_output=True, text=True, check=True)
+    return set(re.findall(r"--[a-z-]+", done.stdout))
+
+
+@pytest.mark.parametrize("name", WORKSPACES)
+def test_every_command_that_a_workspace_names_can_be_given(workspaces: dict[str, Path], name: str) -> None:
+    named = commands(workspaces[name])
+    for first, *arguments in named:
+        if first == "-m":
+            assert arguments == ["pytest"]
+            continue
+        used = {argument for argument in arguments if argument.startswith("--")}
+        assert used <= options(ROOT / "template" / first), (first, arguments)  # its file is the same everywhere
+    scripts = {"setup/create_env.py", "setup/get_model.py", "inference/console_chat.py", "inference/gradio_chat.py"}
+    assert {command[0] for command in named} == {*scripts, "finetuning/invoke_olive.py", "-m"}
+
+
+@pytest.mark.parametrize("name", WORKSPACES)
+def test_every_file_that_the_readme_names_is_there_or_will_be_made(workspaces: dict[str, Path], name: str) -> None:
+    paths = re.findall(r"`((?:dataset|finetuning|inference|setup|tests|\.[a-z]+)/[^`\s]*)`", readme(workspaces[name]))
+    made = {"setup/create_env.log", "dataset/rows.jsonl"}
+    assert [path for path in paths if path not in made and not (workspaces[name] / path).exists()] == []
+    folders = {f"{path.name}/" for path in workspaces[name].iterdir() if path.is_dir()}
+    assert folders <= set(paths)
+
+
+@pytest.mark.parametrize("name", WORKSPACES)
+def test_the_readme_is_read_in_a_few_minutes(workspaces: dict[str, Path], name: str) -> None:
+    text = readme(workspaces[name])
+    assert text.startswith(f"# {name}\n")
+    assert len(text.splitlines()) <= 100
+    assert "\n\n\n" not in text
+    assert max(map(len, text.splitlines())) <= 240
+
+
+def test_the_start_is_told_for_the_platform_and_the_environment(workspaces: dict[str, Path]) -> None:
+    start = {name: readme(workspace).split("```")[1] for name, workspace in workspaces.items()}
+    assert "python3 setup/create_env.py" in start["demo"] and "source .venv/bin/activate" in start["demo"]
+    assert "python setup/create_env.py" in start["gated"] and "conda activate gated\n" in start["gated"]
+    assert ".venv" not in start["gated"] and ".venv\\Scripts\\activate" in start["folder"]
+    assert "create_env.py" not in start["azure"] and "setup/requirements-gpu.txt" in start["azure"]
+    assert {name for name, text in start.items() if "get_model.py" in text} == {"gated", "azure", "hub"}
+
+
+def test_azure_is_named_only_where_it_was_chosen_and_then_as_not_there_yet(workspaces: dict[str, Path]) -> None:
+    assert {name for name, workspace in workspaces.items() if "Azure" in readme(workspace)} == {"azure"}
+    assert "This release has no commands for Azure yet." in readme(workspaces["azure"])
+
+
+@pytest.mark.parametrize("model", [model for model in CATALOGUE if model not in {"demo", "custom"}])
+def test_the_readme_says_what_the_model_is(render: Callable[..., Path], tmp_path: Path, model: str) -> None:
+    entry = CATALOGUE[model]
+    text = readme(render(tmp_path / "workspace", model=model))
+    assert f"[{entry['hub_id']}](https://huggingface.co/{entry['hub_id']})" in text
+    assert f"[{entry['licence']}]({entry['licence_url']})" in text
+    assert f"{entry['parameters'] * 2 / 1e9:.1f} GB" in text
+    assert ("The model is gated." in text, "HF_TOKEN" in text) == (entry["gated"],) * 2
+
+
+def test_git_ignores_what_is_made_and_keeps_the_rows(workspaces: dict[str, Path]) -> None:
+    made = ["models/adapter/x", "models/run.json", ".venv/x", "setup/create_env.log", ".env", "tests/__pycache__/x.pyc"]
+    kept = [
+        "dataset/rows.jsonl",
+        "finetuning/models.py",
+        "setup/model.yaml",
+        ".vscode/tasks.json",
+        ".copier-answers.yml",
+    ]
+    git = ["git", "-c", f"core.excludesFile={os.devnull}", "-C", str(workspaces["demo"])]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    done = subprocess.run([*git, "check-ignore", "--no-index", *made, *kept], capture_output=True, text=True)
+    assert done.stdout.split() == made
+
+
+@pytest.mark.parametrize("name", WORKSPACES)
+def test_ci_runs_pinned_actions_with_read_only_rights(workspaces: dict[str, Path], name: str) -> None:
+    text = (workspaces[name] / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"}
+    assert set(workflow[True]) == {"push", "pull_request"}  # YAML reads the key `on` as true
+    actions = re.findall(r"uses: (.*)", text)
+    assert len(actions) == 2
+    assert all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action) for action in actions)
+    assert "${{" not in text  # nothing of the event or of the secrets gets into a command
+
+
+def test_the_container_has_the_extensions_of_the_editor_and_a_gpu_where_one_was_chosen(
+    workspaces: dict[str, Path],
+) -> None:
+    for name, workspace in workspaces.items():
+        container = read_json(workspace / ".devcontainer" / "devcontainer.json")
+        recommended = read_json(workspace / ".vscode" / "extensions.json")["recommendations"]
+        assert container["customizations"]["vscode"]["extensions"] == recommended
+        assert re.fullmatch(r"mcr\.microsoft\.com/devcontainers/python:\d+\.\d+\.\d+-3\.11-[a-z]+", container["image"])
+        assert ("hostRequirements" in container) == (name in {"gated", "azure"})
+
+
+def test_an_editor_that_formats_or_checks_finds_nothing_to_change(workspaces: dict[str, Path]) -> None:
+    for command in (["check"], ["format", "--check"]):
+        ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", "."]
+        done = subprocess.run(ruff, cwd=workspaces["demo"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,106 @@
+"""What tests of the environment share: a workspace with a lock of two tiny packages, and a machine of its own."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LOCK = "# made by make lock; do not edit\nsmall==1.0\ntorch==2.13.0\n"
+
+
+def make_wheel(folder: Path, name: str, version: str) -> Path:
+    """Write an installable wheel of one module that knows its version."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wheel = folder / f"{name}-{version}-py3-none-any.whl"
+    info = f"{name}-{version}.dist-info"
+    files = {
+        f"{name}.py": f'__version__ = "{version}"\n',
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    rows = []
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+            digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+            rows.append(f"{path},sha256={digest},{len(text)}\n")
+        archive.writestr(f"{info}/RECORD", "".join(rows) + f"{info}/RECORD,,\n")
+    return wheel
+
+
+class SmallWorkspace:
+    """A workspace's setup/ with a lock of two tiny packages, and the variables of a machine that has only `wheels`."""
+
+    make_wheel = staticmethod(make_wheel)
+
+    def __init__(self, root: Path, machine: Path, with_uv: bool) -> None:
+        self.root, self.wheels = root, machine / "wheels"
+        self.programs = machine / "programs"
+        (root / "setup").mkdir(parents=True)
+        for folder in (machine / "home", self.programs, self.wheels):
+            folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / "template" / "setup" / "create_env.py", root / "setup")
+        self.configure("venv", "cpu")
+        (root / "setup" / "conda-environment.yml").write_text("name: small\ndependencies: [python=3.11, pip]\n")
+        make_wheel(self.wheels, "small", "1.0")
+        make_wheel(self.wheels, "torch", "2.13.0+cpu")
+        if with_uv:
+            (self.programs / "uv").symlink_to(str(shutil.which("uv")))
+        self.env = {
+            "PATH": str(self.programs),
+            "HOME": str(machine / "home"),
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_FIND_LINKS": str(self.wheels),
+            "PIP_NO_INDEX": "1",
+            # Nobody listens on port 1: no test reaches a network.
+            "TORCH_INDEX_URL": "http://127.0.0.1:1/torch",
+            "PIP_RETRIES": "0",
+            "UV_HTTP_RETRIES": "0",
+            "UV_NO_CONFIG": "1",
+            "UV_CACHE_DIR": str(machine / "cache"),
+            "PIP_CACHE_DIR": str(machine / "cache"),
+        }
+
+    def configure(self, manager: str, device: str) -> None:
+        """Write the answers that setup/create_env.py reads, and the lock of the device."""
+        settings = f'manager = "{manager}"  # auto | venv\ndevice = "{device}"\npython = "3.11"\n'
+        (self.root / "setup" / "environment.toml").write_text(settings)
+        (self.root / "setup" / f"requirements-{device}.txt").write_text(LOCK)
+
+    def run(self, *options: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+        """Run setup/create_env.py from another folder, as a user may."""
+        command = [python, str(self.root / "setup" / "create_env.py"), *options]
+        return subprocess.run(command, env=self.env, cwd=self.programs, capture_output=True, text=True, check=False)
+
+    def version(self, name: str, prefix: str = ".venv") -> str:
+        """Return what the environment's own Python imports."""
+        command = [str(self.root / prefix / "bin" / "python"), "-c", f"import {name}; print({name}.__version__)"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    @property
+    def log(self) -> str:
+        """The text of setup/create_env.log, "" when there is none."""
+        file = self.root / "setup" / "create_env.log"
+        return file.read_text() if file.exists() else ""
+
+
+@pytest.fixture
+def make_workspace(tmp_path: Path) -> Callable[..., SmallWorkspace]:
+    """Return a function that makes a small workspace below the test's folder."""
+    if sys.platform == "win32":
+        pytest.skip("these tests put programs on PATH as POSIX systems have them")
+
+    def make(name: str = "workspace", with_uv: bool = shutil.which("uv") is not None) -> SmallWorkspace:
+        return SmallWorkspace(tmp_path / name, tmp_path / "machine", with_uv)
+
+    return make

@@ -1,0 +1,557 @@
+"""setup/create_env.py, from what costs nothing to real environments from tiny wheels; no network."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CPU = "https://download.pytorch.org/whl/cpu"
+NO_UV = shutil.which("uv") is None
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def create_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return the script as a module, in a workspace of its own, on a machine without conda and uv."""
+    setup = tmp_path / "here" / "setup"
+    setup.mkdir(parents=True)
+    shutil.copy(REPOSITORY / "template" / "setup" / "create_env.py", setup)
+    (setup / "environment.toml").write_text('manager = "auto"\ndevice = "cpu"\npython = "3.11"\n')
+    (setup / "conda-environment.yml").write_text("name: small\n")
+    for device in ("cpu", "gpu"):
+        (setup / f"requirements-{device}.txt").write_text("small==1.0\ntorch==2.13.0\n")
+    for name in list(os.environ):
+        if name.startswith(("CONDA", "MAMBA", "PIP_", "UV_", "TORCH_")):
+            monkeypatch.delenv(name)
+    (tmp_path / "programs").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "programs"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    spec = importlib.util.spec_from_file_location("workspace_create_env", setup / "create_env.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def program(file: Path, text: str = "#!/bin/sh\n") -> Path:
+    """Write an executable file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    file.chmod(0o755)
+    return file
+
+
+def environments(module: ModuleType, *options: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run main() with a command line."""
+    monkeypatch.setattr(sys, "argv", ["create_env.py", *options])
+    return int(module.main())
+
+
+# ------------------------------------------------------------------------------------------------------- dry runs
+
+
+@pytest.mark.parametrize(
+    ("platform", "device", "index", "activate"),
+    [
+        ("linux", "cpu", "whl/cpu", "source .venv/bin/activate"),
+        ("linux", "gpu", "whl/cu130", "source .venv/bin/activate"),
+        ("win32", "cpu", "whl/cpu", ".venv\\Scripts\\Activate.ps1"),
+        ("win32", "gpu", "whl/cu130", ".venv\\Scripts\\Activate.ps1"),
+        ("darwin", "cpu", None, "source .venv/bin/activate"),
+        ("darwin", "gpu", None, "source .venv/bin/activate"),
+    ],
+)
+def test_a_dry_run_shows_torch_before_the_lock_and_touches_nothing(
+    create_env: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    platform: str,
+    device: str,
+    index: str | None,
+    activate: str,
+) -> None:
+    settings = create_env.SETUP / "environment.toml"
+    settings.write_text(settings.read_text().replace("cpu", device))
+    monkeypatch.setattr(sys, "platform", platform)
+    before = sorted(create_env.ROOT.rglob("*"))
+    assert environments(create_env, "--dry-run", monkeypatch=monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    python = "python.exe" if platform == "win32" else "bin/python"
+    assert "venv (no conda was found)" in lines[0]
+    assert lines[1].endswith(str(create_env.ROOT / ".venv"))
+    assert f"-r {create_env.SETUP / f'requirements-{device}.txt'}" in lines[-4]
+    assert python in lines[-4]
+    torch = [line for line in lines if "torch==2.13.0" in line]
+    assert len(torch) == (0 if index is None else 1)
+    assert all(index in line for line in torch if index)
+    assert lines[-2:] == [f"  {activate}", "  python finetuning/invoke_olive.py --check"]
+    assert sorted(create_env.ROOT.rglob("*")) == before
+
+
+def test_a_dry_run_with_conda_runs_no_conda(
+    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    conda = program(tmp_path / "programs" / "conda", "#!/bin/sh\ntouch ran\n")
+    monkeypatch.chdir(tmp_path)
+    assert environments(create_env, "--dry-run", monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert f"{conda} env create --file {create_env.SETUP / 'conda-environment.yml'}" in out
+    assert "conda activate small" in out
+    assert not (tmp_path / "ran").exists()
+
+
+# ------------------------------------------------------------------------------------------- which manager, and why
+
+
+def test_conda_is_looked_for_in_variables_then_on_path_then_at_home(
+    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert create_env.find_conda("auto") == ("", "venv (no conda was found)")
+    places = [
+        (program(tmp_path / "home/miniconda3/bin/conda"), "conda"),
+        (program(tmp_path / "home/miniforge3/bin/conda"), "conda"),
+        (program(tmp_path / "programs/micromamba"), "micromamba"),
+        (program(tmp_path / "programs/mamba"), "mamba"),
+        (program(tmp_path / "programs/conda"), "conda"),
+        (program(tmp_path / "b/micromamba"), "micromamba"),
+        (program(tmp_path / "a/conda"), "conda"),
+    ]
+    for place, _ in places:
+        place.chmod(0o644)
+    for place, name in places:  # each is preferred to all before it
+        place.chmod(0o755)
+        if place.parent.name in "ab":
+            monkeypatch.setenv("CONDA_EXE" if place.parent.name == "a" else "MAMBA_EXE", str(place))
+        if "home" in place.parts and place.parts[-3] == "miniconda3":
+            continue  # both folders at home are files from the start; Miniforge comes first
+        found, why = create_env.find_conda("auto")
+        assert (found, why.split()[0]) == (str(place), name)
+
+
+def test_a_conda_that_is_gone_is_not_chosen(create_env: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONDA_EXE", "/nowhere/bin/conda")
+    assert create_env.find_conda("auto")[0] == ""
+
+
+@pytest.mark.parametrize("manager", ["conda", "mamba", "micromamba"])
+def test_a_manager_that_was_asked_for_is_never_replaced_by_another(
+    create_env: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    manager: str,
+) -> None:
+    for other in {"conda", "mamba", "micromamba"} - {manager}:
+        program(tmp_path / "programs" / other)
+    assert environments(create_env, "--manager", manager, monkeypatch=monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert f"{manager} was not found" in error and "--manager venv" in error
+
+
+def test_the_manager_none_creates_nothing_and_says_so(
+    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = create_env.SETUP / "environment.toml"
+    settings.write_text(settings.read_text().replace("auto", "none"))
+    assert environments(create_env, monkeypatch=monkeypatch) == 0
+    assert "No environment" in capsys.readouterr().out
+    assert not (create_env.ROOT / ".venv").exists()
+
+
+@pytest.mark.parametrize("options", [["--for", "promptflow"], ["--manager", "poetry"], ["--unknown"]])
+def test_an_unknown_option_is_a_usage_error(
+    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        environments(create_env, *options, monkeypatch=monkeypatch)
+    assert end.value.code == 2
+
+
+# ------------------------------------------------------------------------------ what is checked before anything runs
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("auto", "poetry", 'manager = "poetry" is not one of auto|'),
+        ("cpu", "tpu", 'device = "tpu" is not one of cpu|gpu'),
+        ("3.11", "3", 'python = "3" is not one of 3.11|'),
+        ("manager", "menager", 'manager = "" is not one of auto|'),
+    ],
+)
+def test_an_unknown_setting_is_one_sentence(
+    create_env: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    old: str,
+    new: str,
+    said: str,
+) -> None:
+    settings = create_env.SETUP / "environment.toml"
+    settings.write_text(settings.read_text().replace(old, new, 1))
+    assert environments(create_env, monkeypatch=monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert said in error and "setup/environment.toml" in error and error.count("\n") == 1
+
+
+def test_the_lock_of_another_device_comes_from_copier(
+    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (create_env.SETUP / "requirements-cpu.txt").unlink()
+    assert environments(create_env, monkeypatch=monkeypatch) == 1
+    assert "copier update --data device=cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "free", "fits"), [("cpu", 2.9, False), ("cpu", 3.1, True), ("gpu", 8, False)])
+def test_too_little_disk_is_said_before_anything_is_written(
+    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, device: str, free: float, fits: bool
+) -> None:
+    usage = SimpleNamespace(free=int(free * 2**30))
+    monkeypatch.setattr(create_env.shutil, "disk_usage", lambda _folder: usage)
+    if fits:
+        create_env.check_place(create_env.ROOT / ".venv", device)
+    else:
+        with pytest.raises(create_env.SetupError, match=r"GiB free, the environment needs \d"):
+            create_env.check_place(create_env.ROOT / ".venv", device)
+
+
+def test_a_colon_in_the_path_of_a_venv_is_refused(make_workspace: Make) -> None:
+    workspace = make_workspace("a:b")
+    done = workspace.run()
+    assert done.returncode == 1
+    assert "`:` in its path" in done.stderr and done.stderr.count("\n") == 1
+    assert not (workspace.root / ".venv").exists()
+
+
+def test_a_space_in_the_path_of_a_conda_environment_is_refused(create_env: ModuleType) -> None:
+    with pytest.raises(create_env.SetupError, match="has a space in its path"):
+        create_env.check_place(Path("/opt/my conda/envs/small"), "cpu")
+
+
+def test_a_python_that_is_too_old_for_a_venv_is_named(
+    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    assert environments(create_env, monkeypatch=monkeypatch) == 1
+    assert "the venv needs 3.11 or newer" in capsys.readouterr().err
+
+
+def old_python() -> str:
+    """Return a Python of this machine that is too old for a workspace, "" when there is none."""
+    beside = sorted(str(file) for file in Path(sys.base_prefix).parent.glob("3.*/bin/python"))
+    on_path = [shutil.which(f"python3.{minor}") or "" for minor in range(8, 11)]
+    for python in filter(None, [*beside, *on_path]):
+        code = "import sys; sys.exit(not (3, 8) <= sys.version_info < (3, 11))"
+        if subprocess.run([python, "-c", code], capture_output=True, check=False).returncode == 0:
+            return python
+    return ""
+
+
+def test_an_old_python_reads_the_file_and_says_one_sentence(make_workspace: Make) -> None:
+    python = old_python()
+    if not python:
+        pytest.skip("no Python from 3.8 to 3.10 on this machine")
+    done = make_workspace().run(python=python)
+    assert done.returncode == 1
+    assert "the venv needs 3.11 or newer" in done.stderr and done.stderr.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------- what the caller's variables do
+
+
+def test_what_is_set_for_pip_holds_for_uv_and_what_is_set_for_uv_wins(
+    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program(tmp_path / "programs" / "uv")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://pip.example/simple")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "https://extra.example/simple")
+    monkeypatch.setenv("PIP_FIND_LINKS", "/one /two")
+    command, env = create_env.installer(Path("/python"))
+    assert command[:3] == ["uv", "pip", "install"]
+    assert env["UV_INDEX_URL"] == "https://pip.example/simple"
+    assert env["UV_EXTRA_INDEX_URL"] == "https://extra.example/simple"
+    assert env["UV_FIND_LINKS"] == "/one,/two"
+    monkeypatch.setenv("UV_INDEX_URL", "https://uv.example/simple")
+    assert create_env.installer(Path("/python"))[1]["UV_INDEX_URL"] == "https://uv.example/simple"
+
+
+def test_torch_is_asked_of_its_own_index_alone(create_env: ModuleType) -> None:
+    env = {"PIP_EXTRA_INDEX_URL": "x", "UV_DEFAULT_INDEX": "x", "UV_INDEX": "x", "PIP_PROXY": "p", "PIP_RETRIES": "7"}
+    [(place, options, seen)] = create_env.torch_sources(env, "cpu")
+    assert (place, options) == (CPU, [])
+    assert seen["PIP_INDEX_URL"] == CPU
+    assert not {"PIP_EXTRA_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX"} & set(seen)
+    assert (seen["PIP_PROXY"], seen["PIP_RETRIES"], seen["UV_HTTP_RETRIES"]) == ("p", "7", "1")
+
+
+# ------------------------------------------------------------------------------------------------ real environments
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """Serve a folder as package indexes; yield its address and the folder."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(Quiet, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}", folder
+    server.shutdown()
+    server.server_close()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves files without a word."""
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_an_environment_is_made_of_the_folder_of_wheels_and_then_left_alone(make_workspace: Make) -> None:
+    workspace = make_workspace()
+    done = workspace.run()
+    assert done.returncode == 0, done.stderr
+    assert "torch 2.13.0 from your find-links" in done.stdout
+    assert (workspace.version("torch"), workspace.version("small")) == ("2.13.0+cpu", "1.0")
+    assert workspace.log.count("$ ") == 3  # the venv, torch, the lock
+    assert list((workspace.root / ".venv").glob("lib/*/site-packages/__pycache__/small.*.pyc"))
+    assert done.stdout.splitlines()[-2:] == [
+        "  source .venv/bin/activate",
+        "  python finetuning/invoke_olive.py --check",
+    ]
+
+    log, started = workspace.log, time.monotonic()
+    done = workspace.run()
+    assert "is up to date" in done.stdout and done.returncode == 0
+    assert time.monotonic() - started < 1
+    assert workspace.log == log
+
+
+@pytest.mark.skipif(NO_UV, reason="without uv, the test before this one has run pip")
+def test_pip_does_the_same_where_there_is_no_uv(make_workspace: Make) -> None:
+    workspace = make_workspace(with_uv=False)
+    done = workspace.run()
+    assert done.returncode == 0, done.stderr
+    assert (workspace.version("torch"), workspace.version("small")) == ("2.13.0+cpu", "1.0")
+    assert "-m pip install" in workspace.log and "uv pip" not in workspace.log
+
+
+def test_torch_comes_from_the_index_that_a_variable_names_and_its_password_is_shown_nowhere(
+    make_workspace: Make, index: tuple[str, Path]
+) -> None:
+    workspace = make_workspace()
+    address, folder = index
+    (folder / "torch").mkdir()
+    wheel = next(workspace.wheels.glob("torch-*"))
+    wheel.rename(folder / "torch" / wheel.name)
+    workspace.env["TORCH_INDEX_URL"] = f"http://me:secret@{address}"
+    workspace.env["PIP_INDEX_URL"] = f"http://{address}"
+    del workspace.env["PIP_NO_INDEX"]
+    (folder / "small").mkdir()
+    shutil.copy(workspace.wheels / "small-1.0-py3-none-any.whl", folder / "small")
+    done = workspace.run()
+    assert done.returncode == 0, done.stderr + workspace.log
+    assert f"torch 2.13.0 from http://***@{address} ..." in done.stdout
+    assert workspace.version("torch") == "2.13.0+cpu"
+    assert "secret" not in done.stdout + done.stderr + workspace.log
+
+
+def test_an_index_that_does_not_answer_is_replaced_by_the_callers_own_with_a_word(
+    make_workspace: Make, index: tuple[str, Path]
+) -> None:
+    workspace = make_workspace()
+    address, folder = index
+    for wheel in workspace.wheels.iterdir():
+        (folder / wheel.name.split("-")[0]).mkdir()
+        wheel.rename(folder / wheel.name.split("-")[0] / wheel.name)
+    workspace.env["PIP_INDEX_URL"] = f"http://{address}"
+    del workspace.env["PIP_NO_INDEX"]
+    done = workspace.run()
+    assert done.returncode == 0, done.stderr + workspace.log
+    assert "torch's own index cannot be used" in done.stdout
+    assert workspace.version("torch") == "2.13.0+cpu"
+
+
+def test_a_failure_shows_its_reason_and_the_next_run_finishes(make_workspace: Make) -> None:
+    workspace = make_workspace()
+    wheel = workspace.wheels / "small-1.0-py3-none-any.whl"
+    wheel.rename(workspace.wheels / "away")
+    done = workspace.run("--manager", "venv")
+    assert done.returncode == 1
+    assert "2 locked packages: it failed with" in done.stderr and "small" in done.stderr
+    assert str(workspace.root / "setup" / "create_env.log") in done.stderr
+    assert f"Try again, in {workspace.root}: python setup/create_env.py --manager venv" in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 15
+
+    (workspace.wheels / "away").rename(wheel)
+    assert workspace.run("--manager", "venv").returncode == 0
+    assert workspace.version("small") == "1.0"
+    assert workspace.log.count("-m venv") == 1  # what was there was kept
+
+
+def test_an_interrupted_run_never_passes_for_a_complete_one(make_workspace: Make) -> None:
+    workspace = make_workspace()
+    reached, release = threading.Event(), threading.Event()
+
+    class Hangs(Quiet):
+        def do_GET(self) -> None:
+            reached.set()
+            release.wait(60)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hangs)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    online = {**workspace.env, "PIP_INDEX_URL": f"http://127.0.0.1:{server.server_port}"}
+    del online["PIP_NO_INDEX"]
+    command = [sys.executable, str(workspace.root / "setup" / "create_env.py")]
+    process = subprocess.Popen(command, env=online, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert reached.wait(60)
+    os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does in a terminal
+    _, error = process.communicate(timeout=60)
+    release.set()
+    server.shutdown()
+    server.server_close()
+    assert process.returncode == 130
+    assert "Interrupted: run the same command again" in error and "Traceback" not in error
+
+    done = workspace.run()
+    assert "is up to date" not in done.stdout and done.returncode == 0
+    assert workspace.version("small") == "1.0"
+
+
+@pytest.mark.parametrize("left", ["pyvenv.cfg", "bin/python"])
+def test_half_an_environment_is_repaired(make_workspace: Make, left: str) -> None:
+    workspace = make_workspace()
+    half = workspace.root / ".venv" / left
+    half.parent.mkdir(parents=True)
+    half.symlink_to("/nowhere/python3.11") if left == "bin/python" else half.write_text("home = /nowhere\n")
+    done = workspace.run()
+    assert done.returncode == 0, done.stderr
+    assert workspace.version("torch") == "2.13.0+cpu"
+
+
+def test_a_changed_lock_updates_what_is_there_without_asking_for_torch_again(make_workspace: Make) -> None:
+    workspace = make_workspace()
+    assert workspace.run().returncode == 0
+    (workspace.root / "setup" / "requirements-cpu.txt").write_text("torch==2.13.0\n")
+    done = workspace.run()
+    assert done.returncode == 0, done.stderr
+    assert "torch 2.13.0 from" not in done.stdout and "-m venv" not in workspace.log.rpartition("=====")[2]
+    assert "is up to date" in workspace.run().stdout
+
+
+def test_another_device_gets_another_build_of_the_same_torch(make_workspace: Make, index: tuple[str, Path]) -> None:
+    workspace = make_workspace()
+    address, folder = index
+    assert workspace.run().returncode == 0
+    workspace.env["TORCH_INDEX_URL"] = f"http://{address}"
+    (folder / "torch").mkdir()
+    workspace.make_wheel(folder / "torch", "torch", "2.13.0+cu130")
+    del workspace.env["PIP_NO_INDEX"]
+    small = folder / "small"
+    small.mkdir()
+    shutil.copy(workspace.wheels / "small-1.0-py3-none-any.whl", small)
+    workspace.env["PIP_INDEX_URL"] = f"http://{address}"
+    workspace.configure("venv", "gpu")
+    done = workspace.run()
+    assert done.returncode == 0, done.stderr
+    assert workspace.version("torch") == "2.13.0+cu130"
+
+
+def test_a_workspace_that_was_moved_gets_its_environment_anew(make_workspace: Make) -> None:
+    workspace = make_workspace()
+    assert workspace.run().returncode == 0
+    workspace.root = workspace.root.rename(workspace.root.with_name("moved"))
+    done = workspace.run()
+    assert done.returncode == 0, done.stderr
+    assert "the folder was moved" in done.stdout
+    assert str(workspace.root / ".venv") in (workspace.root / ".venv" / "bin" / "activate").read_text()
+
+
+# ----------------------------------------------------------------------------------- conda, its command line stood in
+
+FAKE_CONDA = f"""#!{sys.executable}
+import json, pathlib, subprocess, sys
+root = pathlib.Path(__file__).resolve().parents[1]
+with (root / "calls").open("a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+if (root / "broken").exists():
+    sys.exit("CondaError: the channel did not answer")
+prefix = root / "envs" / "small"
+if sys.argv[1:3] == ["env", "list"]:
+    print(json.dumps({{"envs": [str(root), *map(str, (root / "envs").glob("*"))]}}))
+elif sys.argv[1:3] == ["env", "create"]:
+    subprocess.run([{sys.executable!r}, "-m", "venv", "--without-pip", str(prefix)], check=True)
+    (prefix / "conda-meta").mkdir()
+"""
+
+
+@pytest.fixture
+def conda(make_workspace: Make) -> Any:
+    """Return a workspace on a machine with a conda; it makes a venv instead of solving, and writes down its calls."""
+    if NO_UV:
+        pytest.skip("the conda stood in makes environments without pip, so uv is needed")
+    workspace = make_workspace()
+    workspace.configure("auto", "cpu")
+    workspace.conda = program(workspace.programs.parent / "conda" / "bin" / "conda", FAKE_CONDA)
+    workspace.env["CONDA_EXE"] = str(workspace.conda)
+    workspace.conda_root = workspace.conda.parents[1]
+    workspace.prefix = workspace.conda_root / "envs" / "small"
+    workspace.calls = lambda: [json.loads(line) for line in (workspace.conda_root / "calls").read_text().splitlines()]
+    return workspace
+
+
+def test_conda_creates_then_is_left_alone_then_updates(conda: Any) -> None:
+    file = str(conda.root / "setup" / "conda-environment.yml")
+    done = conda.run()
+    assert done.returncode == 0, done.stderr
+    assert "with conda (from CONDA_EXE)" in done.stdout and "activate small" in done.stdout
+    assert conda.version("torch", str(conda.prefix)) == "2.13.0+cpu"
+    assert not (conda.root / ".venv").exists()
+    assert ["env", "create", "--file", file] in conda.calls()
+
+    calls = conda.calls()
+    assert "is up to date" in conda.run().stdout
+    assert conda.calls() == calls
+
+    Path(file).write_text("name: small\ndependencies: [python=3.11, pip, git]\n")
+    assert conda.run().returncode == 0
+    assert conda.calls()[-1] == ["env", "update", "--prefix", str(conda.prefix), "--file", file, "--prune"]
+    assert all(call[:2] in (["env", "list"], ["env", "create"], ["env", "update"]) for call in conda.calls())
+    assert not any((Path(conda.env["HOME"])).iterdir())  # no start-up file was written
+
+
+def test_a_conda_that_fails_shows_its_last_words_and_can_be_tried_again(conda: Any) -> None:
+    conda.prefix.mkdir(parents=True)
+    (conda.prefix / "conda-meta").mkdir()
+    (conda.conda_root / "broken").touch()
+    done = conda.run()
+    assert done.returncode == 1
+    assert "CondaError: the channel did not answer" in done.stderr and "Try again" in done.stderr
+    shutil.rmtree(conda.prefix)
+    (conda.conda_root / "broken").unlink()
+    assert conda.run().returncode == 0
+
+
+def test_a_conda_that_cannot_list_its_environments_is_one_sentence(conda: Any) -> None:
+    (conda.conda_root / "broken").touch()
+    done = conda.run()
+    assert done.returncode == 1
+    assert "repair it or use --manager venv" in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,76 @@
+"""The locks pin what their inputs name, for every platform, and name no place to get it from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LOCKS = {
+    REPOSITORY / "locks" / "repository.txt": ["repository.in"],
+    REPOSITORY / "template" / "setup" / "requirements-cpu.txt": ["workspace-cpu.in"],
+    REPOSITORY / "template" / "setup" / "requirements-gpu.txt": ["workspace-cpu.in", "workspace-gpu.in"],
+}
+CPU, GPU = list(LOCKS)[1:]
+CUDA = ("nvidia-", "cuda-", "triton", "bitsandbytes")
+
+every_lock = pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins(lock: Path) -> list[tuple[str, str, str]]:
+    """Return name, version and marker of each line."""
+    lines = lock.read_text().splitlines()[1:]
+    parts = [re.fullmatch(r"([a-z0-9-]+)==([^ ;+]+)(?: ; (.+))?", line) for line in lines]
+    assert all(parts), [line for line, part in zip(lines, parts, strict=True) if not part]
+    return [(part[1], part[2], part[3] or "") for part in parts if part]
+
+
+@every_lock
+def test_a_lock_is_pins_alone_without_an_address_or_a_local_version(lock: Path) -> None:
+    assert lock.read_text().startswith("# made by make lock; do not edit\n")
+    assert len(pins(lock)) > 10
+
+
+@every_lock
+def test_a_lock_has_all_that_its_inputs_name_at_their_versions(lock: Path) -> None:
+    locked = {(name, version) for name, version, _ in pins(lock)}
+    names = {name for name, _ in locked}
+    for source in LOCKS[lock]:
+        for line in (REPOSITORY / "locks" / source).read_text().splitlines():
+            if line and not line.startswith(("#", "-r")):
+                name, _, version = line.partition(" ;")[0].strip().partition("==")
+                assert canonical(name) in names, f"make lock: {name} is not in {lock.name}"
+                assert not version or (canonical(name), version) in locked, f"make lock: {line} is not in {lock.name}"
+
+
+@every_lock
+def test_a_package_is_pinned_twice_only_for_different_pythons(lock: Path) -> None:
+    markers: dict[str, list[str]] = {}
+    for name, _, marker in pins(lock):
+        markers.setdefault(name, []).append(marker)
+    for name, several in markers.items():
+        assert len(several) == 1 or all("python_full_version" in marker for marker in several), name
+
+
+def test_the_cpu_lock_has_nothing_of_cuda() -> None:
+    assert not [name for name, _, _ in pins(CPU) if name.startswith(CUDA)]
+
+
+def test_the_gpu_lock_adds_cuda_and_bitsandbytes_to_the_same_versions() -> None:
+    assert set(pins(CPU)) < set(pins(GPU))
+    more = {name: marker for name, _, marker in set(pins(GPU)) - set(pins(CPU))}
+    assert {"bitsandbytes", "cuda-toolkit", "nvidia-cudnn-cu13", "triton"} <= set(more)
+    assert all(name.startswith(CUDA) for name in more)
+    assert all("sys_platform == 'linux'" in marker for marker in more.values())  # macOS and Windows need none of CUDA's
+
+
+def test_the_index_of_torch_has_the_cuda_that_the_gpu_lock_has() -> None:
+    [cuda] = {version for name, version, _ in pins(GPU) if name == "cuda-toolkit"}
+    script = (REPOSITORY / "template" / "setup" / "create_env.py").read_text()
+    assert f"whl/cu{''.join(cuda.split('.')[:2])}" in script

@@ -1,0 +1,171 @@
+"""The report of a run: one page that needs no network, and shows what run.json and the Trainer's log say."""
+
+from __future__ import annotations
+
+import base64
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PNG = b"\x89PNG\r\n\x1a\n"
+HISTORY = [
+    {"step": 5, "loss": 2.5, "learning_rate": 0.004},
+    {"step": 5, "eval_loss": 2.25, "eval_runtime": 0.1},
+    {"step": 10, "loss": 1.5, "learning_rate": 0.002},
+    {"step": 10, "eval_loss": 1.75, "eval_runtime": 0.1},
+    {"step": 10, "train_loss": 2.0, "train_runtime": 3.0},
+]
+
+
+class Page(HTMLParser):
+    """The tags, their attributes and the text of a page, as a browser reads them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data.strip())
+
+    def one(self, tag: str) -> dict[str, str | None]:
+        (attributes,) = [attributes for name, attributes in self.tags if name == tag]
+        return attributes
+
+
+def run_json(**changes: Any) -> dict[str, Any]:
+    """What models/run.json says after a run."""
+    return {
+        "base_model": "models/demo",
+        "revision": None,
+        "method": "lora",
+        "adapter": "models/adapter",
+        "system_prompt": "",
+        "dtype": "float32",
+        "packages": {"olive-ai": "0.13.0", "torch": "2.13.0"},
+        "metrics": {
+            "before": {"eval_loss": 2.4, "perplexity": 11.0232, "accuracy": 0.25},
+            "after": {"eval_loss": 1.75, "perplexity": 5.7546, "accuracy": 0.975},
+        },
+        "examples": [
+            {"question": "We won!", "expected": "joy", "before": "anger", "after": " joy\n"},
+            {"question": "Boo!", "expected": "fear", "before": "", "after": "fears"},
+        ],
+        "timings": {"training": 11.65},
+        "seconds": 30.82,
+        "finished": "2026-01-31T12:00:00+00:00",
+    } | changes
+
+
+def write(workspace: Path, folder: Path, run: dict[str, Any], history: list[dict[str, float]] = HISTORY) -> Page:
+    """Write a report with the workspace's own code, and read it."""
+    from report import write_report
+
+    path = write_report(run, history, folder)
+    assert path == folder / "index.html"
+    return Page(path)
+
+
+def test_the_page_holds_everything_it_shows(workspace: Path, tmp_path: Path) -> None:
+    page = write(workspace, tmp_path / "report", run_json())
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    addresses = [
+        value
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        if name in {"src", "srcset", "href", "action", "data", "poster"}
+    ]
+    plots = [base64.b64decode(str(address).removeprefix("data:image/png;base64,")) for address in addresses]
+    assert len(plots) == 2 and all(plot.startswith(PNG) for plot in plots)  # for dark and for light screens
+    assert (tmp_path / "report" / "loss.png").read_bytes() == plots[1] != plots[0]
+    text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "url(" not in text and "@import" not in text
+
+
+def test_figures_before_and_after_stand_side_by_side(workspace: Path, tmp_path: Path) -> None:
+    page = write(workspace, tmp_path / "report", run_json())
+    assert {"25.0% → 97.5%", "2.4000 → 1.7500", "11.02 → 5.75"} <= set(page.texts)
+
+
+def test_answers_are_marked_in_words_and_count_as_the_accuracy_does(workspace: Path, tmp_path: Path) -> None:
+    page = write(workspace, tmp_path / "report", run_json())
+    shown = [
+        text for text in page.texts if text in {"✓ exact", "✗ differs", "joy", "anger", "(empty)", "fear", "fears"}
+    ]
+    assert shown == [
+        "joy",
+        "✗ differs",
+        "anger",
+        "✓ exact",
+        "joy",
+        "fear",
+        "✗ differs",
+        "(empty)",
+        "✗ differs",
+        "fears",
+    ]
+
+
+def test_every_fact_of_the_run_is_in_the_page(workspace: Path, tmp_path: Path) -> None:
+    page = write(workspace, tmp_path / "report", run_json(data={"train rows": 800}, note="kept"))
+    following = dict(zip(page.texts, page.texts[1:], strict=False))
+    expected = {"olive-ai": "0.13.0", "torch": "2.13.0", "training": "11.65", "train rows": "800", "note": "kept"}
+    assert {name: following.get(name) for name in expected} == expected
+    assert following["revision"] == following["system prompt"] == "–"
+
+
+def test_the_plot_is_described_for_those_who_do_not_see_it(workspace: Path, tmp_path: Path) -> None:
+    page = write(workspace, tmp_path / "report", run_json())
+    assert page.one("img")["alt"] == (
+        "Training loss: 2.500 at step 5, 1.500 at step 10. Held-out loss: 2.250 at step 5, 1.750 at step 10."
+    )
+
+
+def test_both_curves_are_in_the_plot(workspace: Path, tmp_path: Path) -> None:
+    plots = set()
+    for number, left_out in enumerate(("nothing", "loss", "eval_loss")):
+        history = [{key: value for key, value in entry.items() if key != left_out} for entry in HISTORY]
+        write(workspace, tmp_path / str(number), run_json(), history)
+        plots.add((tmp_path / str(number) / "loss.png").read_bytes())
+    assert len(plots) == 3
+
+
+def test_a_run_without_losses_or_questions_has_a_report(workspace: Path, tmp_path: Path) -> None:
+    page = write(workspace, tmp_path / "report", run_json(examples=[]), history=[])
+    assert page.one("img")["alt"] == "Training loss: not reported. Held-out loss: not reported."
+    assert "2.4000 → 1.7500" in page.texts
+    assert "25.0% → 97.5%" not in page.texts
+
+
+@pytest.mark.parametrize("text", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }} & <b>"])
+def test_what_a_model_or_a_row_says_is_text_and_never_markup(workspace: Path, tmp_path: Path, text: str) -> None:
+    usual = write(workspace, tmp_path / "usual", run_json())
+    example = {"question": text, "expected": text, "before": text, "after": text}
+    run = run_json(base_model=text, system_prompt=text, examples=[example] * 2, packages={text: text, "torch": text})
+    page = write(workspace, tmp_path / "report", run)
+    assert sorted(tag for tag, _ in page.tags if tag not in {"i", "th", "td", "tr"}) == sorted(
+        tag for tag, _ in usual.tags if tag not in {"i", "th", "td", "tr"}
+    )
+    assert page.texts.count(text) == 2 + 1 + 2 * 4 + 3  # heading and facts, system prompt, examples, packages
+
+
+def test_a_report_that_fails_leaves_the_last_one(workspace: Path, tmp_path: Path) -> None:
+    write(workspace, tmp_path / "report", run_json())
+    before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    with pytest.raises(KeyError):
+        write(workspace, tmp_path / "report", {**run_json(), "metrics": {}}, HISTORY[:1])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
+    assert set(before) == {"index.html", "loss.png"}
+
+
+def test_a_new_report_takes_the_place_of_the_last_one(workspace: Path, tmp_path: Path) -> None:
+    write(workspace, tmp_path / "report", run_json())
+    page = write(workspace, tmp_path / "report", run_json(base_model="microsoft/phi-2"))
+    assert "microsoft/phi-2" in page.texts and "models/demo" not in page.texts
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"index.html", "loss.png"}
