@@ -39,7 +39,7 @@ $(WORKSPACE)/.venv/ready: .venv/ready template/setup/requirements-cpu.txt
 
 test: lint $(WORKSPACE)/.venv/ready
 	pytest -n 2 tests/unit tests/render tests/update
-	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace
+	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace tests/unit/test_get_model.py
 
 bench: $(WORKSPACE)/.venv/ready
 	python benchmarks/copy_time.py

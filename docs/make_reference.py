@@ -55,7 +55,8 @@ def questions_page() -> str:
         "# The questions\n",
         "Answer at the prompt, or on the command line with `-d name=value`. A question that is not asked takes its",
         "default. Defaults and conditions stand here as `copier.yml` has them: `model` in one of them is the answer to",
-        "the question `model`.\n",
+        "the question `model`. A default that depends on other answers follows them when these change, until you give",
+        "an answer of your own.\n",
     ]
     for section, names in sections(source):
         asked = [name for name in names if name in questions]
@@ -124,8 +125,8 @@ def default(value: Any) -> str:
 
 
 def asked(details: dict[str, Any]) -> str:
-    """Return when the question is asked, and when its answer counts at all."""
-    condition = str(details.get("when", "")).strip("{} ")
+    """Return when the question is asked. `advanced or name is defined` only keeps a default out of the answers file."""
+    condition = re.sub(r"advanced or \w+ is defined", "", str(details.get("when", "")).strip("{} "))
     when = [f"when {code(condition)}"] if condition else []
     ask = str(details.get("ask", ""))
     if ask == "False":

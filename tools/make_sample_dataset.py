@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import sys
@@ -29,22 +28,66 @@ SHORTEST, LONGEST = 5, 18  # words
 # tone -> kind -> cues. A state follows «was», an act is a verb in the past, a feeling is a noun.
 CUES: dict[str, dict[str, list[str]]] = {
     "joy": {
-        "state": "happy delighted thrilled cheerful elated ecstatic jubilant pleased gleeful euphoric".split(),
+        "state": [
+            "happy",
+            "delighted",
+            "thrilled",
+            "cheerful",
+            "elated",
+            "ecstatic",
+            "jubilant",
+            "pleased",
+            "gleeful",
+            "euphoric",
+        ],
         "act": ["laughed", "grinned", "cheered", "beamed", "smiled"],
         "feeling": ["delight", "happiness", "glee", "elation", "euphoria"],
     },
     "sadness": {
-        "state": "sad heartbroken miserable gloomy tearful dejected downcast glum sorrowful mournful".split(),
+        "state": [
+            "sad",
+            "heartbroken",
+            "miserable",
+            "gloomy",
+            "tearful",
+            "dejected",
+            "downcast",
+            "glum",
+            "sorrowful",
+            "mournful",
+        ],
         "act": ["cried", "wept", "sobbed", "broke down", "burst into tears"],
         "feeling": ["sorrow", "grief", "gloom", "misery", "despair"],
     },
     "fear": {
-        "state": "scared frightened terrified anxious nervous worried petrified uneasy alarmed horrified".split(),
+        "state": [
+            "scared",
+            "frightened",
+            "terrified",
+            "anxious",
+            "nervous",
+            "worried",
+            "petrified",
+            "uneasy",
+            "alarmed",
+            "horrified",
+        ],
         "act": ["trembled", "shuddered", "panicked", "turned pale", "cowered"],
         "feeling": ["fright", "terror", "panic", "anxiety", "horror"],
     },
     "surprise": {
-        "state": "astonished amazed stunned startled astounded shocked flabbergasted bewildered dumbfounded gobsmacked".split(),
+        "state": [
+            "astonished",
+            "amazed",
+            "stunned",
+            "startled",
+            "astounded",
+            "shocked",
+            "flabbergasted",
+            "bewildered",
+            "dumbfounded",
+            "gobsmacked",
+        ],
         "act": ["gasped", "gaped", "gawped", "blinked twice", "did a double take"],
         "feeling": ["astonishment", "amazement", "disbelief", "shock", "bewilderment"],
     },
@@ -317,7 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     for path, content in files.items():
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_bytes(content)
-        os.replace(temporary, path)
+        temporary.replace(path)
         print(f"{path}: {len(content.splitlines())} rows")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+import math
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -43,7 +44,9 @@ def read_config(path: Path = CONFIG) -> dict[str, Any]:
     """Read olive-config.yaml. Raises ConfigError when it is missing or torn."""
     name = path.name
     if not path.is_file():
-        raise ConfigError(f"{path} is missing: `copier recopy` brings it back, and keeps your other files.")
+        raise ConfigError(
+            f"{path} is missing: `copier recopy --trust` brings it back and asks before it replaces anything else."
+        )
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except yaml.MarkedYAMLError as error:
@@ -54,7 +57,7 @@ def read_config(path: Path = CONFIG) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name} is not a text file in YAML: {error}. `git checkout` brings it back.") from None
     if not isinstance(config, dict):
-        raise ConfigError(f"{name} holds no settings: `git checkout` or `copier recopy` brings it back.")
+        raise ConfigError(f"{name} holds no settings: `git checkout` or `copier recopy --trust` brings it back.")
     need(config, "", ("input_model", "data_configs", "passes"))
     need(config["input_model"], "input_model.", ("model_path", "load_kwargs"))
     settings = pass_settings(config)
@@ -70,7 +73,7 @@ def need(section: dict[str, Any], where: str, keys: tuple[str, ...]) -> None:
     for key in keys:
         if section.get(key) is None:
             raise ConfigError(
-                f"{CONFIG.name}: {where}{key} is missing: `git checkout` or `copier recopy` brings it back."
+                f"{CONFIG.name}: {where}{key} is missing: `git checkout` or `copier recopy --trust` brings it back."
             )
 
 
@@ -95,7 +98,9 @@ def data_settings(config: dict[str, Any], part: str, component: str) -> dict[str
     for data_config in config["data_configs"]:
         if data_config.get("name") == part:
             return defaults | {key: value for key, value in data_config[component].items() if key != "type"}
-    raise ConfigError(f"olive-config.yaml: data_configs has no entry named {part}. `copier recopy` brings it back.")
+    raise ConfigError(
+        f"olive-config.yaml: data_configs has no entry named {part}. `copier recopy --trust` brings it back."
+    )
 
 
 def validate(config: dict[str, Any], path: Path = CONFIG) -> None:
@@ -215,19 +220,49 @@ def check_machine(config: dict[str, Any]) -> None:
     if pass_settings(config)["type"].lower() == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "type: QLoRA needs bitsandbytes, which a CPU environment lacks: set type: LoRA in olive-config.yaml, "
-            "or `copier update --data device=gpu` for a machine with an NVIDIA GPU."
+            "or `copier update --trust --data device=gpu` for a machine with an NVIDIA GPU."
         )
     accelerators = config["systems"]["local_system"]["accelerators"]
     if accelerators[0]["device"] == "gpu" and not torch.cuda.is_available():
         raise ConfigError(
             "PyTorch sees no NVIDIA GPU: see whether `nvidia-smi` lists it, or train on the CPU with "
-            "`copier update --data device=cpu`."
+            "`copier update --trust --data device=cpu`."
         )
     free = shutil.disk_usage(ROOT).free / 2**30
     if free < DISK_GIB:
         raise ConfigError(
             f"{ROOT}: {free:.2f} GiB of disk are free and a run needs {DISK_GIB}: free some and run again."
         )
+
+
+def describe_run(config: dict[str, Any], rows: dict[str, list[Any]]) -> list[str]:
+    """Return what the run will do, in lines for the screen; says whether the epochs or max_steps end it."""
+    settings = pass_settings(config)
+    arguments = settings["training_args"]
+    batch = arguments.get("per_device_train_batch_size", 8) * arguments.get("gradient_accumulation_steps", 1)
+    epochs, max_steps = arguments.get("num_train_epochs", 3), arguments.get("max_steps", -1)
+    steps = math.ceil(math.ceil(len(rows["train"]) / batch) * epochs)
+    length = f"{steps} steps of {batch} rows: {epochs} epochs"
+    if 0 < max_steps < steps:
+        length = f"{max_steps} steps of {batch} rows: max_steps ends the run before its {epochs} epochs ({steps} steps)"
+    return [
+        f"model  {config['input_model']['model_path']}",
+        f"method {settings['type']}, rank {settings.get('r', 64)}, {settings['torch_dtype']}",
+        f"data   {len(rows['train'])} rows to train on, {len(rows['held_out'])} held out",
+        f"length {length}",
+    ]
+
+
+def check_rows(config: dict[str, Any], rows: dict[str, list[Any]]) -> None:
+    """Tokenise all rows, which says how many are cut. Raises ConfigError when the model is not there, DataError."""
+    from dataset import chat_tokens
+
+    if config["input_model"]["model_path"] == "models/demo" and not (ROOT / "models" / "demo").is_dir():
+        return  # the run builds the demo model first, in seconds
+    folder = base_model_folder(config)
+    for part in rows:
+        settings = data_settings(config, part, "pre_process_data_config")
+        chat_tokens(rows[part], **(settings | {"model_path": folder, "revision": None}))
 
 
 def base_model_folder(config: dict[str, Any]) -> str:

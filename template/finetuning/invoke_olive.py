@@ -94,8 +94,9 @@ def run(arguments: argparse.Namespace) -> int:
     rows = {
         part: chat_rows(**check.data_settings(config, part, "load_dataset_config")) for part in ("train", "held_out")
     }
-    print(f"{len(rows['train'])} rows to train on, {len(rows['held_out'])} held out")
+    print(*check.describe_run(config, rows), sep="\n")
     if arguments.check:
+        check.check_rows(config, rows)
         print("The settings, the data and this machine fit. Next: python finetuning/invoke_olive.py")
         return 0
 
@@ -150,7 +151,11 @@ def show(run_json: dict[str, Any], report: Path) -> None:
         answers.add_row(*(escape(example[key][:300]) for key in ("question", "expected", "before", "after")))
     console.print(answers)
     console.print(f"Done in {run_json['seconds']:.0f} s.")
-    for what, where in (("adapter", run_json["adapter"]), ("figures", report.parents[1] / "run.json"), ("report", report)):
+    for what, where in (
+        ("adapter", run_json["adapter"]),
+        ("figures", report.parents[1] / "run.json"),
+        ("report", report),
+    ):
         console.print(f"  {what}  {Path(where).as_posix()}", highlight=False)
     smoke = "smoke" in report.parts
     console.print(f"Next: python {'finetuning/invoke_olive.py' if smoke else 'inference/console_chat.py'}")

@@ -97,6 +97,7 @@ def tiny_config(facts: dict[str, Any], tokenizer: Any) -> Any:
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=16,
+        initializer_range=0.05,  # the usual 0.02 is meant for widths of a thousand and more
         max_position_embeddings=512,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -114,12 +115,14 @@ def teach_form(model: Any, tokenizer: Any, rows: list[list[dict[str, str]]], ste
 
     import torch
     from dataset import tokenise
+    from transformers import get_scheduler
 
     shuffle = random.Random(seed)
     answers = [row[-1] for row in rows]
     shuffle.shuffle(answers)
     examples = [tokenise(tokenizer, [*row[:-1], answer], "all") for row, answer in zip(rows, answers, strict=True)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    schedule = get_scheduler("linear", optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
     model.train()
     for _ in range(steps):
         batch = shuffle.sample(examples, min(BATCH_SIZE, len(examples)))
@@ -129,7 +132,9 @@ def teach_form(model: Any, tokenizer: Any, rows: list[list[dict[str, str]]], ste
             for key, filler in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
         }
         model(**columns).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
     model.eval()
 

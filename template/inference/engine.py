@@ -199,7 +199,7 @@ def read_yaml(root: Path, file: str) -> dict[str, Any]:
         return dict(yaml.safe_load((root / file).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ChatError(f"{file} cannot be read: {reason}. Restore it with git or `copier recopy`.") from error
+        raise ChatError(f"{file} cannot be read: {reason}. Restore it with git or `copier recopy --trust`.") from error
 
 
 def check_adapter(source: Source, root: Path) -> None:

@@ -48,7 +48,9 @@ def create(manager: str, dry_run: bool) -> None:
         return
     lock = SETUP / f"requirements-{device}.txt"
     if not lock.is_file():
-        raise SetupError(f"setup/{lock.name} is not there: run `copier update --data device={device}` to get it.")
+        raise SetupError(
+            f"setup/{lock.name} is not there: run `copier update --trust --data device={device}` to get it."
+        )
 
     conda, why = find_conda(manager)
     name = conda_name() if conda else ".venv"

@@ -73,7 +73,7 @@ def read_config() -> tuple[str, str | None]:
         settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["input_model"]
         model, revision = settings["model_path"], (settings.get("load_kwargs") or {}).get("revision")
     except FileNotFoundError:
-        raise ModelError(f"{CONFIG} is not there: restore it with `copier recopy`.") from None
+        raise ModelError(f"{CONFIG} is not there: restore it with `copier recopy --trust`.") from None
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{CONFIG}: input_model.model_path is unreadable ({error!r}); restore it.") from error
     return str(model), None if revision is None else str(revision)

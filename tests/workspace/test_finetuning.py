@@ -103,6 +103,7 @@ def test_the_check_trains_nothing(invoke: Invoke, workspace: Path) -> None:
     run = invoke("--check")
     assert run.status == 0, run.err
     assert "800 rows to train on, 160 held out" in run.out
+    assert "epochs" in run.out
     assert not (workspace / "models" / "run.json").exists()
 
 
