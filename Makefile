@@ -38,8 +38,9 @@ $(WORKSPACE)/.venv/ready: .venv/ready template/setup/requirements-cpu.txt
 	@touch $@
 
 test: lint $(WORKSPACE)/.venv/ready
-	pytest -n 2 tests/unit tests/render tests/update
-	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace tests/unit/test_get_model.py
+	pytest -n 2 tests/unit tests/render tests/update --ignore tests/unit/test_get_model.py
+	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_get_model.py
+	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace
 
 bench: $(WORKSPACE)/.venv/ready
 	python benchmarks/copy_time.py

@@ -216,7 +216,7 @@ def test_the_lock_of_another_device_comes_from_copier(
 ) -> None:
     (create_env.SETUP / "requirements-cpu.txt").unlink()
     assert environments(create_env, monkeypatch=monkeypatch) == 1
-    assert "copier update --data device=cpu" in capsys.readouterr().err
+    assert "copier update --trust --data device=cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("device", "free", "fits"), [("cpu", 2.9, False), ("cpu", 3.1, True), ("gpu", 8, False)])
