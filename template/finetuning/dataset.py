@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import string
 import sys
@@ -18,6 +19,8 @@ from typing import Any
 import yaml
 
 MODEL_FACTS = Path(__file__).resolve().parents[1] / "setup" / "model.yaml"
+# a variable of the chat template: models that can think aloud (Qwen3, SmolLM3) learn and give the answer alone
+NO_THINKING = {"enable_thinking": False}
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -223,7 +226,7 @@ def with_system(messages: list[Message], system_prompt: str | None) -> list[Mess
 
 def tokenise(tokenizer: Any, messages: list[Message], train_on: str) -> dict[str, list[int]]:
     """Tokenise one conversation with the tokenizer's own chat template."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **NO_THINKING)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoded["input_ids"]
     if train_on == "all":
@@ -250,15 +253,17 @@ def answer_spans(tokenizer: Any, messages: list[Message], text: str) -> list[tup
     for i, turn in enumerate(messages):
         if turn["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True) if i else ""
+        options = {"tokenize": False, "add_generation_prompt": True, **NO_THINKING}
+        prompt = tokenizer.apply_chat_template(messages[:i], **options) if i else ""
         content = turn["content"].strip()
-        start = len(before) if text.startswith(before) else -1
-        end = text.find(content, start) + len(content) if start >= 0 else -1
-        if end < start or start < 0:
+        start = len(os.path.commonprefix([text, prompt]))  # noqa: RUF071 - of any texts, not of paths
+        found = text.find(content, start)
+        # a template may shorten earlier turns (Qwen3 drops their empty thoughts), but must not change the rest
+        if found < 0 or (start < len(prompt) and text[start:found].strip()):
             raise DataError(
-                "the chat template changes earlier turns, so the answers cannot be found: set train_on: all."
+                "the chat template changes earlier turns, so that the answers cannot be found: set train_on: all."
             )
-        spans.append((start, end))
+        spans.append((start, found + len(content)))
     return spans
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from check import data_settings, pass_settings
-from dataset import IGNORED, Message, load_tokenizer, tokenise, with_system
+from dataset import IGNORED, NO_THINKING, Message, load_tokenizer, tokenise, with_system
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
@@ -103,11 +103,20 @@ def generate(
     model: Any, tokenizer: Any, conversations: list[list[Message]], batch_size: int, stop: list[int]
 ) -> list[str]:
     """Answer the last turn of each conversation, greedily, in batches. Returns the texts without special tokens."""
-    prompts = [
-        tokenizer.apply_chat_template(row[:-1], add_generation_prompt=True, return_dict=False) for row in conversations
-    ]
+    from transformers import GenerationConfig
+
+    options = {"add_generation_prompt": True, "return_dict": False, **NO_THINKING}
+    prompts = [tokenizer.apply_chat_template(row[:-1], **options) for row in conversations]
     expected = [tokenizer(row[-1]["content"], add_special_tokens=False)["input_ids"] for row in conversations]
     longest = max(map(len, expected), default=0)
+    # not the model's own settings: they may draw at random, or punish repetition
+    settings = GenerationConfig(
+        max_new_tokens=longest + 8,  # an answer that runs on is wrong, however long it gets
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.generation_config = settings
     answers: list[str] = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -115,11 +124,7 @@ def generate(
         output = model.generate(
             input_ids=ids,
             attention_mask=pad([[1] * len(prompt) for prompt in batch], 0, side="left").to(model.device),
-            max_new_tokens=longest + 8,  # an answer that runs on is wrong, however long it gets
-            do_sample=False,
             use_cache=True,
-            eos_token_id=stop,
-            pad_token_id=tokenizer.pad_token_id,
         )
         answers += tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return answers

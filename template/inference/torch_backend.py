@@ -91,7 +91,8 @@ class TorchBackend:
     def encode(self, messages: list[Message]) -> list[int]:
         """Render messages with the chat template and tokenise them, as the training did. Raises ChatError."""
         try:
-            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            options = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False}
+            return list(self.tokenizer.apply_chat_template(messages, **options))
         except TemplateError as error:
             raise ChatError(f"The model's chat template does not take this conversation: {error}.") from error
 

@@ -162,6 +162,29 @@ def test_what_is_asked_later_is_tokenised_as_what_was_trained(dataset: Any, samp
     assert dataset.tokenise(tokenizer, CONVERSATION, "responses")["input_ids"][: len(asked)] == asked
 
 
+def test_a_model_that_thinks_learns_the_answer_alone_in_every_turn(dataset: Any, sample: Any) -> None:
+    import tiny_model
+
+    # as Qwen3 does it: an empty thought before the last answer only, and in the prompt when thinking is off
+    template = """{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.role == 'assistant' and loop.last %}<think>
+
+</think>
+
+{% endif %}{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+    facts = {**FAMILIES["chatml"], "chat_template": template}
+    tokenizer = tiny_model.build_tokenizer(facts, sample)
+    labels = dataset.tokenise(tokenizer, CONVERSATION, "responses")["labels"]
+    learnt = tokenizer.decode([label for label in labels if label != dataset.IGNORED])
+    assert learnt == "I am glad.<|im_end|>joy\n\nmore  of it<|im_end|>"
+
+
 def test_rows_that_are_too_long_are_cut_and_counted(
     dataset: Any, workspace: Path, sample: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
