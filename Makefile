@@ -37,7 +37,13 @@ $(WORKSPACE)/.venv/ready: .venv/ready template/setup/requirements-cpu.txt
 	python $(WORKSPACE)/setup/create_env.py --manager venv
 	@touch $@
 
-test: lint $(WORKSPACE)/.venv/ready
+# QLoRA's library is tried on the CPU too, beside the environment: the CPU's lock goes without it.
+.cache/bitsandbytes/ready: .venv/ready template/setup/requirements-gpu.txt
+	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/bitsandbytes \
+	  $$(grep -o '^bitsandbytes==[^ ]*' template/setup/requirements-gpu.txt)
+	@touch $@
+
+test: lint $(WORKSPACE)/.venv/ready .cache/bitsandbytes/ready
 	pytest -n 2 tests/unit tests/render tests/update --ignore tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run, catalogue
+from conftest import REPOSITORY, Run, catalogue
 
 Invoke = Callable[..., Run]
 SHORT = {"max_steps": 20}
@@ -250,3 +251,41 @@ def test_the_smoke_run_works_for_every_model_of_the_catalogue(
     assert run.status == 0, run.err
     assert run.json["metrics"]["after"]["eval_loss"] != run.json["metrics"]["before"]["eval_loss"]
     assert (results.read_bytes() if results.exists() else None) == before, "a smoke run touches no result"
+
+
+def test_qlora_trains_and_chats_in_four_bits(workspace: Path, renders: Path) -> None:
+    four_bits = REPOSITORY / ".cache" / "bitsandbytes"
+    if not (four_bits / "bitsandbytes").is_dir():
+        pytest.skip("bitsandbytes is not in .cache: `make test` puts it there")
+    config = (renders / "demo-qlora" / "finetuning" / "olive-config.yaml").read_text(encoding="utf-8")
+    for gpu, cpu in (("paged_adamw_8bit", "adamw_torch"), ("device: gpu", "device: cpu"), ("bfloat16", "float32")):
+        assert gpu in config
+        config = config.replace(gpu, cpu)
+    path = workspace / "finetuning" / "olive-config.yaml"
+    original = path.read_text(encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(four_bits)}  # not in the lock for the CPU: it starts slowly
+
+    def script(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=workspace, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    try:
+        path.write_text(config, encoding="utf-8")
+        script("finetuning/invoke_olive.py", "--fresh")
+        run = json.loads((workspace / "models" / "run.json").read_text(encoding="utf-8"))
+        example = run["examples"][0]
+        answer = script("inference/console_chat.py", "--prompt", example["question"])
+    finally:
+        path.write_text(original, encoding="utf-8")
+    assert run["method"] == "qlora"
+    assert run["metrics"]["after"]["accuracy"] > run["metrics"]["before"]["accuracy"] + 0.3
+    assert answer.strip() == example["after"]
+
+
+def test_the_workspace_s_own_tests_pass(workspace: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q"], cwd=workspace, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout
