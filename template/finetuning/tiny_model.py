@@ -44,6 +44,8 @@ def build(
     tokenizer = build_tokenizer(facts, rows)
     config = tiny_config(facts, tokenizer)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # rare words must be told apart from the start: fine-tuning does not move the embeddings
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.2)
     teach_form(model, tokenizer, rows, steps, seed)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
