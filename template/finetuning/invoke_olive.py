@@ -8,6 +8,7 @@ python finetuning/invoke_olive.py --smoke    the same run on a tiny replica of t
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import logging
 import os
@@ -36,6 +37,7 @@ def main() -> int:
     os.chdir(ROOT)  # the paths in olive-config.yaml are relative to the workspace
     quiet()
     leave_out("torchmetrics")
+    gc.disable()  # the imports make a million objects that stay: not worth looking through again and again
     try:
         return run(arguments)
     except KeyboardInterrupt:
@@ -117,6 +119,8 @@ def run(arguments: argparse.Namespace) -> int:
     from report import write_report
     from train import train
 
+    gc.freeze()
+    gc.enable()
     run_json = describe(config, rows, folder, results)
     use_folder(config, folder)
     run_folder = results / "checkpoints" / f"{run_json['config_sha256'][:8]}-{run_json['dataset_sha256'][:8]}"
