@@ -18,7 +18,9 @@ from typing import Any
 
 import yaml
 
-MODEL_FACTS = Path(__file__).resolve().parents[1] / "setup" / "model.yaml"
+ROOT = Path(__file__).resolve().parents[1]
+MODEL_FACTS = ROOT / "setup" / "model.yaml"
+CACHE = ROOT / "models" / "cache"
 # a variable of the chat template: models that can think aloud (Qwen3, SmolLM3) learn and give the answer alone
 NO_THINKING = {"enable_thinking": False}
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
@@ -83,7 +85,8 @@ def read(file: str | None, dataset_name: str | None, dataset_split: str) -> list
     if builder is None:
         raise DataError(f"{file} has an unknown ending: use one of {', '.join(BUILDERS)}.")
     try:
-        return list(load_dataset(builder, data_files=str(path), split="train"))
+        # the copy that `datasets` makes of the rows stays in the workspace
+        return list(load_dataset(builder, data_files=str(path), split="train", cache_dir=str(CACHE)))
     except Exception as error:
         cause = str(error.__cause__ or error).splitlines()[0]
         raise DataError(f"{file} cannot be read as {builder}: {cause}. Repair or replace the file.") from error

@@ -70,6 +70,7 @@ def quiet() -> None:
     os.environ.update(
         OLIVE_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_TELEMETRY="1", ORT_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1"
     )
+    os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # `datasets` counts every file that it reads, also a local one
     for name, value in (
         ("CI", "1"),
         ("TOKENIZERS_PARALLELISM", "false"),
@@ -79,7 +80,8 @@ def quiet() -> None:
     ):
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("olive").setLevel(logging.ERROR)
+    for library in ("olive", "matplotlib"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def leave_out(package: str) -> None:
@@ -171,7 +173,7 @@ def show(run_json: dict[str, Any], report: Path) -> None:
         ("figures", report.parents[1] / "run.json"),
         ("report", report),
     ):
-        console.print(f"  {what}  {Path(where).as_posix()}", highlight=False)
+        console.print(f"  {what:8} {Path(where).as_posix()}", highlight=False)
     smoke = "smoke" in report.parts
     console.print(f"Next: python {'finetuning/invoke_olive.py' if smoke else 'inference/console_chat.py'}")
 

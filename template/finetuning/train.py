@@ -139,13 +139,14 @@ class Progress(transformers.TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the newest losses."""
         new = {key: logs[key] for key in ("loss", "eval_loss") if key in (logs or {})}
-        if not new:
-            return
         self.values |= new
+        in_terminal = self.console.is_terminal
+        if not new or not (in_terminal or "eval_loss" in new):
+            return  # a log gets a line at each evaluation
         shown = "  ".join(f"{key.replace('_', ' ')} {float(value):.4f}" for key, value in self.values.items())
         left = (time.time() - self.started) / max(state.global_step, 1) * (state.max_steps - state.global_step)
         line = f"step {state.global_step}/{state.max_steps}  {shown}  {left:.0f} s left"
-        self.console.print(line, end="\r" if self.console.is_terminal else "\n", highlight=False)
+        self.console.print(line.ljust(70), end="\r" if in_terminal else "\n", highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the last line on the screen."""
