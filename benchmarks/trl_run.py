@@ -1,7 +1,7 @@
 """The peer of the demo run: the same work with TRL's SFTTrainer and PEFT, as their documentation shows it.
 
-trl_run.py WORKSPACE: the same base model, rows, adapter and hyperparameters, the loss on answers only, held-out loss
-and exact answers before and after. Prints its figures as one line of JSON.
+trl_run.py WORKSPACE: the same base model, rows, adapter and hyperparameters, the loss on answers only, held-out
+loss in the training, exact answers before and after. Prints its figures as one line of JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ model_folder = str(workspace / "models" / "demo")
 settings = yaml.safe_load((workspace / "finetuning" / "olive-config.yaml").read_text())["passes"]["finetune"]
 arguments = settings["training_args"]
 torch.set_num_threads(1)  # as ours does for a model this small
-started = time.time()
 
 
 class FirstStep(TrainerCallback):
