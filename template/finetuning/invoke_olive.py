@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -40,9 +41,9 @@ def main() -> int:
     gc.disable()  # the imports make a million objects that stay: not worth looking through again and again
     try:
         return run(arguments)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("\nStopped. The same command goes on from the newest checkpoint.", file=sys.stderr)
-        return 130
+        return 128 + (stopped.args or (signal.SIGINT,))[0]
     except Exception as error:
         if arguments.debug:
             raise
@@ -57,6 +58,8 @@ def explain(error: Exception) -> str:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed in {sys.prefix}: run `python setup/create_env.py`, then use its Python."
+    if name == "Timeout":
+        return "Another run is under way in this workspace: wait for its end, or stop it, then run this again."
     if name == "OutOfMemoryError":
         return (
             "The GPU's memory is full: halve per_device_train_batch_size and double gradient_accumulation_steps in "
@@ -93,7 +96,7 @@ def leave_out(package: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, evaluate, train, evaluate, report."""
+    """Check the settings, the data and the machine, then tune, unless only the check is asked for."""
     import check
     from dataset import chat_rows
 
@@ -115,7 +118,17 @@ def run(arguments: argparse.Namespace) -> int:
         print("The settings, the data and this machine fit. Next: python finetuning/invoke_olive.py")
         return 0
 
-    folder = check.base_model_folder(config)
+    from filelock import FileLock
+
+    results.mkdir(parents=True, exist_ok=True)
+    with FileLock(results / ".lock", timeout=0):  # two runs at once would mix their checkpoints
+        tune(config, rows, results, arguments.fresh, started)
+    return 0
+
+
+def tune(config: dict[str, Any], rows: dict[str, list[Any]], results: Path, fresh: bool, started: float) -> None:
+    """Evaluate, train, evaluate, report."""
+    import check
     from evaluate import evaluate
     from record import describe, publish, use_folder
     from report import write_report
@@ -123,10 +136,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     gc.freeze()
     gc.enable()
+    folder = check.base_model_folder(config)
     run_json = describe(config, rows, folder, results)
     use_folder(config, folder)
     run_folder = results / "checkpoints" / f"{run_json['config_sha256'][:8]}-{run_json['dataset_sha256'][:8]}"
-    if arguments.fresh or (run_folder / "finished").exists():
+    if fresh or (run_folder / "finished").exists():
         shutil.rmtree(run_folder, ignore_errors=True)  # the result of a finished run stands in models/adapter
 
     print(f"Evaluating {run_json['base_model']} on the held-out rows")
@@ -147,7 +161,6 @@ def run(arguments: argparse.Namespace) -> int:
     report = write_report(run_json, losses, results / "report")
     (run_folder / "finished").touch()
     show(run_json, report.relative_to(ROOT))
-    return 0
 
 
 def show(run_json: dict[str, Any], report: Path) -> None:

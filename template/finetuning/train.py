@@ -7,8 +7,11 @@ Olive's inside, and imports what is heavy: invoke_olive.py imports it when train
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
+import signal
 import time
 from copy import deepcopy
 from functools import partial
@@ -23,9 +26,11 @@ from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
 from olive.passes.olive_pass import PassConfigParam, create_pass_from_dict
 from olive.passes.pytorch import lora
 from olive.workflows.run.config import RunConfig
+from rich import progress
 from rich.console import Console
 
 METHODS = {name.lower(): getattr(lora, name) for name in ("LoRA", "QLoRA", "DoRA", "LoHa", "LoKr")}
+SIZES = "sizes.json"  # in a checkpoint that is complete: its files and their sizes in bytes
 EXTRA_SETTINGS = {
     "packing": PassConfigParam(type_=bool, default_value=False, description="Lay rows end to end, without padding."),
     "early_stopping_patience": PassConfigParam(type_=int, default_value=0, description="0 never stops early."),
@@ -36,8 +41,9 @@ def train(config: dict[str, Any], run_folder: Path) -> tuple[Path, dict[str, flo
     """Run the pass of olive-config.yaml (as a dict) and return the adapter's folder, timings and the losses.
 
     Checkpoints go to run_folder/checkpoints, and the newest one there is gone on from; the adapter goes to
-    run_folder/output/adapter. The timings, in seconds, are `start_to_first_step` (from the start of the process) and
-    `training`; the losses are the Trainer's log: a dict with `step` and `loss` or `eval_loss` for each report.
+    run_folder/output/adapter. The timings are `start_to_first_step` (seconds from the start of the process), `training`
+    (seconds) and `tokens_per_second`; the losses are the Trainer's log: a dict with `step` and `loss` or `eval_loss`
+    for each report.
     """
     dataset.register()
     run_config = RunConfig.model_validate(deepcopy(config))  # Olive changes the dict it is given
@@ -47,6 +53,8 @@ def train(config: dict[str, Any], run_folder: Path) -> tuple[Path, dict[str, flo
         "output_dir": str(run_folder / "checkpoints"),
         "overwrite_output_dir": True,  # Olive must not look for checkpoints: the loop below does
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting where it was
+        "include_num_input_tokens_seen": "non_padding",
     }
     transformers.set_seed(arguments["seed"])  # adapters are initialised before the Trainer sets its seed
     pass_class = type(chosen.type, (Training, METHODS[chosen.type.lower()]), {})
@@ -76,14 +84,14 @@ class Training(lora.LoRA):
             config.training_args.extra_args["fp16"] = True
         model.config.use_cache = False  # with a cache, packed rows would see each other
         collator = transformers.DataCollatorWithFlattening() if config.packing else None
-        progress = Progress()
+        shown, checkpoints = Progress(), Checkpoints()
         trainer = transformers.Trainer(
             model=model,
             args=config.training_args.create_training_args(),
             train_dataset=train_rows,
             eval_dataset=held_out_rows,
             data_collator=collator or partial(self.collate_batch, tokenizer=tokenizer),
-            callbacks=[progress],
+            callbacks=[shown, checkpoints],
         )
         # the bar of transformers mixes with what is printed; ours shows the same on one line
         trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
@@ -93,8 +101,11 @@ class Training(lora.LoRA):
         batches = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
         if trainer.args.max_steps > batches * trainer.args.num_train_epochs:
             trainer.args.max_steps = -1  # it may end a run before its epochs, never lengthen it
-        trainer.train(resume_from_checkpoint=newest_checkpoint(trainer.args.output_dir))
-        self.timings = progress.timings()
+        with checkpoints:
+            trainer.train(resume_from_checkpoint=newest_checkpoint(Path(trainer.args.output_dir)))
+        if checkpoints.stopped_by:
+            raise KeyboardInterrupt(checkpoints.stopped_by)
+        self.timings = shown.timings()
         self.history = trainer.state.log_history
 
         adapter = Path(output_model_path) / "adapter"
@@ -111,53 +122,126 @@ def tensors(data_config: Any) -> list[dict[str, torch.Tensor]]:
     return [{key: torch.tensor(ids) for key, ids in row.items()} for row in rows]
 
 
-def newest_checkpoint(folder: str) -> str | None:
-    """Return the newest checkpoint of an interrupted run, and say so."""
-    checkpoint: str | None = transformers.trainer_utils.get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    if checkpoint:
-        print(f"Going on from {Path(checkpoint).name} of an interrupted run (--fresh starts over)")
-    return checkpoint
+def newest_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint that is whole, and say so. The others, cut off while they were written, go."""
+    newest = None
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        if newest is None and is_whole(checkpoint):
+            newest = checkpoint
+        elif not is_whole(checkpoint):
+            shutil.rmtree(checkpoint)
+    if newest:
+        print(f"Going on from {newest.name} of an interrupted run (--fresh starts over)")
+    return str(newest) if newest else None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Tell whether every file has the size that was noted when the checkpoint was complete."""
+    try:
+        sizes = json.loads((checkpoint / SIZES).read_text(encoding="utf-8"))
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+class Checkpoints(transformers.TrainerCallback):
+    """Checkpoints that can be gone on from: marked when they are complete, and one more when the run is stopped.
+
+    Entered as a context, it lets the first Ctrl-C or SIGTERM save and stop after the step; a second stops at once.
+    """
+
+    stopped_by: int = 0  # the signal's number
+
+    def __enter__(self) -> None:
+        self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def stop(self, number: int, frame: Any) -> None:
+        """Remember the signal until the step is done."""
+        self.stopped_by = number
+        signal.signal(number, self.handlers[signal.Signals(number)])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop when a signal came."""
+        if self.stopped_by:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the sizes of a checkpoint's files, now that all are written.
+
+        The last checkpoint gets no note: gone on from, it would be trained for one step too many.
+        """
+        if state.global_step >= state.max_steps or (control.should_training_stop and not self.stopped_by):
+            return
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.is_file()}
+        unfinished = checkpoint / f".{SIZES}.new"
+        unfinished.write_text(json.dumps(sizes), encoding="utf-8")
+        unfinished.replace(checkpoint / SIZES)
 
 
 class Progress(transformers.TrainerCallback):
-    """One line that moves in a terminal, a plain line at each report in a log."""
+    """A bar in a terminal, a plain line at each evaluation in a log."""
 
     def __init__(self) -> None:
         self.console = Console()
         self.started = time.time()
         self.first_step = 0.0
+        self.tokens_before = self.tokens = 0
         self.values: dict[str, float] = {}
+        self.bar = progress.Progress(
+            progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            progress.BarColumn(20),
+            progress.TextColumn("{task.description}"),
+            progress.TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
+        """Start the clock and the bar."""
         self.started = time.time()
+        self.tokens_before = state.num_input_tokens_seen
+        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self.bar.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note when the first step starts."""
         self.first_step = self.first_step or time.time()
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        self.tokens = int(state.num_input_tokens_seen) - int(self.tokens_before)
+        self.bar.update(self.task, completed=state.global_step)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the newest losses."""
+        """Show the newest losses, and the speed: tokens of questions and answers, evaluations' time included."""
         new = {key: logs[key] for key in ("loss", "eval_loss") if key in (logs or {})}
         self.values |= new
-        in_terminal = self.console.is_terminal
-        if not new or not (in_terminal or "eval_loss" in new):
-            return  # a log gets a line at each evaluation
+        if not new:
+            return
+        seconds = time.time() - self.started
         shown = "  ".join(f"{key.replace('_', ' ')} {float(value):.4f}" for key, value in self.values.items())
-        left = (time.time() - self.started) / max(state.global_step, 1) * (state.max_steps - state.global_step)
-        line = f"step {state.global_step}/{state.max_steps}  {shown}  {left:.0f} s left"
-        self.console.print(line.ljust(70), end="\r" if in_terminal else "\n", highlight=False)
+        shown += f"  {self.tokens / seconds:.0f} tokens/s"
+        self.bar.update(self.task, description=shown)
+        if "eval_loss" in new and not self.console.is_terminal:
+            left = seconds / max(state.global_step, 1) * (state.max_steps - state.global_step)
+            line = f"step {state.global_step}/{state.max_steps}  {shown}  {left:.0f} s left"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the last line on the screen."""
+        """Leave the bar on the screen."""
         self.ended = time.time()
-        if self.console.is_terminal:
-            self.console.print()
+        self.bar.stop()
 
     def timings(self) -> dict[str, float]:
-        """Return the seconds from the process's start to the first step, and of the training."""
+        """Return the seconds from the process's start to the first step and of the training, and its speed."""
         process_start = psutil.Process(os.getpid()).create_time()
         return {
             "start_to_first_step": round(self.first_step - process_start, 2),
             "training": round(self.ended - self.started, 2),
+            "tokens_per_second": round(self.tokens / (self.ended - self.started), 1),
         }

@@ -1,0 +1,84 @@
+"""Interrupted runs go on, whatever interrupted them, and end as if nothing had."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RENDERED, Run
+
+Invoke = Callable[..., Run]
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs that were killed at random moments, one that was told to stop, and one that nobody touched."""
+    folder = tmp_path_factory.mktemp("killed") / "workspace"
+    shutil.copytree(RENDERED, folder, ignore=shutil.ignore_patterns(".venv", "models", ".git"))
+    config = folder / "finetuning" / "olive-config.yaml"
+    text = config.read_text(encoding="utf-8")
+    changes = {"max_steps": 40, "max_rows": 160, "eval_steps": 0.05, "save_steps": 0.05, "num_train_epochs": 10}
+    for key, value in changes.items():
+        text, found = re.subn(rf"(?m)^(\s*{key}:) \S+", rf"\1 {value}", text)
+        assert found
+    config.write_text(text, encoding="utf-8")
+    script = Path(__file__).with_name("killed_runs.py")
+    done = subprocess.run([sys.executable, script, folder, str(KILLS)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_run_killed_at_any_moment_goes_on_and_ends_with_the_same_loss(interrupted: Any) -> None:
+    assert len(interrupted["killed"]) == KILLS
+    for run in interrupted["killed"]:
+        assert run["status"] == 0, run["said"]
+        assert run["eval_loss"] == pytest.approx(interrupted["whole"]["eval_loss"], rel=0.01)
+    assert any(run["went_on"] for run in interrupted["killed"])
+
+
+def test_a_run_told_to_stop_saves_first_and_goes_on_later(interrupted: Any) -> None:
+    assert interrupted["terminated"]["status"] == 143
+    assert "Stopped. The same command goes on" in interrupted["terminated"]["said"]
+    assert interrupted["after"]["went_on"]
+    assert interrupted["after"]["eval_loss"] == pytest.approx(interrupted["whole"]["eval_loss"], rel=0.01)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "unmarked"])
+def test_a_torn_checkpoint_is_passed_over(workspace: Path, tmp_path: Path, damage: str) -> None:
+    import train
+
+    for step in (5, 10):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "optimizer.pt").write_bytes(b"x" * 100)
+        (checkpoint / train.SIZES).write_text('{"optimizer.pt": 100}')
+    newest = tmp_path / "checkpoint-10"
+    assert train.newest_checkpoint(tmp_path) == str(newest)
+    {
+        "cut": lambda: (newest / "optimizer.pt").write_bytes(b"x" * 50),
+        "missing": lambda: (newest / "optimizer.pt").unlink(),
+        "unmarked": lambda: (newest / train.SIZES).unlink(),
+    }[damage]()
+    assert train.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    assert not newest.exists()
+    assert train.newest_checkpoint(tmp_path / "absent") is None
+
+
+def test_a_second_run_at_once_is_refused(invoke: Invoke, workspace: Path) -> None:
+    from filelock import FileLock
+
+    (workspace / "models").mkdir(exist_ok=True)
+    with FileLock(workspace / "models" / ".lock", timeout=0):
+        run = invoke()
+    assert run.status == 1
+    assert run.err == (
+        "error: Another run is under way in this workspace: wait for its end, or stop it, then run this again.\n"
+    )
