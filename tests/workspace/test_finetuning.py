@@ -162,13 +162,14 @@ def test_an_interrupted_run_goes_on_and_another_one_never_takes_its_checkpoints(
     whole = invoke("--fresh", settings={"max_steps": 30}).json
     expected = weights(workspace)
 
-    class Interrupted(train.Progress):
+    class Interrupted(train.Checkpoints):
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_save(args, state, control, **kwargs)
             if state.global_step >= 15:
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "Progress", Interrupted)
+        patch.setattr(train, "Checkpoints", Interrupted)
         assert invoke("--fresh", settings={"max_steps": 30}).status == 130
     other = invoke(settings={"max_steps": 30, "learning_rate": 0.001})
     assert "Going on from" not in other.out
