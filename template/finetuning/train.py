@@ -194,9 +194,9 @@ class Progress(transformers.TrainerCallback):
         self.values: dict[str, float] = {}
         self.bar = progress.Progress(
             progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            progress.BarColumn(20),
+            progress.BarColumn(10),
             progress.TextColumn("{task.description}"),
-            progress.TimeRemainingColumn(),
+            progress.TimeRemainingColumn(compact=True),
             console=self.console,
             disable=not self.console.is_terminal,
         )
