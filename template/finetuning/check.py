@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+import json
 import math
 import re
 from dataclasses import fields
@@ -250,7 +251,22 @@ def describe_run(config: dict[str, Any], rows: dict[str, list[Any]]) -> list[str
         f"method {settings['type']}, rank {settings.get('r', 64)}, {settings['torch_dtype']}",
         f"data   {len(rows['train'])} rows to train on, {len(rows['held_out'])} held out",
         f"length {length}",
+        *repeated_rows(rows),
     ]
+
+
+def repeated_rows(rows: dict[str, list[Any]]) -> list[str]:
+    """Return a line for rows that stand twice, and one for held-out rows that are trained on too."""
+    train, held_out = ([json.dumps(row, sort_keys=True) for row in rows[part]] for part in ("train", "held_out"))
+    twice, shared = len(train) - len(set(train)), len(set(held_out) & set(train))
+    lines = []
+    if twice:
+        lines.append(
+            f"warning: {twice} of {len(train)} rows to train on stand there more than once and count as often."
+        )
+    if shared:
+        lines.append(f"warning: {shared} held-out rows are trained on too: the figures after the run will flatter it.")
+    return lines
 
 
 def check_rows(config: dict[str, Any], rows: dict[str, list[Any]]) -> None:

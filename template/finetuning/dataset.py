@@ -7,6 +7,8 @@ so what is measured is tokenised exactly as what was trained.
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import hashlib
 import json
 import os
@@ -26,6 +28,9 @@ NO_THINKING = {"enable_thinking": False}
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+# the bytes that a text file may start with to tell its encoding
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 Message = dict[str, str]
 
@@ -86,10 +91,24 @@ def read(file: str | None, dataset_name: str | None, dataset_split: str) -> list
         raise DataError(f"{file} has an unknown ending: use one of {', '.join(BUILDERS)}.")
     try:
         # the copy that `datasets` makes of the rows stays in the workspace
-        return list(load_dataset(builder, data_files=str(path), split="train", cache_dir=str(CACHE)))
+        readable = str(in_utf8(path)) if builder != "parquet" else str(path)
+        return list(load_dataset(builder, data_files=readable, split="train", cache_dir=str(CACHE)))
     except Exception as error:
         cause = str(error.__cause__ or error).splitlines()[0]
         raise DataError(f"{file} cannot be read as {builder}: {cause}. Repair or replace the file.") from error
+
+
+def in_utf8(path: Path) -> Path:
+    """Return a text file that `datasets` can read: a copy without the mark where spreadsheets and editors left one."""
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    encoding = next((name for mark, name in MARKS.items() if raw.startswith(mark)), None)
+    if encoding is None:
+        return path
+    copy = CACHE / "utf-8" / f"{hashlib.sha256(raw).hexdigest()[:16]}{Path(path.name.removesuffix('.gz')).suffix}"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = copy.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(raw.decode(encoding), encoding="utf-8", newline="")
+    return unfinished.replace(copy)
 
 
 def to_messages(

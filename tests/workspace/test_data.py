@@ -90,6 +90,29 @@ def test_files_of_every_kind_give_the_same_rows(dataset: Any, tmp_path: Path, en
     assert [row[0]["content"] for row in read] == [f"Phrase: {i}" for i in range(5)]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "jsonl.gz", "txt"])
+def test_a_file_may_have_the_mark_of_its_encoding(dataset: Any, tmp_path: Path, ending: str, encoding: str) -> None:
+    text = {"csv": "prompt,completion\nPhrase: ü,jöy\n", "txt": "jöy\n"}.get(
+        ending, json.dumps({"prompt": "Phrase: ü", "completion": "jöy"}, ensure_ascii=False) + "\n"
+    )
+    raw = text.encode(encoding) if encoding == "utf-8-sig" else ("\ufeff" + text).encode(encoding)
+    path = tmp_path / f"rows.{ending}"
+    path.write_bytes(gzip.compress(raw) if ending.endswith(".gz") else raw)
+    (row,) = dataset.chat_rows("train", train_file=str(path), held_out_file="unused")
+    assert row[-1] == {"role": "assistant", "content": "jöy"}
+
+
+def test_rows_that_stand_twice_and_held_out_rows_that_are_trained_on_are_counted(dataset: Any) -> None:
+    import check
+
+    other = [TONE[0], {"role": "assistant", "content": "fear"}]
+    assert check.repeated_rows({"train": [TONE], "held_out": [other]}) == []
+    doubled, leaked = check.repeated_rows({"train": [TONE, TONE, other], "held_out": [other]})
+    assert "1 of 3 rows to train on stand there more than once" in doubled
+    assert "1 held-out rows are trained on too" in leaked
+
+
 def test_a_file_that_is_missing_or_torn_is_named(dataset: Any, tmp_path: Path) -> None:
     with pytest.raises(dataset.DataError, match=r"absent\.jsonl is not there"):
         dataset.chat_rows("train", train_file="absent.jsonl")
