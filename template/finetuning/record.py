@@ -63,10 +63,10 @@ def publish(run_json: dict[str, Any], adapter: Path, folder: str, results: Path)
 def replace_folder(new: Path, folder: Path) -> None:
     """Copy a folder into the place of another; the other goes when the new one is there."""
     old, copy = folder.with_name(f".{folder.name}.old"), folder.with_name(f".{folder.name}.new")
-    for leftover in (old, copy):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(new, copy)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)  # an earlier run was killed between the two renames
         folder.rename(old)
     copy.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
