@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import batches
 import torch
 from check import data_settings, pass_settings
 from dataset import IGNORED, NO_THINKING, Message, load_tokenizer, tokenise, with_system
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 
 MAX_ANSWERS = 200  # generating is slow, and more rows than this would change the accuracy by little
 
@@ -40,7 +39,7 @@ def evaluate(config: dict[str, Any], folder: str, adapter: Path | None, rows: li
     batch_size = pass_settings(config)["training_args"]["per_device_eval_batch_size"]
     rows = [with_system(row, settings["system_prompt"]) for row in rows]
     examples = [tokenise(tokenizer, row, settings["train_on"]) for row in rows]
-    loss = answer_loss(model, tokenizer, examples, settings["max_seq_len"], batch_size)
+    loss = held_out_loss(model, tokenizer, examples, settings["max_seq_len"], batch_size)
     asked = [row for row in rows if len(row) > 1 and row[-1]["role"] == "assistant"][:MAX_ANSWERS]
     answers = generate(model, tokenizer, asked, batch_size, end_of_turn(tokenizer, examples))
     right = sum(answer.strip() == row[-1]["content"].strip() for answer, row in zip(answers, asked, strict=True))
@@ -81,22 +80,16 @@ def load_model(folder: str, adapter: Path | None, olive_pass: dict[str, Any]) ->
 
 
 @torch.inference_mode()
-def answer_loss(
-    model: Any, tokenizer: Any, examples: list[dict[str, list[int]]], max_seq_len: int, batch_size: int
-) -> float:
+def held_out_loss(model: Any, tokenizer: Any, examples: list[batches.Row], max_seq_len: int, batch_size: int) -> float:
     """Return the mean cross entropy in nats over all labels that are not IGNORED."""
-    loss = tokens = 0.0
-    for start in range(0, len(examples), batch_size):
-        batch = [{key: ids[:max_seq_len] for key, ids in row.items()} for row in examples[start : start + batch_size]]
-        ids = pad([row["input_ids"] for row in batch], tokenizer.pad_token_id).to(model.device)
-        mask = pad([row["attention_mask"] for row in batch], 0).to(model.device)
-        labels = pad([row["labels"] for row in batch], IGNORED).to(model.device)[:, 1:]
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-        loss += cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        ).item()
-        tokens += (labels != IGNORED).sum().item()
-    return loss / tokens
+    loss = labels = 0.0
+    cut = [{key: ids[:max_seq_len] for key, ids in row.items()} for row in examples]
+    cut.sort(key=lambda row: len(row["input_ids"]))  # rows of like length need little padding
+    for start in range(0, len(cut), batch_size):
+        batch = batches.pad(cut[start : start + batch_size], tokenizer.pad_token_id, model.device)
+        loss += batches.answer_loss(model, batch).item()
+        labels += (batch["labels"][:, 1:] != IGNORED).sum().item()
+    return loss / labels
 
 
 def generate(
@@ -120,10 +113,10 @@ def generate(
     answers: list[str] = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        ids = pad(batch, tokenizer.pad_token_id, side="left").to(model.device)
+        ids = batches.stack(batch, tokenizer.pad_token_id, side="left").to(model.device)
         output = model.generate(
             input_ids=ids,
-            attention_mask=pad([[1] * len(prompt) for prompt in batch], 0, side="left").to(model.device),
+            attention_mask=batches.stack([[1] * len(prompt) for prompt in batch], 0, side="left").to(model.device),
             use_cache=True,
         )
         answers += tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
@@ -135,8 +128,3 @@ def end_of_turn(tokenizer: Any, examples: list[dict[str, list[int]]]) -> list[in
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     last_labels = {[label for label in example["labels"] if label != IGNORED][-1] for example in examples}
     return sorted({tokenizer.eos_token_id} | (last_labels & special))
-
-
-def pad(rows: list[list[int]], value: int, side: str = "right") -> torch.Tensor:
-    """Stack rows of token ids to one tensor (rows, longest row)."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import batches
 import dataset
 import psutil
 import torch
@@ -79,18 +80,19 @@ class Training(lora.LoRA):
         self, model: Any, tokenizer: Any, config: Any, output_model: Any, output_model_path: str
     ) -> Any:
         """Train `model`, a PEFT model, and return `output_model`, Olive's handle of it, with the adapter's folder."""
-        train_rows, held_out_rows = (tensors(part) for part in (config.train_data_config, config.eval_data_config))
+        train_rows, held_out_rows = (rows_of(part) for part in (config.train_data_config, config.eval_data_config))
         if config.torch_dtype == "float16":
             config.training_args.extra_args["fp16"] = True
-        model.config.use_cache = False  # with a cache, packed rows would see each other
-        collator = transformers.DataCollatorWithFlattening() if config.packing else None
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        if config.packing:
+            pack_attention(model.get_base_model())
         shown, checkpoints = Progress(), Checkpoints()
-        trainer = transformers.Trainer(
+        trainer = AnswerTrainer(
             model=model,
             args=config.training_args.create_training_args(),
             train_dataset=train_rows,
             eval_dataset=held_out_rows,
-            data_collator=collator or partial(self.collate_batch, tokenizer=tokenizer),
+            data_collator=batches.pack if config.packing else partial(batches.pad, filler=tokenizer.pad_token_id),
             callbacks=[shown, checkpoints],
         )
         # the bar of transformers mixes with what is printed; ours shows the same on one line
@@ -98,8 +100,8 @@ class Training(lora.LoRA):
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         if config.early_stopping_patience:
             trainer.add_callback(transformers.EarlyStoppingCallback(config.early_stopping_patience))
-        batches = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
-        if trainer.args.max_steps > batches * trainer.args.num_train_epochs:
+        steps_an_epoch = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
+        if trainer.args.max_steps > steps_an_epoch * trainer.args.num_train_epochs:
             trainer.args.max_steps = -1  # it may end a run before its epochs, never lengthen it
         with checkpoints:
             trainer.train(resume_from_checkpoint=newest_checkpoint(Path(trainer.args.output_dir)))
@@ -115,11 +117,48 @@ class Training(lora.LoRA):
         return output_model
 
 
-def tensors(data_config: Any) -> list[dict[str, torch.Tensor]]:
+class AnswerTrainer(transformers.Trainer):
+    """The Trainer with the loss of batches.py: each answer token counts the same, in whichever batch it is."""
+
+    control: Any
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.model_accepts_loss_kwargs = True  # count the labels of all batches of a step
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Return this batch's part of the mean loss over the labels of a step, in nats."""
+        # the gradients of several processes are averaged, and what is wanted is their sum
+        return batches.answer_loss(model, inputs) / num_items_in_batch * self.accelerator.num_processes
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """Log eval_loss, the mean over all labels of the held-out rows, and return it."""
+        self.model_wrapped.eval()
+        totals = torch.zeros(2, device=self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in self.get_eval_dataloader():
+                inputs = self._prepare_inputs(batch)
+                labels = (inputs["labels"][:, 1:] != dataset.IGNORED).sum()
+                totals += torch.stack([batches.answer_loss(self.model_wrapped, inputs), labels])
+        loss, labels = self.accelerator.reduce(totals, "sum")
+        metrics = {"eval_loss": (loss / labels).item()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def pack_attention(model: Any) -> None:
+    """Let PyTorch's attention see where the packed rows end. Others (eager, flash) find that in position_ids."""
+    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+        model.set_attn_implementation(batches.PACKED_SDPA)
+
+
+def rows_of(data_config: Any) -> list[batches.Row]:
     """Return the tokens and labels of one of Olive's data configurations, without a detour through files."""
     container = data_config.to_data_container()
-    rows = container.pre_process(container.load_dataset())
-    return [{key: torch.tensor(ids) for key, ids in row.items()} for row in rows]
+    return container.pre_process(container.load_dataset())
 
 
 def newest_checkpoint(folder: Path) -> str | None:

@@ -1,16 +1,18 @@
-"""Packed rows do not see each other: each has the loss it has alone."""
+"""Packed rows do not see each other: each has the loss it has alone, through the code that trains."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+LENGTHS = (3, 200, 17, 64, 5, 120)
 
-@pytest.mark.parametrize("architecture", ["phi3", "phi", "llama", "mistral", "qwen3", "smollm3", "gemma3_text"])
-def test_each_packed_example_has_the_loss_it_has_alone(workspace: Path, architecture: str) -> None:
+
+def model_and_rows(architecture: str, **options: Any) -> tuple[Any, list[dict[str, list[int]]]]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(1)
     config = AutoConfig.for_model(
@@ -20,34 +22,92 @@ def test_each_packed_example_has_the_loss_it_has_alone(workspace: Path, architec
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=4,
+        num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=512,
+        initializer_range=0.2,  # so that what a token sees matters
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        **options,
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
-    model.config.use_cache = False
     rows = []
-    for length in (3, 200, 17, 64, 5, 120):
-        ids = torch.randint(3, 300, (length,))
-        labels = ids.clone()
-        labels[: length // 2] = -100
-        rows.append({"input_ids": ids, "labels": labels})
+    for length in LENGTHS:
+        ids = torch.randint(3, 300, (length,)).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (length // 2) + ids[length // 2 :]})
+    return model, rows
 
-    batch = DataCollatorWithFlattening()([{key: ids.tolist() for key, ids in row.items()} for row in rows])
-    assert "attention_mask" not in batch
-    assert batch["input_ids"].shape[1] == sum(len(row["labels"]) for row in rows), "no padding, and no row is dropped"
+
+def mean_losses(model: Any, rows: list[dict[str, list[int]]], packed: bool) -> list[float]:
+    """Return the mean loss of each row: alone, or in one packed batch of all."""
+    import batches
+    import torch
+
+    losses = []
     with torch.inference_mode():
-        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
-        start = 0
         for row in rows:
-            length = len(row["labels"])
-            alone = model(input_ids=row["input_ids"][None]).logits[0]
-            losses = [
-                torch.nn.functional.cross_entropy(logits[:-1], row["labels"][1:])
-                for logits in (packed[start : start + length], alone)
-            ]
-            assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-4)
-            start += length
+            only = [one if one is row else one | {"labels": [-100] * len(one["labels"])} for one in rows]
+            loss = batches.answer_loss(model, batches.pack(only) if packed else batches.pad([row], 0))
+            losses.append(loss.item() / sum(label != -100 for label in row["labels"][1:]))
+    return losses
+
+
+@pytest.mark.parametrize("attention", ["each row alone", "one mask"])
+@pytest.mark.parametrize("architecture", ["phi3", "phi", "llama", "mistral", "qwen3", "smollm3", "gemma3_text"])
+def test_each_packed_example_has_the_loss_it_has_alone(workspace: Path, architecture: str, attention: str) -> None:
+    import train
+
+    # a window that some rows are longer than
+    window = {"sliding_window": 32} if architecture in ("phi3", "mistral", "gemma3_text") else {}
+    model, rows = model_and_rows(architecture, **window)
+    alone = mean_losses(model, rows, packed=False)
+    if attention == "each row alone":
+        train.pack_attention(model)
+        assert model.config._attn_implementation == "packed_sdpa"
+    assert mean_losses(model, rows, packed=True) == pytest.approx(alone, abs=1e-4)
+
+
+def test_rows_that_see_each_other_have_another_loss(workspace: Path) -> None:
+    """The test above could not fail if the loss of these models did not depend on what a token sees."""
+    import batches
+    import torch
+    import train
+
+    model, rows = model_and_rows("llama")
+    train.pack_attention(model)
+    batch = batches.pack(rows)
+    with torch.inference_mode():
+        apart = batches.answer_loss(model, batch).item()
+        together = batches.answer_loss(model, batch | {"row_ends": [sum(LENGTHS)]}).item()
+    assert together != pytest.approx(apart, abs=1e-1)
+
+
+def test_a_packed_batch_has_no_padding_and_all_rows(workspace: Path) -> None:
+    import batches
+
+    _, rows = model_and_rows("llama")
+    batch = batches.pack(rows)
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (1, sum(LENGTHS))
+    assert batch["row_ends"][-1] == sum(LENGTHS)
+    assert (batch["labels"] != -100).sum() == sum(sum(label != -100 for label in row["labels"][1:]) for row in rows)
+    assert "attention_mask" not in batch
+
+
+@pytest.mark.parametrize("keeps_columns", [True, False])
+def test_the_loss_of_a_padded_batch_is_that_of_its_rows(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, keeps_columns: bool
+) -> None:
+    import batches
+    import torch
+
+    model, rows = model_and_rows("llama")
+    monkeypatch.setattr(batches, "takes_columns", lambda model: keeps_columns)
+    with torch.inference_mode():
+        together = batches.answer_loss(model, batches.pad(rows, 0)).item()
+        alone = sum(batches.answer_loss(model, batches.pad([row], 0)).item() for row in rows)
+        # as transformers counts it, from all logits
+        whole = [model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]])) for r in rows]
+        counts = [sum(label != -100 for label in row["labels"][1:]) for row in rows]
+    assert together == pytest.approx(alone, rel=1e-5)
+    assert together == pytest.approx(sum(out.loss.item() * n for out, n in zip(whole, counts, strict=True)), rel=1e-5)
