@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -241,6 +242,7 @@ def describe_run(config: dict[str, Any], rows: dict[str, list[Any]]) -> list[str
     settings = pass_settings(config)
     arguments = settings["training_args"]
     batch = arguments.get("per_device_train_batch_size", 8) * arguments.get("gradient_accumulation_steps", 1)
+    batch *= int(os.environ.get("WORLD_SIZE", "1"))  # as many processes as accelerate launch or torchrun started
     epochs, max_steps = arguments.get("num_train_epochs", 3), arguments.get("max_steps", -1)
     steps = math.ceil(math.ceil(len(rows["train"]) / batch) * epochs)
     length = f"{steps} steps of {batch} rows: {epochs} epochs"

@@ -66,7 +66,8 @@ def load_model(folder: str, adapter: Path | None, olive_pass: dict[str, Any]) ->
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, olive_pass["torch_dtype"]),
-        device_map="cuda" if torch.cuda.is_available() else "cpu",
+        # over all GPUs where there are several: the model may not fit one of them
+        device_map="auto" if torch.cuda.device_count() > 1 else "cuda" if torch.cuda.is_available() else "cpu",
         quantization_config=quantization,
         local_files_only=True,
     )

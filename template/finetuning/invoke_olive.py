@@ -3,6 +3,9 @@
 python finetuning/invoke_olive.py            the run that finetuning/olive-config.yaml describes
 python finetuning/invoke_olive.py --check    only say whether it can work
 python finetuning/invoke_olive.py --smoke    the same run on a tiny replica of the model, offline, in seconds
+
+accelerate launch finetuning/invoke_olive.py trains on all GPUs of the machine; with --config_file finetuning/fsdp.yaml
+it spreads one model over them.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ from unittest.mock import MagicMock
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "models"
 EXAMPLES = 10
+# set by accelerate launch and torchrun: which of the run's processes this is; the first one does all but training
+RANK = int(os.environ.get("RANK", "0"))
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def main() -> int:
@@ -34,7 +40,11 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
+    if arguments.smoke and PROCESSES > 1:
+        parser.error("--smoke is for one process: python finetuning/invoke_olive.py --smoke")
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # a pipe on Windows has another encoding
+    if RANK:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     os.chdir(ROOT)  # the paths in olive-config.yaml are relative to the workspace
     quiet()
     leave_out("torchmetrics")
@@ -42,12 +52,14 @@ def main() -> int:
     try:
         return run(arguments)
     except KeyboardInterrupt as stopped:
-        print("\nStopped. The same command goes on from the newest checkpoint.", file=sys.stderr)
+        if not RANK:
+            print("\nStopped. The same command goes on from the newest checkpoint.", file=sys.stderr)
         return 128 + (stopped.args or (signal.SIGINT,))[0]
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
+        if not RANK or type(error).__name__ not in ("ConfigError", "DataError"):  # the first process says the same
+            print(f"error: {explain(error)}", file=sys.stderr)
         return 1
 
 
@@ -120,6 +132,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     from filelock import FileLock
 
+    if RANK:
+        help_train(config, rows, results)
+        return 0
     results.mkdir(parents=True, exist_ok=True)
     with FileLock(results / ".lock", timeout=0):  # two runs at once would mix their checkpoints
         tune(config, rows, results, arguments.fresh, started)
@@ -128,24 +143,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 def tune(config: dict[str, Any], rows: dict[str, list[Any]], results: Path, fresh: bool, started: float) -> None:
     """Evaluate, train, evaluate, report."""
-    import check
     from evaluate import evaluate
-    from record import describe, publish, use_folder
+    from record import publish
     from report import write_report
-    from train import train
+    from train import meet, train
 
     gc.freeze()
     gc.enable()
-    folder = check.base_model_folder(config)
-    run_json = describe(config, rows, folder, results)
-    use_folder(config, folder)
-    run_folder = results / "checkpoints" / f"{run_json['config_sha256'][:8]}-{run_json['dataset_sha256'][:8]}"
+    folder, run_json, run_folder = prepare(config, rows, results)
     if fresh or (run_folder / "finished").exists():
         shutil.rmtree(run_folder, ignore_errors=True)  # the result of a finished run stands in models/adapter
 
     print(f"Evaluating {run_json['base_model']} on the held-out rows")
     before = evaluate(config, folder, None, rows["held_out"])
     print(f"Training an adapter: {run_json['method']}")
+    meet()
     adapter, timings, losses = train(config, run_folder)
     print("Evaluating the tuned model on the same rows")
     after = evaluate(config, folder, adapter, rows["held_out"])
@@ -161,6 +173,28 @@ def tune(config: dict[str, Any], rows: dict[str, list[Any]], results: Path, fres
     report = write_report(run_json, losses, results / "report")
     (run_folder / "finished").touch()
     show(run_json, report.relative_to(ROOT))
+
+
+def help_train(config: dict[str, Any], rows: dict[str, list[Any]], results: Path) -> None:
+    """Train beside the first process of several, which has found or built the model and writes all files."""
+    from train import meet, train
+
+    meet()
+    _, _, run_folder = prepare(config, rows, results)
+    train(config, run_folder)
+
+
+def prepare(config: dict[str, Any], rows: dict[str, list[Any]], results: Path) -> tuple[str, dict[str, Any], Path]:
+    """Return the base model's folder, the beginning of run.json, and the folder for this run's checkpoints."""
+    import check
+    from record import describe, use_folder
+
+    folder = check.base_model_folder(config)
+    run_json = describe(config, rows, folder, results)
+    use_folder(config, folder)
+    # checkpoints of other settings, other data or another number of processes are never gone on from
+    name = f"{run_json['config_sha256'][:8]}-{run_json['dataset_sha256'][:8]}-{PROCESSES}".removesuffix("-1")
+    return folder, run_json, results / "checkpoints" / name
 
 
 def show(run_json: dict[str, Any], report: Path) -> None:

@@ -14,6 +14,7 @@ import shutil
 import signal
 import time
 from copy import deepcopy
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,15 +54,33 @@ def train(config: dict[str, Any], run_folder: Path) -> tuple[Path, dict[str, flo
     arguments |= {
         "output_dir": str(run_folder / "checkpoints"),
         "overwrite_output_dir": True,  # Olive must not look for checkpoints: the loop below does
+        "ddp_find_unused_parameters": False,
+        "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting where it was
         "include_num_input_tokens_seen": "non_padding",
     }
+    if torch.distributed.is_initialized():  # each process has the model on its own GPU; with FSDP, a part of it
+        sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        chosen.config["device_map"] = "current_device" if torch.cuda.is_available() and not sharded else None
     transformers.set_seed(arguments["seed"])  # adapters are initialised before the Trainer sets its seed
     pass_class = type(chosen.type, (Training, METHODS[chosen.type.lower()]), {})
     olive_pass = create_pass_from_dict(pass_class, chosen.config, True, DEFAULT_CPU_ACCELERATOR)
     output = olive_pass.run(run_config.input_model.create_model(), str(run_folder / "output"))
     return Path(output.adapter_path), olive_pass.timings, olive_pass.history
+
+
+def meet() -> None:
+    """Wait for the other processes of `accelerate launch` or torchrun, if there are any."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+        # the others wait while the first process evaluates, which may take hours
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
+    torch.distributed.barrier()
 
 
 class Training(lora.LoRA):
@@ -87,9 +106,11 @@ class Training(lora.LoRA):
         if config.packing:
             pack_attention(model.get_base_model())
         shown, checkpoints = Progress(), Checkpoints()
+        arguments = config.training_args.create_training_args()
+        fill_up(held_out_rows, arguments.eval_batch_size * arguments.world_size)
         trainer = AnswerTrainer(
             model=model,
-            args=config.training_args.create_training_args(),
+            args=arguments,
             train_dataset=train_rows,
             eval_dataset=held_out_rows,
             data_collator=batches.pack if config.packing else partial(batches.pad, filler=tokenizer.pad_token_id),
@@ -111,8 +132,11 @@ class Training(lora.LoRA):
         self.history = trainer.state.log_history
 
         adapter = Path(output_model_path) / "adapter"
-        # the embeddings are the base model's: only what was trained is saved
-        model.save_pretrained(adapter, save_embedding_layers=False)
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+        if trainer.is_world_process_zero():
+            # the embeddings are the base model's: only what was trained is saved
+            model.save_pretrained(adapter, state_dict=weights, save_embedding_layers=False)
+        meet()
         output_model.set_resource("adapter_path", adapter)
         return output_model
 
@@ -161,13 +185,19 @@ def rows_of(data_config: Any) -> list[batches.Row]:
     return container.pre_process(container.load_dataset())
 
 
+def fill_up(rows: list[batches.Row], batch_size: int) -> None:
+    """Add rows without labels until all batches are full: several processes would see some rows twice to fill them."""
+    blank = rows[0] | {"labels": [dataset.IGNORED] * len(rows[0]["labels"])}
+    rows += [blank] * (-len(rows) % batch_size)
+
+
 def newest_checkpoint(folder: Path) -> str | None:
     """Return the newest checkpoint that is whole, and say so. The others, cut off while they were written, go."""
     newest = None
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
         if newest is None and is_whole(checkpoint):
             newest = checkpoint
-        elif not is_whole(checkpoint):
+        elif not is_whole(checkpoint) and int(os.environ.get("RANK", "0")) == 0:
             shutil.rmtree(checkpoint)
     if newest:
         print(f"Going on from {newest.name} of an interrupted run (--fresh starts over)")
@@ -204,7 +234,11 @@ class Checkpoints(transformers.TrainerCallback):
         signal.signal(number, self.handlers[signal.Signals(number)])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop when a signal came."""
+        """Save and stop when a signal came, to any of the processes."""
+        if args.world_size > 1:  # a signal reaches them at different moments, and all must stop after the same step
+            signals = torch.tensor(self.stopped_by, device=args.device)
+            torch.distributed.all_reduce(signals, torch.distributed.ReduceOp.MAX)
+            self.stopped_by = int(signals)
         if self.stopped_by:
             control.should_save = control.should_training_stop = True
 
@@ -213,6 +247,9 @@ class Checkpoints(transformers.TrainerCallback):
 
         The last checkpoint gets no note: gone on from, it would be trained for one step too many.
         """
+        meet()  # each process writes its own random state
+        if not state.is_world_process_zero:
+            return
         if state.global_step >= state.max_steps or (control.should_training_stop and not self.stopped_by):
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
