@@ -22,7 +22,7 @@ Row = dict[str, list[int]]  # input_ids and labels of one length
 Batch = dict[str, Any]
 
 
-def pack(rows: list[Row]) -> Batch:
+def pack(rows: list[Row], device: Any = None) -> Batch:
     """Lay rows end to end: input_ids, labels and position_ids of shape (1, tokens), and where each row ends.
 
     There is no attention_mask: with one, the model would not tell the rows apart. position_ids start anew with each.
@@ -31,9 +31,9 @@ def pack(rows: list[Row]) -> Batch:
     # the first token of a row is nothing that the row before it could answer
     labels = [[IGNORED, *row["labels"][1:]] for row in rows]
     return {
-        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
-        "labels": torch.tensor([[label for row in labels for label in row]]),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]], device=device),
+        "labels": torch.tensor([[label for row in labels for label in row]], device=device),
+        "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
         "row_ends": list(accumulate(lengths)),
         "use_cache": False,  # with a cache, packed rows would see each other
     }
@@ -76,6 +76,24 @@ def takes_columns(model: Any) -> bool:
     model = getattr(model, "module", model)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+@torch.inference_mode()
+def keeps_apart(model: Any, rows: list[Row]) -> bool:
+    """Tell whether what stands in a packed row leaves the rows behind it as they are, by trying it on two rows.
+
+    Attention does; a layer that reads one token after the other (Mamba, convolutions) knows nothing of rows.
+    """
+    if "position_ids" not in inspect.signature(model.get_base_model().forward).parameters:
+        return False
+    model.eval()
+    first, second = (row["input_ids"][:32] for row in (rows[0], rows[-1]))
+    learnt = {"input_ids": second, "labels": second}
+    losses = [
+        answer_loss(model, pack([{"input_ids": ids, "labels": [IGNORED] * len(ids)}, learnt], model.device))
+        for ids in (first, first[::-1])
+    ]
+    return bool(torch.isclose(*losses, rtol=1e-4))
 
 
 def attend_row_by_row(

@@ -103,8 +103,7 @@ class Training(lora.LoRA):
         if config.torch_dtype == "float16":
             config.training_args.extra_args["fp16"] = True
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-        if config.packing:
-            pack_attention(model.get_base_model())
+        pack = config.packing and can_pack(model, train_rows)
         shown, checkpoints = Progress(), Checkpoints()
         arguments = config.training_args.create_training_args()
         fill_up(held_out_rows, arguments.eval_batch_size * arguments.world_size)
@@ -113,7 +112,7 @@ class Training(lora.LoRA):
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=held_out_rows,
-            data_collator=batches.pack if config.packing else partial(batches.pad, filler=tokenizer.pad_token_id),
+            data_collator=batches.pack if pack else partial(batches.pad, filler=tokenizer.pad_token_id),
             callbacks=[shown, checkpoints],
         )
         # the bar of transformers mixes with what is printed; ours shows the same on one line
@@ -171,6 +170,18 @@ class AnswerTrainer(transformers.Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def can_pack(model: Any, rows: list[batches.Row]) -> bool:
+    """Prepare a PEFT model for packed batches; return False, and say so, where its layers would mix the rows."""
+    base_model = model.get_base_model()
+    attention = base_model.config._attn_implementation
+    pack_attention(base_model)
+    if batches.keeps_apart(model, rows):
+        return True
+    base_model.set_attn_implementation(attention)
+    print("The layers of this model would mix packed rows: the batches are padded, as with packing: false.")
+    return False
 
 
 def pack_attention(model: Any) -> None:

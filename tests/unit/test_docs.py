@@ -23,6 +23,10 @@ CODE = re.compile(r"`([^`\n]+)`")
 CHECKED = ("python", "make", "copier", "olive")
 # What is neither ours nor Copier's: to move about in a shell, and to install Copier or look after the code.
 FOREIGN = {
+    # tests/workspace/test_processes.py runs the second one, and lets accelerate parse the others, which need GPUs
+    "accelerate launch --multi_gpu --num_processes 2 finetuning/invoke_olive.py",
+    "torchrun --nproc-per-node 2 finetuning/invoke_olive.py",
+    "accelerate launch --config_file finetuning/fsdp.yaml --num_processes 2 finetuning/invoke_olive.py",
     "cat models/run.json",
     "cd my-workspace",
     "git diff",

@@ -111,3 +111,18 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_rows(
         counts = [sum(label != -100 for label in row["labels"][1:]) for row in rows]
     assert together == pytest.approx(alone, rel=1e-5)
     assert together == pytest.approx(sum(out.loss.item() * n for out, n in zip(whole, counts, strict=True)), rel=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "apart"), [("llama", True), ("gemma3_text", True), ("lfm2", False)])
+def test_a_model_whose_layers_mix_packed_rows_is_found_and_padded(
+    workspace: Path, capsys: pytest.CaptureFixture[str], architecture: str, apart: bool
+) -> None:
+    import peft
+    import train
+
+    layers = {"layer_types": ["conv", "full_attention"]} if architecture == "lfm2" else {}
+    model, rows = model_and_rows(architecture, **layers)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert train.can_pack(adapted, rows) is apart
+    assert ("would mix packed rows" in capsys.readouterr().out) is not apart
+    assert (model.config._attn_implementation == "packed_sdpa") is apart

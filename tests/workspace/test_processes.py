@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import RENDERED
+from conftest import RENDERED, REPOSITORY
 
 SHORT = {"num_train_epochs": 2, "max_rows": 240, "eval_split": 37, "eval_steps": 0.1, "save_steps": 0.1}
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -92,6 +92,18 @@ def test_a_mistake_is_said_once(folder: Path) -> None:
     done = subprocess.run(command(TWO, folder), capture_output=True, text=True)
     assert done.returncode != 0
     assert done.stderr.count("error: The dataset dataset/absent.jsonl is not there") == 1
+
+
+def test_accelerate_takes_the_documented_commands() -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    page = (REPOSITORY / "docs" / "how-to" / "several-gpus.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^accelerate launch (.*)$", page, re.MULTILINE)
+    assert len(commands) == 2
+    for words in commands:
+        parsed = launch_command_parser().parse_args(words.split())
+        assert (parsed.training_script, parsed.num_processes) == ("finetuning/invoke_olive.py", 2)
+        assert not parsed.training_script_args
 
 
 def test_the_fsdp_configuration_is_one_that_accelerate_reads(folder: Path) -> None:
