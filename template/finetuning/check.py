@@ -18,6 +18,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "finetuning" / "olive-config.yaml"
 DISK_GIB = 0.5  # checkpoints and adapter of the largest model in the catalogue
+LEAST_ROWS = 8  # to train on; of held-out rows one is enough for a figure, however unsure
 CHOICES = {
     "train_on": ("responses", "all"),
     "dataset_format": ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "columns", "text"),
@@ -269,6 +270,15 @@ def repeated_rows(rows: dict[str, list[Any]]) -> list[str]:
     if shared:
         lines.append(f"warning: {shared} held-out rows are trained on too: the figures after the run will flatter it.")
     return lines
+
+
+def check_count(rows: dict[str, list[Any]]) -> None:
+    """Refuse fewer rows than a model can learn anything from. Raises ConfigError."""
+    if len(rows["train"]) < LEAST_ROWS:
+        raise ConfigError(
+            f"{len(rows['train'])} rows to train on are too few to learn from: add rows until there are {LEAST_ROWS}, "
+            f"or see whether max_rows or eval_split in {CONFIG.name} leaves too many out."
+        )
 
 
 def check_rows(config: dict[str, Any], rows: dict[str, list[Any]]) -> None:

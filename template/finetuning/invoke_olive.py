@@ -124,6 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = {
         part: chat_rows(**check.data_settings(config, part, "load_dataset_config")) for part in ("train", "held_out")
     }
+    check.check_count(rows)
     print(*check.describe_run(config, rows), sep="\n")
     if arguments.check:
         check.check_rows(config, rows)

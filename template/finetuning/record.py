@@ -42,7 +42,8 @@ def use_folder(config: dict[str, Any], folder: str) -> None:
     config["input_model"]["load_kwargs"]["revision"] = None
     for data_config in config["data_configs"]:
         data_config["pre_process_data_config"] |= {"model_path": folder, "revision": None}
-        data_config.pop("user_script", None)  # train.py registers its functions: Olive would import the file again
+        for key in ("user_script", "script_dir"):  # train.py registers its functions: Olive would import them again
+            data_config.pop(key, None)
 
 
 def publish(run_json: dict[str, Any], adapter: Path, folder: str, results: Path) -> None:

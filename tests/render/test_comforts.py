@@ -128,6 +128,7 @@ def test_the_readme_says_what_the_model_is(render: Callable[..., Path], tmp_path
 
 def test_git_ignores_what_is_made_and_keeps_the_rows(workspaces: dict[str, Path]) -> None:
     made = ["models/adapter/x", "models/run.json", ".venv/x", "setup/create_env.log", ".env", "tests/__pycache__/x.pyc"]
+    made += ["dataset/rows.rejected.jsonl"]
     kept = [
         "dataset/rows.jsonl",
         "finetuning/models.py",
