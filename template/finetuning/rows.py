@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "models" / "cache"
-ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 REJECTED = ".rejected.jsonl"
 
 
@@ -56,7 +56,7 @@ def file_rows(file: str) -> Iterator[Row]:
     if name.endswith(REJECTED):
         raise DataError(f"{file}, line 1: these rows were set aside. Repair them in the file that they come from.")
     if not name.endswith(ENDINGS) or file.lower().endswith(".parquet.gz"):
-        raise DataError(f"{file} has an unknown ending: use one of {', '.join(ENDINGS)}, or a text file's and .gz.")
+        raise DataError(f"{file} has an unknown ending: use {', '.join(ENDINGS)}; all but .parquet also with .gz.")
     if name.endswith(".parquet"):
         return parquet_rows(file)
     text = file_text(file)

@@ -296,6 +296,16 @@ def test_what_must_be_learnt_is_the_answer_and_its_end_of_turn(family: Family) -
 
 
 @each_family
+def test_what_a_tool_says_is_read_and_never_learnt(family: Family) -> None:
+    turns = [TURNS[0], {"role": "assistant", "content": "call()"}, {"role": "tool", "content": "22 degrees"}, TURNS[1]]
+    text = render_marked(family, turns)
+    learnt = re.findall("«(.*?)»", text, flags=re.DOTALL)
+    assert len(learnt) == 2
+    assert "22 degrees" in text
+    assert "22 degrees" not in "".join(learnt)
+
+
+@each_family
 def test_a_prompt_ends_exactly_where_what_must_be_learnt_begins(family: Family) -> None:
     prompt = render(family, [SYSTEM, *TURNS[:1]], add_generation_prompt=True)
     marked = render_marked(family, [SYSTEM, *TURNS[:2]])

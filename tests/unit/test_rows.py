@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "template" / "finet
 import messages
 from rows import DataError
 
-INPUTS = 6000
+INPUTS = 5200
 ASKED, ANSWERED = {"role": "user", "content": "Phrase: Hooray!"}, {"role": "assistant", "content": "joy"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Kyōto"}'}}
 # a valid row of every format, and of every variant of it
@@ -112,6 +112,7 @@ def corrupted_bytes(kind: str, change: str, first: int, second: int, junk: bytes
         "behead": raw[start:],
         "remove": raw[:start] + raw[end:],
         "insert": raw[:start] + junk + raw[start:],
+        "line": raw[: raw.find(b"\n", start) + 1] + junk + b"\n" + raw[raw.find(b"\n", start) + 1 :],
         "repeat": raw[:end] + raw[start:],
         "join": raw[:end] + WHOLE[KINDS[second % len(KINDS)]],
         "pack": gzip.compress(raw[:start], 1),
@@ -140,6 +141,7 @@ CHANGED_BYTES = st.tuples(
             "behead",
             "remove",
             "insert",
+            "line",
             "repeat",
             "join",
             "pack",
@@ -389,7 +391,8 @@ def test_rows_of_a_file_may_be_of_unequal_shapes(tmp_path: Path) -> None:
         ("rows.txt", b"\x89PNG\r\n\x1a\n\0", "rows.txt, line 3: not text, or UTF-16 without its mark"),
         ("rows.txt.gz", b"not packed", "rows.txt.gz, line 1: the gzip file is torn or none"),
         ("rows.rejected.jsonl", b"{}", "rows.rejected.jsonl, line 1: these rows were set aside"),
-        ("rows.docx", b"x", "rows.docx has an unknown ending: use one of .jsonl, .json"),
+        ("rows.docx", b"x", "rows.docx has an unknown ending: use .jsonl, .json, .csv"),
+        ("rows.parquet.gz", b"x", "rows.parquet.gz has an unknown ending"),
     ],
 )
 def test_a_file_that_is_empty_torn_or_no_text_is_refused(tmp_path: Path, name: str, raw: bytes, words: str) -> None:
@@ -446,6 +449,16 @@ def test_the_last_line_of_a_file_that_was_cut_off_is_set_aside(tmp_path: Path) -
     (line,) = (tmp_path / "rows.rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["line"] == 21
     assert json.loads(line)["row"] == '{"text": "b'
+
+
+def test_a_row_that_is_nested_too_deeply_is_set_aside(tmp_path: Path) -> None:
+    deep = "[" * 99_999
+    nearly = '{"text": "a", "b": ' + "[" * 900 + "]" * 900 + "}"  # read, and too deep to be written into the list
+    text = "\n".join([deep, json.dumps({"messages": deep}), nearly, nearly.replace("text", "none"), '{"text": "b"}'])
+    assert [row.place[-6:] for row in read(tmp_path / "rows.jsonl", text, max_bad_rows=1)] == ["line 3", "line 5"]
+    rejected = (tmp_path / "rows.rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["line"] for line in rejected] == [1, 2, 4]
+    assert json.loads(rejected[0])["reason"] == "it is nested too deeply."
 
 
 def test_a_csv_row_with_too_few_cells_or_a_stray_quote_is_set_aside(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""Rows → messages → tokens and labels."""
+"""Conversations → tokens and labels; how rows become conversations is tested in tests/unit/test_rows.py."""
 
 from __future__ import annotations
 
-import gzip
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,80 +30,6 @@ def dataset(workspace: Path) -> Any:
     return dataset
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"messages": TONE, "id": 7}, TONE),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Phrase: Hooray!"}]}, TONE[1]]}, TONE),
-        ({"conversations": [{"from": "human", "value": "Phrase: Hooray!"}, {"from": "gpt", "value": "joy"}]}, TONE),
-        ({"instruction": "Phrase: Hooray!", "input": "", "output": "joy"}, TONE),
-        (
-            {"instruction": "And now?", "output": "fear", "system": "Be kind.", "history": [["Hi", "Hello"]]},
-            [
-                {"role": "system", "content": "Be kind."},
-                {"role": "user", "content": "Hi"},
-                {"role": "assistant", "content": "Hello"},
-                {"role": "user", "content": "And now?"},
-                {"role": "assistant", "content": "fear"},
-            ],
-        ),
-        ({"prompt": "Phrase: Hooray!", "completion": "joy"}, TONE),
-        ({"text": "joy"}, [{"role": "assistant", "content": "joy"}]),
-    ],
-)
-def test_the_format_of_a_row_is_found_from_its_columns(dataset: Any, row: dict[str, Any], expected: Any) -> None:
-    assert dataset.to_messages(row, "auto", None, None) == expected
-
-
-def test_columns_are_put_into_templates_and_other_braces_stay(dataset: Any) -> None:
-    row = {"phrase": "Hooray!", "tone": "joy {sic}"}
-    assert dataset.to_messages(row, "columns", "Phrase: {phrase}", "{tone}") == [
-        TONE[0],
-        {"role": "assistant", "content": "joy {sic}"},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ({"a": "x", "b": "y"}, "columns a, b fit no known format"),
-        ({"messages": [TONE[0]]}, "no assistant turn with text"),
-        ({"prompt": "x", "completion": ""}, "column 'completion' is missing or empty"),
-        ({"messages": [{"role": "user", "content": 7}, TONE[1]]}, "not text but int"),
-    ],
-)
-def test_a_row_that_cannot_be_learnt_from_says_why(dataset: Any, row: dict[str, Any], words: str) -> None:
-    with pytest.raises(dataset.DataError, match=words):
-        dataset.to_messages(row, "auto", None, None)
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "jsonl.gz"])
-def test_files_of_every_kind_give_the_same_rows(dataset: Any, tmp_path: Path, ending: str) -> None:
-    rows = [{"prompt": f"Phrase: {i}", "completion": "joy"} for i in range(5)]
-    text = {
-        "jsonl": "\n".join(json.dumps(row) for row in rows),
-        "json": json.dumps(rows),
-        "csv": "prompt,completion\n" + "\n".join(f"Phrase: {i},joy" for i in range(5)),
-    }[ending.removesuffix(".gz")]
-    path = tmp_path / f"rows.{ending}"
-    path.write_bytes(gzip.compress(text.encode()) if ending.endswith(".gz") else text.encode())
-    read = dataset.chat_rows("train", train_file=str(path), held_out_file="unused")
-    assert [row[0]["content"] for row in read] == [f"Phrase: {i}" for i in range(5)]
-
-
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be"])
-@pytest.mark.parametrize("ending", ["jsonl", "csv", "jsonl.gz", "txt"])
-def test_a_file_may_have_the_mark_of_its_encoding(dataset: Any, tmp_path: Path, ending: str, encoding: str) -> None:
-    text = {"csv": "prompt,completion\nPhrase: ü,jöy\n", "txt": "jöy\n"}.get(
-        ending, json.dumps({"prompt": "Phrase: ü", "completion": "jöy"}, ensure_ascii=False) + "\n"
-    )
-    raw = text.encode(encoding) if encoding == "utf-8-sig" else ("\ufeff" + text).encode(encoding)
-    path = tmp_path / f"rows.{ending}"
-    path.write_bytes(gzip.compress(raw) if ending.endswith(".gz") else raw)
-    (row,) = dataset.chat_rows("train", train_file=str(path), held_out_file="unused")
-    assert row[-1] == {"role": "assistant", "content": "jöy"}
-
-
 def test_rows_that_stand_twice_and_held_out_rows_that_are_trained_on_are_counted(dataset: Any) -> None:
     import check
 
@@ -111,18 +38,6 @@ def test_rows_that_stand_twice_and_held_out_rows_that_are_trained_on_are_counted
     doubled, leaked = check.repeated_rows({"train": [TONE, TONE, other], "held_out": [other]})
     assert "1 of 3 rows to train on stand there more than once" in doubled
     assert "1 held-out rows are trained on too" in leaked
-
-
-def test_a_file_that_is_missing_or_torn_is_named(dataset: Any, tmp_path: Path) -> None:
-    with pytest.raises(dataset.DataError, match=r"absent\.jsonl is not there"):
-        dataset.chat_rows("train", train_file="absent.jsonl")
-    torn = tmp_path / "torn.jsonl"
-    torn.write_text('{"messages": [{"role": "us')
-    with pytest.raises(dataset.DataError, match=r"torn\.jsonl cannot be read as json"):
-        dataset.chat_rows("train", train_file=str(torn))
-    (tmp_path / "rows.docx").write_text("x")
-    with pytest.raises(dataset.DataError, match="unknown ending"):
-        dataset.chat_rows("train", train_file=str(tmp_path / "rows.docx"))
 
 
 @pytest.mark.parametrize("eval_split", [0.2, 30])
@@ -219,7 +134,121 @@ def test_rows_that_are_too_long_are_cut_and_counted(
     whole = dataset.chat_tokens(sample, str(tiny_model.DEMO), max_seq_len=256)
     assert len(whole) == len(sample), "no row is dropped because the data is short"
     assert capsys.readouterr().out == ""
-    dataset.chat_tokens(sample, str(tiny_model.DEMO), max_seq_len=20)
-    assert "of 800 rows are longer than max_seq_len 20 and were cut" in capsys.readouterr().out
-    with pytest.raises(dataset.DataError, match="max_seq_len 4 cuts off every answer"):
-        dataset.chat_tokens(sample, str(tiny_model.DEMO), max_seq_len=4)
+    longest = max(len(row["input_ids"]) for row in whole)
+    assert len(dataset.chat_tokens(sample, str(tiny_model.DEMO), max_seq_len=longest - 3)) < len(sample)
+    out = capsys.readouterr().out
+    assert re.match(rf"\d+ of 800 rows are longer than max_seq_len {longest - 3} and were cut; [1-9]", out)
+    assert re.search(r"were left out \(the first: .*sample-train\.jsonl, line \d+\)\.\n$", out)
+    for length, share in ((20, 0.05), (4, 1)):
+        with pytest.raises(
+            dataset.DataError, match=rf"line \d+: max_seq_len {length} cuts off the whole answer, as in"
+        ):
+            dataset.chat_tokens(sample, str(tiny_model.DEMO), max_seq_len=length, max_bad_rows=share)
+    assert dataset.chat_tokens(sample, str(tiny_model.DEMO), max_seq_len=20, max_bad_rows=1)
+
+
+def test_a_row_that_the_chat_template_refuses_is_named(dataset: Any, workspace: Path, sample: Any) -> None:
+    import tiny_model
+
+    # as Gemma and Mistral have it
+    template = """{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Conversation roles must alternate') }}{% endif %}{{ message.content }}{% endfor %}"""
+    tokenizer = tiny_model.build_tokenizer({**FAMILIES["chatml"], "chat_template": template}, sample)
+    row = type(sample[0])([TONE[0], *TONE], "rows.jsonl, line 7")
+    for refused in (row, dataset.with_system(row, "Be kind.")):
+        with pytest.raises(
+            dataset.DataError, match=r"^rows\.jsonl, line 7: .* take this row \(Conversation roles must"
+        ):
+            dataset.tokenise(tokenizer, refused, "responses")
+
+
+def test_rows_of_parquet_and_of_the_hub_are_placed_by_their_number(
+    dataset: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    rows = [{"messages": TONE, "id": i} for i in range(20)] + [{"messages": [], "id": 20}]
+    (tmp_path / "mine").mkdir()
+    path = tmp_path / "mine" / "train.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(str(path))
+    read = dataset.chat_rows("train", train_file=str(path), held_out_file="unused")
+    assert [list(row) for row in read] == [TONE] * 20
+    assert read[-1].place == f"{path}, row 20"
+    assert "the first is row 21: column 'messages' is missing or empty" in capsys.readouterr().out
+    # a folder is read as a dataset of the hub is
+    read = dataset.chat_rows("train", dataset_name=str(path.parent), held_out_file="unused")
+    assert len(read) == 20
+    assert read[-1].place == f"{path.parent}, row 20"
+
+
+def test_a_torn_parquet_file_and_a_dataset_that_is_not_there_are_named(dataset: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1" + bytes(100))
+    with pytest.raises(dataset.DataError, match=r"rows\.parquet, row 1: it cannot be read as Parquet: "):
+        dataset.chat_rows("train", train_file=str(path))
+    with pytest.raises(
+        dataset.DataError, match=r"The dataset nobody/nothing, split train, cannot be read: .* HF_TOKEN"
+    ):
+        dataset.chat_rows("train", dataset_name="nobody/nothing")
+
+
+def test_held_out_rows_of_a_file_are_read_from_it_also_beside_a_dataset_of_the_hub(
+    dataset: Any, workspace: Path
+) -> None:
+    held_out = str(workspace / "dataset" / "sample-heldout.jsonl")
+    assert len(dataset.chat_rows("held_out", dataset_name="nobody/nothing", held_out_file=held_out)) == 160
+
+
+def test_too_few_rows_to_learn_from_are_refused(workspace: Path) -> None:
+    import check
+
+    check.check_count({"train": [TONE] * 8, "held_out": [TONE]})
+    with pytest.raises(check.ConfigError, match="7 rows to train on are too few"):
+        check.check_count({"train": [TONE] * 7, "held_out": [TONE]})
+
+
+def test_olive_finds_what_the_user_script_imports(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from olive.common import import_lib
+
+    config = yaml.safe_load((workspace / "finetuning" / "olive-config.yaml").read_text(encoding="utf-8"))
+    ((script, folder),) = {(entry["user_script"], entry["script_dir"]) for entry in config["data_configs"]}
+    # as in a process of `olive run`, which knows nothing of the folder
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(workspace / "finetuning")])
+    for module in ("rows", "messages"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    for known in (import_lib.import_user_module, import_lib.import_module_from_file):
+        known.cache_clear()
+    with pytest.raises(ModuleNotFoundError):
+        import_lib.import_user_module(script)
+    assert import_lib.import_user_module(script, folder).chat_rows
+
+
+def test_a_run_leaves_bad_rows_out_and_says_so_once(invoke: Any, workspace: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"Phrase {i}"}, TONE[1]], "id": i} for i in range(98)]
+    lines = [json.dumps(row) for row in rows]
+    lines.insert(16, json.dumps({"messages": [*TONE, TONE[0]]}))
+    data = workspace / "dataset" / "mine.jsonl"
+    data.write_text("\n".join([*lines, '{"messages": [{"ro']), encoding="utf-8")
+    mine = {"train_file": "dataset/mine.jsonl", "held_out_file": None, "max_steps": 2}
+    run = invoke(settings=mine)
+    assert run.status == 0, run.err
+    assert run.out.splitlines()[:2] == [
+        "2 of 100 rows of dataset/mine.jsonl were set aside in dataset/mine.rejected.jsonl; the first is line 17: the "
+        "last turn is the user's: add the answer to it, or drop the turn.",
+        "dataset/mine.jsonl: columns id are not used.",
+    ]
+    assert "were set aside" not in run.out.partition("\n")[2]
+    assert len((workspace / "dataset" / "mine.rejected.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+
+    run = invoke("--check", settings={**mine, "max_bad_rows": 0.01})
+    assert run.status == 1
+    assert run.err.startswith("error: dataset/mine.jsonl, line 17: the last turn is the user's")
+    assert run.err.count("\n") == 1
+
+
+def test_answers_that_are_cut_off_stop_a_run_before_it_trains(invoke: Any, workspace: Path) -> None:
+    run = invoke("--check", settings={"max_seq_len": 16})
+    assert run.status == 1
+    assert run.err.startswith("error: dataset/sample-train.jsonl, line ")
+    assert "max_seq_len 16 cuts off the whole answer" in run.err

@@ -252,7 +252,7 @@ def test_no_command_shows_what_its_libraries_say_to_each_other(demo: Demo) -> No
 
 def test_the_model_is_built_and_the_check_trains_nothing(demo: Demo) -> None:
     assert "Built the demo model in" in demo.done[STEPS[0]].stdout
-    assert demo.after_check == ["cache", "demo"]
+    assert demo.after_check == ["demo"]
     assert "800 rows to train on, 160 held out\n" in demo.done[STEPS[1]].stdout
 
 
