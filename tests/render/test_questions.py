@@ -77,7 +77,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *[({"train_batch_size": value}, "1 to 256: type 4") for value in (0, 257)],
     *[({"eval_batch_size": value}, "1 to 256: type 4") for value in (0, 257)],
     *[({"gradient_accumulation_steps": value}, "1 to 512: type 4") for value in (0, 513)],
-    *[(FILE | {"eval_split": value}, "0.01 to 0.5: type 0.1") for value in (0, 0.6, "nan")],
+    *[(FILE | {"eval_split": value}, "0.01 to 0.5, or rows: type 0.1") for value in (0, 0.6, 1.5, "nan")],
     *[({"early_stopping_patience": value}, "0 to 100: type 0") for value in (-1, 101)],
     *[({"seed": value}, "0 to 4294967295: type 42") for value in (-1, 2**32)],
     *[({"data_seed": value}, "0 to 4294967295: type 42") for value in (-1, 2**32)],
@@ -249,6 +249,13 @@ def test_odd_but_valid_answers_arrive_in_the_files_as_they_were_given(render: Re
     assert yaml.safe_load((workspace / "setup/conda-environment.yml").read_text())["name"] == "1.0"
     recorded = yaml.safe_load((workspace / ".copier-answers.yml").read_text(encoding="utf-8"))
     assert {name: recorded[name] for name in answers} == answers
+
+
+@pytest.mark.parametrize(("answer", "written"), [(0.25, "0.25"), (200, "200")])
+def test_held_out_rows_are_a_share_or_a_number(render: Render, tmp_path: Path, answer: float, written: str) -> None:
+    workspace = render(tmp_path / "ws", dataset_source="file", dataset_path="rows.jsonl", eval_split=answer)
+    config = (workspace / "finetuning/olive-config.yaml").read_text(encoding="utf-8")
+    assert f" eval_split: {written}  #" in config
 
 
 def test_the_model_file_holds_the_catalogue_s_facts_to_the_letter(
