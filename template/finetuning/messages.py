@@ -107,7 +107,7 @@ def set_aside(source: str, bad: list[dict[str, Any]], is_from_hub: bool) -> Path
     try:
         if target.is_file() and is_list_of(target, source):
             if not bad:
-                target.unlink()
+                target.unlink(missing_ok=True)
         elif target.is_file() and bad:
             raise DataError(f"{target}, line 1: not the rows set aside from {source}. Move it away: it would be lost.")
         if bad:
@@ -121,14 +121,12 @@ def set_aside(source: str, bad: list[dict[str, Any]], is_from_hub: bool) -> Path
 
 def is_list_of(target: Path, source: str) -> bool:
     """Tell whether a file holds the rows that were set aside from this source."""
-    with target.open("rb") as file:
-        try:
+    try:
+        with target.open("rb") as file:
             first = json.loads(file.readline())
-            return bool(
-                first.keys() == {"file", "line", "reason", "row"} and Path(first["file"]).name == Path(source).name
-            )
-        except (ValueError, AttributeError, TypeError, RecursionError):
-            return False
+        return bool(first.keys() == {"file", "line", "reason", "row"} and Path(first["file"]).name == Path(source).name)
+    except (FileNotFoundError, ValueError, AttributeError, TypeError, RecursionError):
+        return False
 
 
 def to_line(rejected: dict[str, Any]) -> bytes:
@@ -154,6 +152,8 @@ def to_messages(
     The last message is an answer, and all are text that a tokenizer takes.
     """
     if isinstance(row, list):
+        if not any(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in row):
+            raise DataError("it is a list, but not of turns. A file that is one JSON array must end in .json.")
         row = {"messages": row}
     if not isinstance(row, dict):
         raise DataError(f"it is {kind(row)}, not an object with columns.")

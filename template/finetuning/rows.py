@@ -63,7 +63,7 @@ def file_rows(file: str) -> Iterator[Row]:
     if name.endswith(".csv"):
         return csv_rows(file, text)
     if name.endswith(".txt"):
-        return (Row(number, {"text": line.strip()}) for number, line in lines(text))
+        return (Row(number, {"text": line}) for number, line in lines(text))
     return array_rows(file, text) if name.endswith(".json") and text.lstrip().startswith("[") else json_rows(text)
 
 
@@ -94,7 +94,9 @@ def file_text(file: str) -> str:
 
 def lines(text: str) -> Iterator[tuple[int, str]]:
     """Yield the lines that are not blank with their numbers. str.splitlines would split at more than line ends."""
-    return ((number, line) for number, line in enumerate(io.StringIO(text, newline=None), start=1) if line.strip())
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        if line.strip():
+            yield number, line.removesuffix("\n")
 
 
 def json_rows(text: str) -> Iterator[Row]:
@@ -106,7 +108,9 @@ def json_rows(text: str) -> Iterator[Row]:
             yield Row(number, line, "it is nested too deeply.")
         except ValueError as error:
             reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            hint = " A file that is one JSON array must end in .json." if line.lstrip().startswith("[") else ""
+            hint = (
+                " Write one row a line, or an array into a file that ends in .json." if len(line.strip()) == 1 else ""
+            )
             yield Row(number, line, f"it is not JSON ({reason}).{hint}")
 
 
@@ -163,7 +167,7 @@ def csv_rows(file: str, text: str) -> Iterator[Row]:
                 raise DataError(f"{file}, line {number}: the names of the columns are no CSV ({error}).") from error
             problem = f"it is not CSV ({error})."
         if not header:
-            header = cells
+            header = [cell.strip() for cell in cells]
             if len(set(header)) < len(header):
                 raise DataError(f"{file}, line {number}: two columns have the same name: {short(header)}.")
         elif problem or len(cells) not in (0, len(header)):

@@ -283,6 +283,10 @@ def test_columns_are_put_into_templates_and_other_braces_stay() -> None:
     [
         ({"a": "x", "b": "y"}, "columns a, b fit no known format: set dataset_format"),
         (7, "it is a number, not an object"),
+        (
+            [{"prompt": "a", "completion": "b"}],
+            "it is a list, but not of turns. A file that is one JSON array must end",
+        ),
         ({"messages": "Hello"}, "column 'messages' is text, not a list of turns"),
         ({"messages": [ASKED, "joy"]}, "turn 2 is text, not an object with role and content"),
         ({"messages": [ASKED, {"role": "robot", "content": "joy"}]}, 'turn 2 has the role "robot": use system, user'),
@@ -320,7 +324,7 @@ TEXTS = {
     "jsonl": "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS),
     "json": json.dumps(ROWS, ensure_ascii=False, indent=2),
     "csv": as_csv(ROWS),
-    "txt": "".join(f"Phrase: {i}, ü\r\n\r\n" for i in range(3)),
+    "txt": "".join(f"Phrase: {i}, ü\r\n \r\n" for i in range(3)),
 }
 
 
@@ -338,7 +342,7 @@ def test_files_of_every_kind_and_encoding_give_the_same_rows(
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_the_separator_of_a_csv_is_told_by_its_first_line(tmp_path: Path, separator: str) -> None:
-    rows = [{"prompt": "a, b; c\td", "completion": 'he said "x"', "n": "1"}]
+    rows = [{" prompt": "a, b; c\td", "completion ": 'he said "x"', "n": "1"}]
     (row,) = read(tmp_path / "rows.csv", as_csv(rows, separator))
     assert [turn["content"] for turn in row] == ["a, b; c\td", 'he said "x"']
 
@@ -406,6 +410,11 @@ def test_a_torn_gzip_file_is_named_with_the_line_where_it_ends(tmp_path: Path) -
     said = refused(tmp_path / "rows.jsonl.gz", whole[: len(whole) // 2])
     line = re.search(r"rows\.jsonl\.gz, line (\d+): the gzip file is torn", said)
     assert line and 1000 < int(line[1]) < 9000
+
+
+def test_an_array_in_a_file_for_lines_is_explained(tmp_path: Path) -> None:
+    said = refused(tmp_path / "rows.jsonl", json.dumps(ROWS, indent=1))
+    assert "rows.jsonl, line 1: it is not JSON (Expecting value, column 2). Write one row a line, or an array" in said
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
