@@ -43,7 +43,13 @@ $(WORKSPACE)/.venv/ready: .venv/ready template/setup/requirements-cpu.txt
 	  $$(grep -o '^bitsandbytes==[^ ]*' template/setup/requirements-gpu.txt)
 	@touch $@
 
-test: lint $(WORKSPACE)/.venv/ready .cache/bitsandbytes/ready
+# What report_to writes is read by the tests; only what the writer needs, as the rest is TensorBoard's own page.
+.cache/tensorboard/ready: .venv/ready
+	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/tensorboard \
+	  tensorboard==2.21.0 absl-py==2.5.1
+	@touch $@
+
+test: lint $(WORKSPACE)/.venv/ready .cache/bitsandbytes/ready .cache/tensorboard/ready
 	pytest -n 2 tests/unit tests/render tests/update --ignore tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace

@@ -9,6 +9,8 @@ import json
 import math
 import os
 import re
+import shlex
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ CHOICES = {
     "dataset_format": ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "columns", "text"),
     "torch_dtype": ("float32", "bfloat16", "float16"),
 }
+TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 DEAD = {
     "warmup_ratio": "use warmup_steps, which takes a share below 1 too",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
@@ -122,7 +125,22 @@ def validate(config: dict[str, Any], path: Path = CONFIG) -> None:
                 raise ConfigError(f"{where} is not a setting: {advice}")
             if key in CHOICES and keys[key] not in CHOICES[key]:
                 raise ConfigError(f"{where} is {keys[key]!r}: choose one of {', '.join(CHOICES[key])}.")
+    check_report_to(config, path)
     validate_values(config, path)
+
+
+def check_report_to(config: dict[str, Any], path: Path) -> None:
+    """Refuse what no run can report to: an unknown name, a package that is not installed. Raises ConfigError."""
+    chosen = pass_settings(config)["training_args"].get("report_to", "none")
+    where = f"{path.name}, line {line_of(path, 'report_to')}: training_args.report_to"
+    for name in chosen if isinstance(chosen, list) else [chosen]:
+        if name == "all":  # would send the figures wherever a package happens to be installed
+            raise ConfigError(f"{where} is all: name what you want, some of {', '.join(TRACKERS)}.")
+        if name not in (*TRACKERS, "none") or (name == "none" and chosen != "none"):
+            raise ConfigError(f"{where} is {chosen!r}: choose none, or one or some of {', '.join(TRACKERS)}.")
+        if name != "none" and importlib.util.find_spec(name) is None:
+            install = f"{shlex.quote(sys.executable)} -m pip install {name}"
+            raise ConfigError(f"{where} needs {name}, which is not installed: run `{install}`, or set report_to: none.")
 
 
 def known_keys(config: dict[str, Any]) -> list[tuple[str, dict[str, Any], set[str]]]:

@@ -145,7 +145,8 @@ def run(arguments: argparse.Namespace) -> int:
 def tune(config: dict[str, Any], rows: dict[str, list[Any]], results: Path, fresh: bool, started: float) -> None:
     """Evaluate, train, evaluate, report."""
     from evaluate import evaluate
-    from record import publish
+    from model_card import write_model_card
+    from record import data_facts, keep_logs, publish
     from report import write_report
     from train import meet, train
 
@@ -155,6 +156,7 @@ def tune(config: dict[str, Any], rows: dict[str, list[Any]], results: Path, fres
     if fresh or (run_folder / "finished").exists():
         shutil.rmtree(run_folder, ignore_errors=True)  # the result of a finished run stands in models/adapter
 
+    keep_logs(config, results / "logs")
     print(f"Evaluating {run_json['base_model']} on the held-out rows")
     before = evaluate(config, folder, None, rows["held_out"])
     print(f"Training an adapter: {run_json['method']}")
@@ -163,6 +165,7 @@ def tune(config: dict[str, Any], rows: dict[str, list[Any]], results: Path, fres
     print("Evaluating the tuned model on the same rows")
     after = evaluate(config, folder, adapter, rows["held_out"])
 
+    run_json["data"] = data_facts(config, rows, folder) | {"asked_rows": len(after.questions)}
     run_json["metrics"] = {"before": before.metrics, "after": after.metrics}
     run_json["examples"] = [
         {"question": row[-2]["content"], "expected": row[-1]["content"], "before": one, "after": other}
@@ -171,6 +174,7 @@ def tune(config: dict[str, Any], rows: dict[str, list[Any]], results: Path, fres
     run_json["timings"] = timings | {"before": before.seconds, "after": after.seconds}
     run_json["seconds"] = round(time.monotonic() - started, 2)
     publish(run_json, adapter, folder, results)
+    write_model_card(run_json, results / "adapter")
     report = write_report(run_json, losses, results / "report")
     (run_folder / "finished").touch()
     show(run_json, report.relative_to(ROOT))

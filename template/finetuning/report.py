@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,25 @@ TEMPLATE = Path(__file__).with_name("report.html")
 # background, ink, training, held out: the two curves stay apart for colour-blind eyes too
 LIGHT = ("#ffffff", "#333333", "#0072b2", "#d55e00")
 DARK = ("#1b1e24", "#d8dbe0", "#56b4e9", "#e69f00")
+NAMES = {  # of what run.json calls more shortly
+    "source": "rows from",
+    "held_out_source": "held-out rows from",
+    "train_rows": "rows to train on",
+    "held_out_rows": "rows held out",
+    "tokens": "tokens trained on, each epoch",
+    "answer_share": "share of answer tokens",
+    "cut_rows": "rows cut at max_seq_len",
+    "left_out_rows": "rows left out: their answer was cut off",
+    "set_aside_rows": "rows set aside: they could not be read",
+    "duplicate_rows": "rows that repeat another",
+    "held_out_rows_trained_on": "held-out rows trained on too",
+    "asked_rows": "held-out rows asked",
+    "sha256": "SHA-256 of the rows",
+    "start_to_first_step": "start to first step",
+    "before": "evaluation before",
+    "after": "evaluation after",
+}
+SHOWN_ELSEWHERE = ("config", "data", "metrics", "timings")
 
 
 def write_report(run: dict[str, Any], history: list[dict[str, float]], folder: Path) -> Path:
@@ -26,7 +46,8 @@ def write_report(run: dict[str, Any], history: list[dict[str, float]], folder: P
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         run=run,
         metrics=metrics(run),
-        sections=sections(run),
+        facts=facts(run),
+        settings=settings(run),
         light_plot=base64.b64encode(plots[0]).decode(),
         dark_plot=base64.b64encode(plots[1]).decode(),
         plot_in_words=f"{in_words('Training', training)} {in_words('Held-out', held_out)}",
@@ -54,22 +75,54 @@ def metrics(run: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def sections(run: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Return the other facts of run.json as tables by title: its plain values, then every group of values."""
-    tables = {"run": {key: value for key, value in run.items() if not isinstance(value, dict | list)}}
-    tables |= {key: value for key, value in run.items() if isinstance(value, dict) and key != "metrics"}
-    return {
-        "timings, in seconds" if title == "timings" else title: {
-            key.replace("_", " "): in_text(value) for key, value in facts.items()
-        }
-        for title, facts in tables.items()
+def facts(run: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Return the other facts of run.json as tables by title: its groups of values, then what stands alone."""
+    timings = dict(run["timings"])
+    speed = timings.pop("tokens_per_second", None)
+    groups = {
+        "data": {**run.get("data", {}), "sha256": run["dataset_sha256"]},
+        "time": {name: duration(seconds) for name, seconds in {"total": run["seconds"], **timings}.items()}
+        | {"tokens a second, in training": speed},
+        **{name: group for name, group in run.items() if isinstance(group, dict) and name not in SHOWN_ELSEWHERE},
+        "run": {
+            name: value
+            for name, value in run.items()
+            if not isinstance(value, dict | list) and name not in ("dataset_sha256", "seconds")
+        },
     }
+    return {title: table(group) for title, group in groups.items()}
+
+
+def settings(run: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Return the settings by what they concern, named as in olive-config.yaml."""
+    return {
+        title: {name: in_text(value) for name, value in group.items()} for title, group in run.get("config", {}).items()
+    }
+
+
+def table(group: dict[str, Any]) -> dict[str, str]:
+    """Return the values of a group, and their names, for people."""
+    return {
+        NAMES.get(name, name.replace("_", " ")): f"{value:.1%}" if name.endswith("_share") else in_text(value)
+        for name, value in group.items()
+    }
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people: 31.4 s, or hours, minutes and seconds."""
+    return f"{seconds:.4g} s" if seconds < 100 else str(timedelta(seconds=round(seconds)))
 
 
 def in_text(value: Any) -> str:
     """Write one value for people."""
-    if value is None or value == "":
+    if value is None or value in ("", []):
         return "–"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {in_text(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(in_text, value))
+    if isinstance(value, bool):
+        return "true" if value else "false"  # as in olive-config.yaml
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

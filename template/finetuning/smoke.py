@@ -39,6 +39,8 @@ def shrink(config: dict[str, Any], results: Path) -> None:
         settings["type"] = "LoRA"
         for key in ("quant_type", "double_quant", "compute_dtype", "save_quant_config"):
             settings.pop(key, None)
+    if settings["training_args"].get("report_to", "none") != "none":
+        print("The smoke run reports to models/smoke/report alone: it needs no network.")
     config["systems"]["local_system"]["accelerators"][0] = {
         "device": "cpu",
         "execution_providers": ["CPUExecutionProvider"],
@@ -51,6 +53,7 @@ def shrink(config: dict[str, Any], results: Path) -> None:
         "optim": "adamw_torch",
         "eval_steps": STEPS // 2,
         "save_steps": STEPS // 2,
+        "report_to": "none",
     }
     build(results / "base", facts, chat_rows(**data_settings(config, "train", "load_dataset_config")), steps=STEPS)
     config["input_model"]["model_path"] = (results / "base").relative_to(ROOT).as_posix()

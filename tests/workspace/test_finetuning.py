@@ -113,7 +113,7 @@ def test_a_run_leaves_what_the_contract_names(invoke: Invoke, workspace: Path) -
     assert run.status == 0, run.err
     assert set(run.json) >= {
         *("base_model", "revision", "method", "adapter", "dataset_sha256", "config_sha256", "packages", "metrics"),
-        *("seconds", "system_prompt", "dtype"),
+        *("seconds", "system_prompt", "dtype", "config", "data", "machine", "timings"),
     }
     assert run.json["base_model"] == "models/demo"
     assert all(set(figures) == {"eval_loss", "perplexity", "accuracy"} for figures in run.json["metrics"].values())

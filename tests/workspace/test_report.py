@@ -48,7 +48,19 @@ def run_json(**changes: Any) -> dict[str, Any]:
         "adapter": "models/adapter",
         "system_prompt": "",
         "dtype": "float32",
+        "dataset_sha256": "da7a" * 16,
+        "config": {
+            "model": {"attn_implementation": "sdpa", "trust_remote_code": False},
+            "adapter": {"r": 16, "target_modules": ["q_proj", "v_proj"]},
+        },
         "packages": {"olive-ai": "0.13.0", "torch": "2.13.0"},
+        "machine": {"python": "3.12.1", "gpu": None},
+        "data": {
+            "source": "dataset/sample-train.jsonl",
+            "train_rows": 800,
+            "answer_share": 0.0845,
+            "tokens_per_row": {"min": 18, "median": 24, "p95": 28, "max": 33},
+        },
         "metrics": {
             "before": {"eval_loss": 2.4, "perplexity": 11.0232, "accuracy": 0.25},
             "after": {"eval_loss": 1.75, "perplexity": 5.7546, "accuracy": 0.975},
@@ -57,7 +69,7 @@ def run_json(**changes: Any) -> dict[str, Any]:
             {"question": "We won!", "expected": "joy", "before": "anger", "after": " joy\n"},
             {"question": "Boo!", "expected": "fear", "before": "", "after": "fears"},
         ],
-        "timings": {"training": 11.65},
+        "timings": {"training": 12345.6, "tokens_per_second": 12229.2},
         "seconds": 30.82,
         "finished": "2026-01-31T12:00:00+00:00",
     } | changes
@@ -113,11 +125,26 @@ def test_answers_are_marked_in_words_and_count_as_the_accuracy_does(workspace: P
 
 
 def test_every_fact_of_the_run_is_in_the_page(workspace: Path, tmp_path: Path) -> None:
-    page = write(workspace, tmp_path / "report", run_json(data={"train rows": 800}, note="kept"))
+    page = write(workspace, tmp_path / "report", run_json(extra={"cores in use": 800}, note="kept"))
     following = dict(zip(page.texts, page.texts[1:], strict=False))
-    expected = {"olive-ai": "0.13.0", "torch": "2.13.0", "training": "11.65", "train rows": "800", "note": "kept"}
+    expected = {"olive-ai": "0.13.0", "torch": "2.13.0", "python": "3.12.1", "gpu": "–"}
+    expected |= {"cores in use": "800", "note": "kept", "revision": "–", "system prompt": "–"}
+    expected |= {"rows from": "dataset/sample-train.jsonl", "rows to train on": "800", "share of answer tokens": "8.5%"}
+    expected |= {"tokens per row": "min 18, median 24, p95 28, max 33", "SHA-256 of the rows": "da7a" * 16}
+    expected |= {"total": "30.82 s", "training": "3:25:46", "tokens a second, in training": "12229.2"}
     assert {name: following.get(name) for name in expected} == expected
-    assert following["revision"] == following["system prompt"] == "–"
+
+
+def test_settings_are_named_and_written_as_in_the_configuration(workspace: Path, tmp_path: Path) -> None:
+    page = write(workspace, tmp_path / "report", run_json())
+    following = dict(zip(page.texts, page.texts[1:], strict=False))
+    expected = {
+        "attn_implementation": "sdpa",
+        "trust_remote_code": "false",
+        "r": "16",
+        "target_modules": "q_proj, v_proj",
+    }
+    assert {name: following.get(name) for name in expected} == expected
 
 
 def test_the_plot_is_described_for_those_who_do_not_see_it(workspace: Path, tmp_path: Path) -> None:
@@ -169,3 +196,59 @@ def test_a_new_report_takes_the_place_of_the_last_one(workspace: Path, tmp_path:
     page = write(workspace, tmp_path / "report", run_json(base_model="microsoft/phi-2"))
     assert "microsoft/phi-2" in page.texts and "models/demo" not in page.texts
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"index.html", "loss.png"}
+
+
+@pytest.fixture
+def demo_model(workspace: Path) -> str:
+    """Return the folder of the demo model, built unless a run has done it."""
+    from tiny_model import build_demo
+
+    folder = workspace / "models" / "demo"
+    if not folder.is_dir():
+        build_demo()
+    return str(folder)
+
+
+def test_the_facts_of_the_data_are_those_of_the_tokens_that_are_trained_on(workspace: Path, demo_model: str) -> None:
+    import check
+    from dataset import IGNORED, chat_tokens
+    from record import data_facts
+
+    def row(question: str, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    train = [row("We won!", "joy")] * 3 + [row("Boo!", "fear"), row("Boo! " * 40, "fear"), row("Oh?", "surprise " * 40)]
+    config = check.read_config()
+    for data_config in config["data_configs"]:
+        data_config["pre_process_data_config"]["max_seq_len"] = 40
+    facts = data_facts(config, {"train": train, "held_out": [train[0], row("No.", "anger")]}, demo_model)
+    uncut = sorted(len(example["input_ids"]) for example in chat_tokens(train, demo_model, max_seq_len=1000))
+    kept = chat_tokens(train, demo_model, max_seq_len=40)
+    assert len(kept) == 5  # one question fills the row, so that no answer is left
+    answers = sum(label != IGNORED for example in kept for label in example["labels"])
+    assert facts == {
+        "source": "dataset/sample-train.jsonl",
+        "held_out_source": "dataset/sample-heldout.jsonl",
+        "train_rows": 6,
+        "held_out_rows": 2,
+        "tokens": sum(len(example["input_ids"]) for example in kept),
+        "answer_share": round(answers / sum(len(example["input_ids"]) for example in kept), 4),
+        "tokens_per_row": {"min": uncut[0], "median": uncut[2], "p95": uncut[5], "max": uncut[5]},
+        "cut_rows": 2,
+        "left_out_rows": 1,
+        "duplicate_rows": 2,
+        "held_out_rows_trained_on": 1,
+        "end_of_answer": ["<|endoftext|>", "<|end|>"],
+    }
+
+
+def test_the_settings_in_use_are_recorded_with_their_defaults_and_without_plumbing(workspace: Path) -> None:
+    import check
+    from record import settings_in_use
+
+    used = settings_in_use(check.read_config())
+    assert used["rows"]["dataset_split"] == "train"
+    assert used["tokens"] == {"system_prompt": None, "max_seq_len": 256, "train_on": "responses"}
+    assert (used["adapter"]["r"], used["training"]["learning_rate"]) == (16, 0.004)
+    assert used["model"]["model_path"] == "models/demo"
+    assert not any(isinstance(value, dict) for group in used.values() for value in group.values())
