@@ -88,11 +88,11 @@ def keep_logs(config: dict[str, Any], folder: Path) -> None:
     """
     if pass_settings(config)["training_args"].get("report_to", "none") in ("none", []):
         return
-    folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     for variable, value in {
         "TENSORBOARD_LOGGING_DIR": folder / "tensorboard" / f"{datetime.now():%Y-%m-%d-%H%M%S}",  # a curve for each run
-        "MLFLOW_TRACKING_URI": f"sqlite:///{(folder / 'mlflow.db').as_posix()}",
+        # relative to the workspace, where the run is: a path above it may hold what an address cannot
+        "MLFLOW_TRACKING_URI": f"sqlite:///{(folder / 'mlflow.db').relative_to(ROOT).as_posix()}",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "TRACKIO_DIR": folder / "trackio",
         "WANDB_DIR": folder,

@@ -36,8 +36,10 @@ FOREIGN = {
     "ls models/adapter models/report",
     "mv finetuning/olive-config.yaml.bak finetuning/olive-config.yaml",
     "pipx install copier",
+    "python -m pip install tensorboard",
     "sed -i.bak 's/num_train_epochs: [0-9]*/num_train_epochs: 1/' finetuning/olive-config.yaml",
     "source .venv/bin/activate",
+    "tensorboard --logdir models/logs/tensorboard",
     "uv tool install copier",
 }
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

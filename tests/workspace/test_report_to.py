@@ -89,21 +89,20 @@ def test_a_run_that_reports_to_nothing_needs_nothing_and_leaves_nothing(
     assert not (tmp_path / "logs").exists()
 
 
-def test_logs_lie_in_the_folder_of_the_results_unless_the_environment_says_where(
-    workspace: Path, tmp_path: Path
-) -> None:
+def test_logs_lie_with_the_results_unless_the_environment_says_where(workspace: Path) -> None:
     import record
 
-    os.environ["MLFLOW_TRACKING_URI"] = "https://mlflow.example.org"
+    logs = workspace / "models" / "logs"
+    os.environ["WANDB_DIR"] = "/somewhere/else"
     before = dict(os.environ)
-    record.keep_logs(config_with("mlflow"), tmp_path / "logs")
+    record.keep_logs(config_with("mlflow"), logs)
     new = {name: value for name, value in os.environ.items() if before.get(name) != value}
-    assert os.environ["MLFLOW_TRACKING_URI"] == "https://mlflow.example.org"
     places = {name: value for name, value in new.items() if name.endswith("DIR")}
-    assert set(places) == {"TENSORBOARD_LOGGING_DIR", "TRACKIO_DIR", "WANDB_DIR", "WANDB_CACHE_DIR"}
-    assert all(Path(place).is_relative_to(tmp_path / "logs") for place in places.values())
-    # wandb would send what the run prints: questions and answers
-    assert new["WANDB_CONSOLE"] == "off"
+    assert set(places) == {"TENSORBOARD_LOGGING_DIR", "TRACKIO_DIR", "WANDB_CACHE_DIR"}
+    assert all(Path(place).is_relative_to(logs) for place in places.values())
+    assert new["MLFLOW_TRACKING_URI"] == "sqlite:///models/logs/mlflow.db"
+    assert os.environ["WANDB_DIR"] == "/somewhere/else"
+    assert new["WANDB_CONSOLE"] == "off"  # it would send what the run prints: questions and answers
 
 
 def test_tensorboard_gets_the_losses_of_the_run(invoke: Invoke, workspace: Path, tensorboard: None) -> None:
