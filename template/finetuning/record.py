@@ -119,7 +119,8 @@ def data_facts(config: dict[str, Any], rows: dict[str, list[list[Message]]], fol
     ]
     lengths = sorted(len(example["input_ids"]) for example in examples)
     answers = [sum(label != IGNORED for label in example["labels"][:longest]) for example in examples]
-    trained_on = sum(min(len(example["input_ids"]), longest) for example, n in zip(examples, answers, strict=True) if n)
+    kept = [example for example, tokens in zip(examples, answers, strict=True) if tokens]
+    trained_on = sum(min(len(example["input_ids"]), longest) for example in kept)
     train, held_out = ([json.dumps(row, sort_keys=True) for row in rows[part]] for part in ("train", "held_out"))
     train_source = source["dataset_name"] or source["train_file"]
     return {
@@ -139,7 +140,7 @@ def data_facts(config: dict[str, Any], rows: dict[str, list[list[Message]]], fol
         "left_out_rows": answers.count(0),
         "duplicate_rows": len(train) - len(set(train)),
         "held_out_rows_trained_on": len(set(held_out) & set(train)),
-        "end_of_answer": tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer, examples)),
+        "end_of_answer": tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer, kept)),
     }
 
 
