@@ -16,21 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from schema import CHOICES, METHOD, fixed_values, known_keys, reasons
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "finetuning" / "olive-config.yaml"
 DISK_GIB = 0.5  # checkpoints and adapter of the largest model in the catalogue
 LEAST_ROWS = 8  # to train on; of held-out rows one is enough for a figure, however unsure
-CHOICES = {
-    "train_on": ("responses", "all"),
-    "dataset_format": ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "columns", "text"),
-    "torch_dtype": ("float32", "bfloat16", "float16"),
-}
 TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
-DEAD = {
-    "warmup_ratio": "use warmup_steps, which takes a share below 1 too",
-    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
-}
 
 
 class Loader(yaml.SafeLoader):
@@ -64,7 +56,7 @@ def read_config(path: Path = CONFIG) -> dict[str, Any]:
         raise ConfigError(f"{name} is not a text file in YAML: {error}. `git checkout` brings it back.") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{name} holds no settings: `git checkout` or `copier recopy --trust` brings it back.")
-    need(config, "", ("input_model", "data_configs", "passes"))
+    need(config, "", ("input_model", "data_configs", "passes", "systems"))
     need(config["input_model"], "input_model.", ("model_path", "load_kwargs"))
     settings = pass_settings(config)
     need(settings, "passes.*.", ("type", "torch_dtype", "training_args"))
@@ -114,17 +106,24 @@ def validate(config: dict[str, Any], path: Path = CONFIG) -> None:
 
     Olive only warns about a key that it does not know, and ignores it: a misspelt setting would train with its default.
     """
-    for section, keys, known in known_keys(config):
+    method = pass_method(config)
+    refused = reasons(method)
+    for section, keys, known in known_keys(config, method):
         for key in keys:
-            where = f"{path.name}, line {line_of(path, key)}: {section}.{key}".replace(": .", ": ")
-            if key in DEAD:
-                raise ConfigError(f"{where} has no effect any more: {DEAD[key]}.")
+            where = f"{path.name}, line {line_of(path, key, keys[key])}: {section}.{key}".replace(": .", ": ")
+            if why := refused.get(section, {}).get(key):
+                raise ConfigError(f"{where} cannot be set: {why}.")
             if key not in known:
                 nearest = difflib.get_close_matches(key, known, n=1)
                 advice = f"did you mean {nearest[0]}?" if nearest else "remove it, or see the file's comments."
                 raise ConfigError(f"{where} is not a setting: {advice}")
             if key in CHOICES and keys[key] not in CHOICES[key]:
                 raise ConfigError(f"{where} is {keys[key]!r}: choose one of {', '.join(CHOICES[key])}.")
+    for section, keys, expected in fixed_values(config):
+        for key, value in expected.items():
+            if keys.get(key) != value:
+                where = f"{path.name}, line {line_of(path, key, keys.get(key))}: {section}.{key}"
+                raise ConfigError(f"{where} is {keys.get(key)!r}: write {value!r}, which the steps rely on.")
     check_report_to(config, path)
     validate_values(config, path)
 
@@ -143,49 +142,12 @@ def check_report_to(config: dict[str, Any], path: Path) -> None:
             raise ConfigError(f"{where} needs {name}, which is not installed: run `{install}`, or set report_to: none.")
 
 
-def known_keys(config: dict[str, Any]) -> list[tuple[str, dict[str, Any], set[str]]]:
-    """Return (section, its settings, the keys it may have), read from the code that will use them."""
-    from dataset import chat_rows, chat_tokens
-    from olive.data.config import DataConfig
-    from olive.engine.config import RunPassConfig
-    from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
-    from olive.model import HfModelHandler
-    from olive.model.config.hf_config import HfLoadKwargs
-    from olive.passes.pytorch.lora import HFTrainingArguments
-    from olive.workflows.run.config import RunConfig, RunEngineConfig
-    from train import METHODS, Training
-    from transformers import TrainingArguments
-
-    olive_pass = pass_settings(config)
-    method = str(olive_pass.get("type")).lower()
-    if method not in METHODS:
-        raise ConfigError(
-            f"{CONFIG.name}: passes.*.type {olive_pass.get('type')!r} is none of LoRA, QLoRA, DoRA, LoHa, LoKr."
-        )
-    pass_class: Any = type("Known", (Training, METHODS[method]), {})
-    components = {
-        "load_dataset_config": {"type", *inspect.signature(chat_rows).parameters},
-        "pre_process_data_config": {"type", *inspect.signature(chat_tokens).parameters} - {"rows"},
-    }
-    sections = [
-        ("", config, {*RunConfig.model_fields, *RunEngineConfig.model_fields} - {"engine"}),
-        ("input_model", config["input_model"], {"type", *inspect.signature(HfModelHandler).parameters}),
-        (
-            "load_kwargs",
-            config["input_model"].get("load_kwargs") or {},
-            {*HfLoadKwargs.model_fields, "revision", "attn_implementation", "use_safetensors", "variant"},
-        ),
-        ("passes.*", olive_pass, {*RunPassConfig.model_fields, *pass_class._default_config(DEFAULT_CPU_ACCELERATOR)}),
-        (
-            "training_args",
-            olive_pass.get("training_args") or {},
-            {*HFTrainingArguments.model_fields, *(field.name for field in fields(TrainingArguments))} - {*DEAD},
-        ),
-    ]
-    for data_config in config["data_configs"]:
-        sections.append(("data_configs", data_config, {*DataConfig.model_fields}))
-        sections += [(name, data_config.get(name) or {}, known) for name, known in components.items()]
-    return sections
+def pass_method(config: dict[str, Any]) -> str:
+    """Return the method in small letters. Raises ConfigError when there is no such method."""
+    method = str(pass_settings(config)["type"])
+    if method.lower() not in METHOD:
+        raise ConfigError(f"{CONFIG.name}: passes.*.type {method!r} is none of LoRA, QLoRA, DoRA, LoHa, LoKr.")
+    return method.lower()
 
 
 def validate_values(config: dict[str, Any], path: Path) -> None:
@@ -201,7 +163,13 @@ def validate_values(config: dict[str, Any], path: Path) -> None:
     from train import METHODS, Training
     from transformers import TrainingArguments
 
-    arguments = pass_settings(config)["training_args"]
+    settings = pass_settings(config)
+    arguments = settings["training_args"]
+    if settings.get("early_stopping_patience") and arguments.get("eval_strategy", "no") == "no":
+        line = line_of(path, "early_stopping_patience")
+        raise ConfigError(
+            f"{path.name}, line {line}: early_stopping_patience needs evaluations: set eval_strategy: steps."
+        )
     for field in fields(TrainingArguments):
         value = arguments.get(field.name)
         if type(field.default) in (int, float) and value is not None and type(value) not in (int, float):
@@ -225,11 +193,12 @@ def validate_values(config: dict[str, Any], path: Path) -> None:
         raise ConfigError(f"{path.name}: {str(error).splitlines()[0]}") from error
 
 
-def line_of(path: Path, key: str) -> int:
-    """Return the line where a key stands first, 1 when it does not stand on a line of its own."""
+def line_of(path: Path, key: str, value: Any = "") -> int:
+    """Return the first line with a key and this value, or with the key; 1 when it stands on no line of its own."""
     pattern = re.compile(rf"\s*(- )?{re.escape(str(key))}\s*:")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return next((number for number, line in enumerate(lines, start=1) if pattern.match(line)), 1)
+    lines = [*enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)]
+    found = [(str(value) not in line, number) for number, line in lines if pattern.match(line)]
+    return min(found, default=(True, 1))[1]
 
 
 def check_machine(config: dict[str, Any]) -> None:
@@ -265,7 +234,9 @@ def describe_run(config: dict[str, Any], rows: dict[str, list[Any]]) -> list[str
     epochs, max_steps = arguments.get("num_train_epochs", 3), arguments.get("max_steps", -1)
     steps = math.ceil(math.ceil(len(rows["train"]) / batch) * epochs)
     length = f"{steps} steps of {batch} rows: {epochs} epochs"
-    if 0 < max_steps < steps:
+    if max_steps >= steps:
+        length += f" end the run before max_steps {max_steps}"
+    elif max_steps > 0:
         length = f"{max_steps} steps of {batch} rows: max_steps ends the run before its {epochs} epochs ({steps} steps)"
     return [
         f"model  {config['input_model']['model_path']}",

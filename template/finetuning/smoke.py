@@ -37,14 +37,11 @@ def shrink(config: dict[str, Any], results: Path) -> None:
     if settings["type"].lower() == "qlora":
         print("The smoke run trains with LoRA in place of QLoRA: four-bit weights need the GPU.")
         settings["type"] = "LoRA"
-        for key in ("quant_type", "double_quant", "compute_dtype", "save_quant_config"):
+        for key in ("quant_type", "double_quant", "compute_dtype"):
             settings.pop(key, None)
     if settings["training_args"].get("report_to", "none") != "none":
         print("The smoke run reports to models/smoke/report alone: it needs no network.")
-    config["systems"]["local_system"]["accelerators"][0] = {
-        "device": "cpu",
-        "execution_providers": ["CPUExecutionProvider"],
-    }
+    config["systems"]["local_system"]["accelerators"] = [{"device": "cpu"}]
     settings["torch_dtype"] = "float32"
     settings["training_args"] |= {
         "max_steps": STEPS,

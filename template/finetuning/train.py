@@ -51,6 +51,7 @@ def train(config: dict[str, Any], run_folder: Path) -> tuple[Path, dict[str, flo
     arguments |= {
         "output_dir": str(run_folder / "checkpoints"),
         "overwrite_output_dir": True,  # Olive must not look for checkpoints: the loop below does
+        "metric_for_best_model": "eval_loss",
         "ddp_find_unused_parameters": False,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),

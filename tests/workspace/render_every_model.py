@@ -24,8 +24,10 @@ def main(folder: Path) -> None:
             if model["id"] == "custom":
                 data["custom_model_id"] = "someone/some-model"
             copier.run_copy(source, folder / model["id"], data=data, defaults=True, quiet=True, skip_tasks=True)
-        data = {"device": "gpu", "method": "qlora", "environment": "none", "project_name": "demo-qlora"}
-        copier.run_copy(source, folder / "demo-qlora", data=data, defaults=True, quiet=True, skip_tasks=True)
+        for method, device in (("qlora", "gpu"), ("loha", "cpu")):
+            name = f"demo-{method}"
+            data = {"device": device, "method": method, "environment": "none", "project_name": name}
+            copier.run_copy(source, folder / name, data=data, defaults=True, quiet=True, skip_tasks=True)
 
 
 main(Path(sys.argv[1]))

@@ -56,7 +56,7 @@ assert not {"torch", "transformers", "olive", "datasets"} & set(sys.modules)
         (lambda text: text.replace("learning_rate:", "learning_rat:"), "did you mean learning_rate?"),
         (
             lambda text: text.replace("warmup_steps:", "warmup_ratio:"),
-            "warmup_ratio has no effect any more: use warmup",
+            "warmup_ratio cannot be set: use warmup_steps",
         ),
         (lambda text: text.replace("max_seq_len:", "max_length:"), "max_length is not a setting"),
         (lambda text: text.replace("train_on: responses", "train_on: answers"), "train_on"),
