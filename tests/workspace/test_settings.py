@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, Run
+from conftest import RENDERED, REPOSITORY, Run
 
 Invoke = Callable[..., Run]
 FILE = "finetuning/olive-config.yaml"
@@ -612,7 +613,7 @@ def test_the_check_says_how_many_steps_the_run_has_and_what_ends_it(
 
 
 @pytest.fixture(scope="module")
-def olive_runs(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def olive_runs(places: None, workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run Olive's own command line three times on the file, in one process: the last two with other rows."""
     folder = tmp_path_factory.mktemp("olive") / "workspace"
     shutil.copytree(workspace, folder, ignore=shutil.ignore_patterns("checkpoints", "cache", "smoke"))
@@ -654,13 +655,12 @@ def test_olive_run_takes_the_file_as_it_is(olive_runs: Path) -> None:
 def test_olive_run_keeps_its_cache_and_its_result_where_the_file_says(olive_runs: Path) -> None:
     assert (olive_runs / "models/elsewhere/cache").is_dir()
     assert (olive_runs / "models/elsewhere/result/model/model.safetensors").is_file()
-    first, elsewhere = ((olive_runs / f"{name}.safetensors").read_bytes() for name in ("first", "elsewhere"))
-    assert first == elsewhere
 
 
 def test_without_clean_cache_olive_run_gives_the_adapter_of_other_rows(olive_runs: Path) -> None:
     before, kept, cleaned = (
-        (olive_runs / f"{name}.safetensors").read_bytes() for name in ("elsewhere", "kept", "cleaned")
+        hashlib.sha256((olive_runs / f"{name}.safetensors").read_bytes()).hexdigest()
+        for name in ("elsewhere", "kept", "cleaned")
     )
     assert kept == before
     assert cleaned != before
@@ -669,13 +669,16 @@ def test_without_clean_cache_olive_run_gives_the_adapter_of_other_rows(olive_run
 # ---- QLoRA, in a process of its own: its library is not in the lock for the CPU
 
 
-def test_the_settings_of_qlora_are_live() -> None:
+def test_the_settings_of_qlora_are_live(workspace: Path, renders: Path, tmp_path: Path) -> None:
     if not (FOUR_BITS / "bitsandbytes").is_dir():
         pytest.skip("bitsandbytes is not in .cache: `make test` puts it there")
     if "bitsandbytes" in sys.modules:
         pytest.skip("this is that process")
     command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "in_four_bits", "-p", "no:cacheprovider"]
-    environment = os.environ | {"PYTHONPATH": str(FOUR_BITS)}
+    ignored = shutil.ignore_patterns(".venv", "models")
+    rendered = shutil.copytree(RENDERED, tmp_path / "workspace", ignore=ignored)
+    (rendered / FILE).write_text(base_file(workspace, renders, "qlora"), encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(FOUR_BITS), "WORKSPACE": str(rendered)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     assert re.search(rf"\b{len(IN_FOUR_BITS)} passed", done.stdout) and "skipped" not in done.stdout
@@ -685,9 +688,7 @@ def test_the_settings_of_qlora_are_live() -> None:
     str(FOUR_BITS) not in os.environ.get("PYTHONPATH", ""), reason="runs in the process of the test above"
 )
 @pytest.mark.parametrize("path", IN_FOUR_BITS)
-def test_a_setting_is_live_in_four_bits(
-    observe: Callable[..., Seen], workspace: Path, renders: Path, unchanged: dict[str, Any], path: str
-) -> None:
+def test_a_setting_is_live_in_four_bits(observe: Callable[..., Seen], unchanged: dict[str, Any], path: str) -> None:
     import bitsandbytes
 
     cpu = {
@@ -698,7 +699,7 @@ def test_a_setting_is_live_in_four_bits(
     }
 
     def looked(changes: dict[str, Any]) -> dict[str, Any]:
-        model = observe(cpu | changes, base_file(workspace, renders, "qlora")).trainer.model
+        model = observe(cpu | changes).trainer.model
         layer = next(module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit))
         return {path: look(layer) for path, (_, look, _) in IN_FOUR_BITS.items()}
 

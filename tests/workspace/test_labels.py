@@ -1,0 +1,128 @@
+"""What is learnt of a conversation in every template family, and that a chat is tokenised as the training was."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+FAMILIES = yaml.safe_load((REPOSITORY / "catalog" / "chat_templates.yml").read_text(encoding="utf-8"))["families"]
+SYSTEM = {"role": "system", "content": "Be kind."}
+TURNS = [
+    {"role": "user", "content": "Hello you"},
+    {"role": "assistant", "content": "I am glad."},
+    {"role": "user", "content": "And now?"},
+    {"role": "assistant", "content": "joy\n\nmore  of it"},
+]
+TOOL = {"role": "tool", "content": "17 degrees"}
+
+
+@pytest.fixture(scope="module")
+def dataset(workspace: Path) -> Any:
+    import dataset
+
+    return dataset
+
+
+@pytest.fixture(scope="module")
+def tokenizers(dataset: Any, workspace: Path) -> dict[str, Any]:
+    """A tiny tokenizer of each family, with its special tokens and its template."""
+    import tiny_model
+
+    rows = dataset.chat_rows("train", str(workspace / "dataset" / "sample-heldout.jsonl"), "unused")
+    return {
+        name: tiny_model.build_tokenizer({**facts, "chat_template": facts["template"]}, rows)
+        for name, facts in FAMILIES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def serving(workspace: Path) -> Any:
+    """Make what answers in a chat: the engine with the backend of torch, without a model's weights."""
+    sys.path.insert(0, str(workspace / "inference"))
+    try:
+        import engine
+        import torch_backend
+    finally:
+        sys.path.pop(0)
+
+    def make(tokenizer: Any, system_prompt: str) -> Any:
+        backend: Any = object.__new__(torch_backend.TorchBackend)
+        backend.tokenizer, backend.context = tokenizer, 4096
+        return engine.Engine(SimpleNamespace(system_prompt=system_prompt), backend)
+
+    return make
+
+
+def learnt(example: dict[str, list[int]], ignored: int) -> list[list[int]]:
+    """Return each run of tokens that is learnt."""
+    runs: list[list[int]] = [[]]
+    for token, label in zip(example["input_ids"], example["labels"], strict=True):
+        if label != ignored:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("system_prompt", ["", "Be kind."])
+def test_what_is_asked_in_a_chat_is_tokenised_as_the_same_turns_were_trained(
+    dataset: Any, tokenizers: dict[str, Any], serving: Any, family: str, system_prompt: str
+) -> None:
+    tokenizer = tokenizers[family]
+    trained = dataset.tokenise(tokenizer, dataset.with_system(TURNS, system_prompt or None), "responses")
+    engine = serving(tokenizer, system_prompt)
+    # the first question, and the second with the first answer before it
+    for turns, answer in zip((TURNS[:1], TURNS[:3]), learnt(trained, dataset.IGNORED), strict=True):
+        asked, _ = engine.fit(turns, 64, pytest.fail)
+        assert trained["input_ids"][: len(asked)] == asked
+        # what comes next is learnt: the model is never asked for a token that it has not been taught
+        assert trained["labels"][len(asked)] == trained["input_ids"][len(asked)] == answer[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_chat_stops_at_the_token_that_was_learnt_as_the_end(
+    dataset: Any, tokenizers: dict[str, Any], serving: Any, family: str
+) -> None:
+    tokenizer = tokenizers[family]
+    trained = dataset.tokenise(tokenizer, TURNS, "responses")
+    stops = serving(tokenizer, "").backend.end_of_answer(tokenizer.eos_token_id)
+    for answer in learnt(trained, dataset.IGNORED):
+        assert answer[-1] in stops
+        assert not set(answer[:-1]) & set(stops)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_system_text_is_read_and_never_learnt(dataset: Any, tokenizers: dict[str, Any], family: str) -> None:
+    tokenizer = tokenizers[family]
+    without, with_it = (dataset.tokenise(tokenizer, turns, "responses") for turns in (TURNS, [SYSTEM, *TURNS]))
+    assert "Be kind." in tokenizer.decode(with_it["input_ids"])
+    assert learnt(with_it, dataset.IGNORED) == learnt(without, dataset.IGNORED)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_tool_says_is_never_learnt(dataset: Any, tokenizers: dict[str, Any], family: str) -> None:
+    tokenizer = tokenizers[family]
+    turns = [*TURNS[:2], TOOL, TURNS[3]]
+    example = dataset.tokenise(tokenizer, turns, "responses")
+    texts = [tokenizer.decode(run) for run in learnt(example, dataset.IGNORED)]
+    assert "17 degrees" in tokenizer.decode(example["input_ids"])
+    assert "17 degrees" not in "".join(texts)
+    assert len(texts) == 2 and "I am glad." in texts[0] and "more  of it" in texts[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_train_on_all_every_token_is_learnt_the_ends_of_turns_too(
+    dataset: Any, tokenizers: dict[str, Any], family: str
+) -> None:
+    tokenizer = tokenizers[family]
+    example = dataset.tokenise(tokenizer, [SYSTEM, *TURNS], "all")
+    assert example["labels"] == example["input_ids"]
+    end = tokenizer.convert_tokens_to_ids(FAMILIES[family]["end_of_turn"])
+    assert example["labels"].count(end) >= 2
