@@ -33,6 +33,7 @@ TRAINING_ARGS: Reasons = {
     "set allow_tf32 beside torch_dtype": ("tf32",),
     "device under systems says where the run is": ("use_cpu",),
     "accelerate launch and torchrun set it": ("local_rank",),
+    "an adapter has no unused weights": ("ddp_find_unused_parameters",),
     "use gradient_checkpointing": ("activation_checkpointing",),
     "use gradient_checkpointing_kwargs": ("activation_checkpointing_kwargs",),
     "with a cache, packed rows would see each other": ("use_cache",),
@@ -118,7 +119,7 @@ def known_keys(config: dict[str, Any], method: str) -> list[tuple[str, dict[str,
         ),
     ]
     for data_config in config["data_configs"]:
-        sections.append(("data_configs", data_config, {"name", "user_script", *components}))
+        sections.append(("data_configs", data_config, {"name", "user_script", "script_dir", *components}))
         sections += [(name, data_config.get(name) or {}, known) for name, known in components.items()]
     return sections
 
@@ -140,7 +141,7 @@ def fixed_values(config: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict
             "revision": model["load_kwargs"].get("revision"),
         }
         sections += [
-            ("data_configs", data_config, {"user_script": "finetuning/dataset.py"}),
+            ("data_configs", data_config, {"user_script": "finetuning/dataset.py", "script_dir": "finetuning"}),
             ("load_dataset_config", data_config.get("load_dataset_config") or {}, rows),
             ("pre_process_data_config", data_config.get("pre_process_data_config") or {}, tokens),
         ]
