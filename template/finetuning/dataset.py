@@ -77,7 +77,9 @@ def load_tokenizer(model_path: str, revision: str | None = None) -> Any:
     """Load the tokenizer; one without a chat template (a base model's) gets the template of setup/model.yaml."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path, revision=revision, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_path, revision=revision, local_files_only=True, trust_remote_code=False
+    )
     if not tokenizer.chat_template:
         tokenizer.chat_template = yaml.safe_load(MODEL_FACTS.read_text(encoding="utf-8"))["chat_template"]
     if tokenizer.pad_token_id is None:  # padding is masked, so that any token serves

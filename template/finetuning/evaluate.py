@@ -70,6 +70,7 @@ def load_model(folder: str, adapter: Path | None, olive_pass: dict[str, Any]) ->
         device_map="auto" if torch.cuda.device_count() > 1 else "cuda" if torch.cuda.is_available() else "cpu",
         quantization_config=quantization,
         local_files_only=True,
+        trust_remote_code=False,  # or transformers asks in a terminal whether to run code that comes with the model
     )
     if model.config.hidden_size < 256:
         torch.set_num_threads(1)  # for matrices as small as the demo's a second thread only waits for the first

@@ -126,3 +126,22 @@ def test_with_train_on_all_every_token_is_learnt_the_ends_of_turns_too(
     assert example["labels"] == example["input_ids"]
     end = tokenizer.convert_tokens_to_ids(FAMILIES[family]["end_of_turn"])
     assert example["labels"].count(end) >= 2
+
+
+def test_a_turn_that_a_template_refuses_is_one_sentence_in_training_and_in_a_chat(
+    dataset: Any, tokenizers: dict[str, Any], serving: Any
+) -> None:
+    import copy
+
+    import engine
+
+    tokenizer = copy.copy(tokenizers["chatml"])
+    # as the template that comes with Mistral 7B does it
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('Only user and assistant') }}"
+        "{% endif %}{{ message.content }}<|im_end|>{% endfor %}"
+    )
+    with pytest.raises(dataset.DataError, match=r"does not take this row \(Only user and assistant\)"):
+        dataset.tokenise(tokenizer, [SYSTEM, *TURNS], "responses")
+    with pytest.raises(engine.ChatError, match="does not take this conversation: Only user and assistant"):
+        serving(tokenizer, "Be kind.").fit(TURNS[:1], 64, pytest.fail)

@@ -439,6 +439,25 @@ def test_a_run_reports_to_what_is_named(invoke: Invoke, workspace: Path) -> None
     assert written if run.status == 0 else "tensorboard" in run.err
 
 
+def test_code_that_comes_with_a_model_is_never_run(places: None, invoke: Invoke, workspace: Path) -> None:
+    folder, ran = workspace / "models" / "with-code", workspace / "models" / "it-ran"
+    shutil.copytree(workspace / "models" / "demo", folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    classes = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "strange", "auto_map": classes}))
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    run = invoke("--fresh", edit=lambda text: change(text, SHORT | {"input_model.model_path": "models/with-code"}))
+    refused(run)
+    assert not ran.exists()
+    trusted = {"input_model.load_kwargs.trust_remote_code": True}
+    refused(invoke(edit=lambda text: change(text, trusted)), "code that comes with a model is never run")
+
+
+def test_early_stopping_without_evaluations_is_refused(invoke: Invoke) -> None:
+    changes = LAST_COUNTS | {f"{PASS}.early_stopping_patience": 2, f"{ARGS}.eval_strategy": "no"}
+    refused(invoke("--check", edit=lambda text: change(text, changes)), "early_stopping_patience needs evaluations")
+
+
 # ---- settings that do not stand in the file
 
 # all that transformers knows beside: they reach the Trainer as they are written
