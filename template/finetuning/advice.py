@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from check import ConfigError
 from estimate import GIB, Lengths, Settings, Shape, memory
 
 
@@ -58,3 +60,16 @@ def out_of_memory(estimated: float | None, peak: float, config: Mapping[str, Any
         change = f"set max_seq_len: {max(16, settings.max_seq_len // 2)}, or choose a smaller model"
     known = f"{estimated / GIB:.1f} GiB were estimated and " if estimated else ""
     return f"The GPU's memory is full: {known}{peak / GIB:.1f} GiB were in use; {change} in olive-config.yaml."
+
+
+@contextmanager
+def explained(config: Mapping[str, Any], estimated: float) -> Iterator[None]:
+    """Turn the GPU's out-of-memory error into ConfigError: estimate, peak, and the setting to change."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        import torch
+
+        raise ConfigError(out_of_memory(estimated, torch.cuda.max_memory_allocated(), config)) from error

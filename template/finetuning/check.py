@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import inspect
 import json
-import math
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +14,6 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "finetuning" / "olive-config.yaml"
-DISK_GIB = 0.5  # checkpoints and adapter of the largest model in the catalogue
 CHOICES = {
     "train_on": ("responses", "all"),
     "dataset_format": ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "columns", "text"),
@@ -39,6 +36,10 @@ Loader.add_implicit_resolver(
 
 class ConfigError(Exception):
     """What is wrong with the settings, where, and what to do: one sentence."""
+
+
+class ModelMissingError(ConfigError):
+    """The model is not on this machine yet."""
 
 
 def read_config(path: Path = CONFIG) -> dict[str, Any]:
@@ -64,6 +65,8 @@ def read_config(path: Path = CONFIG) -> dict[str, Any]:
     settings = pass_settings(config)
     need(settings, "passes.*.", ("type", "torch_dtype", "training_args"))
     need(settings["training_args"], "training_args.", ("seed", "per_device_eval_batch_size"))
+    if settings["training_args"].get("gradient_checkpointing") is None:
+        settings["training_args"].pop("gradient_checkpointing", None)  # the estimate decides; Olive takes no null
     if str(settings["type"]).lower() == "qlora":
         need(settings, "passes.*.", ("compute_dtype", "quant_type", "double_quant"))
     return config
@@ -212,49 +215,6 @@ def line_of(path: Path, key: str) -> int:
     return next((number for number, line in enumerate(lines, start=1) if pattern.match(line)), 1)
 
 
-def check_machine(config: dict[str, Any]) -> None:
-    """Refuse a run that this machine cannot do. Raises ConfigError."""
-    import shutil
-
-    import torch
-
-    if pass_settings(config)["type"].lower() == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "type: QLoRA needs bitsandbytes, which a CPU environment lacks: set type: LoRA in olive-config.yaml, "
-            "or `copier update --trust --data device=gpu` for a machine with an NVIDIA GPU."
-        )
-    accelerators = config["systems"]["local_system"]["accelerators"]
-    if accelerators[0]["device"] == "gpu" and not torch.cuda.is_available():
-        raise ConfigError(
-            "PyTorch sees no NVIDIA GPU: see whether `nvidia-smi` lists it, or train on the CPU with "
-            "`copier update --trust --data device=cpu`."
-        )
-    free = shutil.disk_usage(ROOT).free / 2**30
-    if free < DISK_GIB:
-        raise ConfigError(
-            f"{ROOT}: {free:.2f} GiB of disk are free and a run needs {DISK_GIB}: free some and run again."
-        )
-
-
-def describe_run(config: dict[str, Any], rows: dict[str, list[Any]]) -> list[str]:
-    """Return what the run will do, in lines for the screen; says whether the epochs or max_steps end it."""
-    settings = pass_settings(config)
-    arguments = settings["training_args"]
-    batch = arguments.get("per_device_train_batch_size", 8) * arguments.get("gradient_accumulation_steps", 1)
-    epochs, max_steps = arguments.get("num_train_epochs", 3), arguments.get("max_steps", -1)
-    steps = math.ceil(math.ceil(len(rows["train"]) / batch) * epochs)
-    length = f"{steps} steps of {batch} rows: {epochs} epochs"
-    if 0 < max_steps < steps:
-        length = f"{max_steps} steps of {batch} rows: max_steps ends the run before its {epochs} epochs ({steps} steps)"
-    return [
-        f"model  {config['input_model']['model_path']}",
-        f"method {settings['type']}, rank {settings.get('r', 64)}, {settings['torch_dtype']}",
-        f"data   {len(rows['train'])} rows to train on, {len(rows['held_out'])} held out",
-        f"length {length}",
-        *repeated_rows(rows),
-    ]
-
-
 def repeated_rows(rows: dict[str, list[Any]]) -> list[str]:
     """Return a line for rows that stand twice, and one for held-out rows that are trained on too."""
     train, held_out = ([json.dumps(row, sort_keys=True) for row in rows[part]] for part in ("train", "held_out"))
@@ -267,18 +227,6 @@ def repeated_rows(rows: dict[str, list[Any]]) -> list[str]:
     if shared:
         lines.append(f"warning: {shared} held-out rows are trained on too: the figures after the run will flatter it.")
     return lines
-
-
-def check_rows(config: dict[str, Any], rows: dict[str, list[Any]]) -> None:
-    """Tokenise all rows, which says how many are cut. Raises ConfigError when the model is not there, DataError."""
-    from dataset import chat_tokens
-
-    if config["input_model"]["model_path"] == "models/demo" and not (ROOT / "models" / "demo").is_dir():
-        return  # the run builds the demo model first, in seconds
-    folder = base_model_folder(config)
-    for part in rows:
-        settings = data_settings(config, part, "pre_process_data_config")
-        chat_tokens(rows[part], **(settings | {"model_path": folder, "revision": None}))
 
 
 def base_model_folder(config: dict[str, Any]) -> str:
@@ -304,7 +252,7 @@ def base_model_folder(config: dict[str, Any]) -> str:
             f"input_model.model_path: {model_path!r} is neither a folder nor a Hugging Face id."
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError):
-        raise ConfigError(f"{model_path} is not on this machine yet: run `python setup/get_model.py`.") from None
+        raise ModelMissingError(f"{model_path} is not on this machine yet: run `python setup/get_model.py`.") from None
     check_weights(Path(folder))
     return folder
 

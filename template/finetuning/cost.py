@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from estimate import ANSWERS, BYTES, EVALUATIONS, Lengths, Settings, Shape, adapter_parameters, batches
@@ -53,6 +56,37 @@ def disk(shape: Shape, settings: Settings, download: float) -> Disk:
     )
 
 
+@dataclass(frozen=True)
+class LastRun:
+    """How fast the last run of the same model was, by its run.json."""
+
+    tokens_per_second: float
+    around: float  # seconds before and after the training
+
+    def seconds(self, settings: Settings, lengths: Lengths) -> float:
+        """Return the seconds that a run takes at the same speed."""
+        return self.around + trained_rows(settings, lengths) * mean(lengths.tokens) / self.tokens_per_second
+
+
+def last_run(path: Path, config: Mapping[str, Any]) -> LastRun | None:
+    """Read the last run's speed, None unless it trained the same model in the same way."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        timings, settings = run["timings"], Settings.of(config)
+        same = (run["base_model"], run["method"], run["dtype"])
+        if same != (config["input_model"]["model_path"], settings.method, settings.dtype):
+            return None
+        return LastRun(timings["tokens_per_second"], timings["start_to_first_step"] + timings["after"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def trained_rows(settings: Settings, lengths: Lengths) -> float:
+    """Return how many rows a run goes through, each as often as it does."""
+    steps, _ = settings.steps(len(lengths.tokens))
+    return min(steps * settings.accumulation * settings.batch_size, len(lengths.tokens) * settings.epochs)
+
+
 def operations(shape: Shape, settings: Settings, lengths: Lengths) -> float:
     """Return the floating-point operations of the training.
 
@@ -63,10 +97,8 @@ def operations(shape: Shape, settings: Settings, lengths: Lengths) -> float:
     if not lengths.tokens:
         return 0.0
     batch = batches(lengths, settings.batch_size, settings.packing)
-    steps, _ = settings.steps(len(lengths.tokens))
-    count = min(steps * settings.accumulation, math.ceil(len(lengths.tokens) / settings.batch_size) * settings.epochs)
-    tokens = count * batch.mean_tokens
-    labels = count * settings.batch_size * sum(lengths.labels) / len(lengths.labels)
+    rows = trained_rows(settings, lengths)
+    tokens, labels = rows / settings.batch_size * batch.mean_tokens, rows * mean(lengths.labels)
     forward = 3 if settings.checkpointing else 2
     context = batch.mean_tokens / (1 if settings.packing else settings.batch_size)
     attention = 4 * shape.layers * shape.heads * shape.head_dim * context * (1 + forward)

@@ -172,7 +172,7 @@ def batches(lengths: Lengths, size: int, packing: bool, epochs: float = 1) -> Ba
     """
     order, draw = list(range(len(lengths.tokens))), random.Random(0)
     tokens = logits = masked = total = count = 0
-    for _ in range(max(1, min(math.ceil(epochs), 200_000 // max(len(order), 1)))):
+    for _ in range(max(1, min(math.ceil(epochs), 20_000 // max(len(order), 1)))):
         draw.shuffle(order)
         for start in range(0, len(order), size):
             rows = [(lengths.tokens[row], lengths.labels[row]) for row in order[start : start + size]]
@@ -180,12 +180,20 @@ def batches(lengths: Lengths, size: int, packing: bool, epochs: float = 1) -> Ba
             if packing:
                 width, answers = sum(length for length, _ in rows), sum(labels for _, labels in rows)
             else:
-                columns = {column for length, labels in rows for column in range(length - labels, length)}
-                width, answers = len(rows) * longest, len(rows) * len(columns)
+                width, answers = len(rows) * longest, len(rows) * columns(rows)
                 masked = max(masked, len(rows) * longest**2 if len(rows) > 1 else 0)
             tokens, logits = max(tokens, width), max(logits, answers)
             total, count = total + width, count + 1
     return Batch(tokens, logits, masked, total / max(count, 1))
+
+
+def columns(rows: Sequence[tuple[int, int]]) -> int:
+    """Count the columns in which some row has an answer: rows are (length, labels), with the labels at the end."""
+    found, first = 0, max(length for length, _ in rows)
+    for length, labels in sorted(rows, reverse=True):
+        found += max(min(length, first) - (length - labels), 0)
+        first = min(first, length - labels)
+    return found
 
 
 def adapter_parameters(shape: Shape, settings: Settings) -> int:

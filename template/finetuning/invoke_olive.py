@@ -8,8 +8,10 @@ python finetuning/invoke_olive.py --smoke    the same run on a tiny replica of t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -17,6 +19,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -30,10 +33,13 @@ def main() -> int:
     """Run the steps, and turn a user's mistake into one sentence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="check settings, data and machine; train nothing")
+    parser.add_argument("--json", action="store_true", help="with --check: one JSON object on stdout, for programs")
     parser.add_argument("--smoke", action="store_true", help="run on a tiny replica of the model, offline")
     parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
+    if arguments.json and not arguments.check:
+        parser.error("--json goes with --check")
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # a pipe on Windows has another encoding
     os.chdir(ROOT)  # the paths in olive-config.yaml are relative to the workspace
     quiet()
@@ -47,6 +53,8 @@ def main() -> int:
     except Exception as error:
         if arguments.debug:
             raise
+        if arguments.json:
+            print(json.dumps({"problem": explain(error)}))
         print(f"error: {explain(error)}", file=sys.stderr)
         return 1
 
@@ -60,11 +68,6 @@ def explain(error: Exception) -> str:
         return f"{error.name} is not installed in {sys.prefix}: run `python setup/create_env.py`, then use its Python."
     if name == "Timeout":
         return "Another run is under way in this workspace: wait for its end, or stop it, then run this again."
-    if name == "OutOfMemoryError":
-        return (
-            "The GPU's memory is full: halve per_device_train_batch_size and double gradient_accumulation_steps in "
-            "olive-config.yaml, or lower max_seq_len, or set gradient_checkpointing: true."
-        )
     return f"{name}: {first_line} Nothing that was there is lost; --debug shows where it happened."
 
 
@@ -98,26 +101,30 @@ def leave_out(package: str) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check the settings, the data and the machine, then tune, unless only the check is asked for."""
     import check
+    import preview
+    import screen
     from dataset import chat_rows
+    from estimate import Settings
 
     started = time.monotonic()
     results = MODELS / "smoke" if arguments.smoke else MODELS
     config = check.read_config()
-    check.validate(config)
     if arguments.smoke:
         from smoke import shrink
 
+        check.validate(config)
         shrink(config, results)
-    check.check_machine(config)
-    rows = {
-        part: chat_rows(**check.data_settings(config, part, "load_dataset_config")) for part in ("train", "held_out")
-    }
-    print(*check.describe_run(config, rows), sep="\n")
-    if arguments.check:
-        check.check_rows(config, rows)
-        print("The settings, the data and this machine fit. Next: python finetuning/invoke_olive.py")
-        return 0
 
+    def read() -> dict[str, list[Any]]:
+        settings = {part: check.data_settings(config, part, "load_dataset_config") for part in ("train", "held_out")}
+        return {part: chat_rows(**settings[part]) for part in settings}
+
+    if arguments.check:
+        return check_only(config, read, arguments.json)
+    check.validate(config)
+    rows = read()
+    screen.show("run", preview.run_facts(config))
+    screen.show("rows", preview.row_facts(Settings.of(config), rows, len(rows["train"])))
     from filelock import FileLock
 
     results.mkdir(parents=True, exist_ok=True)
@@ -126,10 +133,29 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check_only(config: dict[str, Any], read: Callable[[], dict[str, list[Any]]], as_json: bool) -> int:
+    """Show what the run will do and need; 1 when it cannot work."""
+    import preview
+    import screen
+
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        report = preview.preview(config, read, (lambda part, facts: None) if as_json else screen.show)
+    if as_json:
+        print(json.dumps(report))
+    if report["problem"]:
+        print(f"error: {report['problem']}", file=sys.stderr)
+        return 1
+    if not as_json:
+        screen.verdict(report)
+    return 0
+
+
 def tune(config: dict[str, Any], rows: dict[str, list[Any]], results: Path, fresh: bool, started: float) -> None:
     """Evaluate, train, evaluate, report."""
     import check
+    from advice import explained
     from evaluate import evaluate
+    from preview import settle
     from record import describe, publish, use_folder
     from report import write_report
     from train import train
@@ -138,17 +164,20 @@ def tune(config: dict[str, Any], rows: dict[str, list[Any]], results: Path, fres
     gc.enable()
     folder = check.base_model_folder(config)
     run_json = describe(config, rows, folder, results)
+    estimated, line = settle(config, rows)
+    print(line)
     use_folder(config, folder)
     run_folder = results / "checkpoints" / f"{run_json['config_sha256'][:8]}-{run_json['dataset_sha256'][:8]}"
     if fresh or (run_folder / "finished").exists():
         shutil.rmtree(run_folder, ignore_errors=True)  # the result of a finished run stands in models/adapter
 
-    print(f"Evaluating {run_json['base_model']} on the held-out rows")
-    before = evaluate(config, folder, None, rows["held_out"])
-    print(f"Training an adapter: {run_json['method']}")
-    adapter, timings, losses = train(config, run_folder)
-    print("Evaluating the tuned model on the same rows")
-    after = evaluate(config, folder, adapter, rows["held_out"])
+    with explained(config, estimated):
+        print(f"Evaluating {run_json['base_model']} on the held-out rows")
+        before = evaluate(config, folder, None, rows["held_out"])
+        print(f"Training an adapter: {run_json['method']}")
+        adapter, timings, losses = train(config, run_folder)
+        print("Evaluating the tuned model on the same rows")
+        after = evaluate(config, folder, adapter, rows["held_out"])
 
     run_json["metrics"] = {"before": before.metrics, "after": after.metrics}
     run_json["examples"] = [
