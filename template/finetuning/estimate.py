@@ -17,6 +17,9 @@ GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FUSED = ("phi3",)  # architectures with one layer for queries, keys and values, and one for gate and up
 CPU_FRAMEWORK = 0.55 * GIB  # Python, torch, transformers, PEFT and Olive, imported; measured
+# The heap of the C library (glibc) holds more than what is in use: freed tensors leave holes that the next ones do not
+# fit. Measured; tensors of 32 MiB and more are not on it.
+HEAP, OFF_THE_HEAP = 1.55, 32 * 2**20
 GPU_FRAMEWORK = 0.8 * GIB  # the CUDA context, its libraries' work space, and what the allocator cannot use
 BYTES_PER_TOKEN_HELD = 80  # a row's three lists of Python numbers and three int64 tensors
 EVALUATIONS = 10  # of the held-out loss in a run, see eval_steps
@@ -262,6 +265,7 @@ def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths
     adapter = adapter_parameters(shape, settings)
     moments = 2 if "8bit" in settings.optimizer else 8
     batch = batches(lengths, settings.batch_size, settings.packing, settings.epochs)
+    on_the_heap = not settings.gpu and batch.tokens * shape.hidden * held < OFF_THE_HEAP
     logits = batch.logits
     if held_out:  # without gradients, half as much is held for each logit
         logits = max(logits, batches(held_out, settings.eval_batch_size, packing=False).logits // 2)
@@ -270,15 +274,15 @@ def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths
         weights=blocks + held * others,
         adapter=4 * adapter,
         gradients_and_optimizer=(4 + moments) * adapter,
-        activations=activations(shape, settings, batch),
+        activations=activations(shape, settings, batch) * (HEAP if on_the_heap else 1),
         logits=logits * shape.vocabulary * logit_bytes(settings),
         framework=GPU_FRAMEWORK if settings.gpu else CPU_FRAMEWORK + BYTES_PER_TOKEN_HELD * rows,
     )
 
 
 def logit_bytes(settings: Settings) -> int:
-    """Bytes for each logit at the peak: itself, in float32, its log-softmax, and the gradients of these two."""
-    return 16 if settings.dtype == "float32" else 2 + 16
+    """Bytes for each logit at the peak: its log-softmax in float32 and the gradients of both, then in 16 bits."""
+    return 12 if settings.dtype == "float32" else 14
 
 
 def activations(shape: Shape, settings: Settings, batch: Batch) -> float:
