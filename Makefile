@@ -51,6 +51,7 @@ test: lint $(WORKSPACE)/.venv/ready .cache/bitsandbytes/ready
 bench: $(WORKSPACE)/.venv/ready
 	python benchmarks/copy_time.py
 	python benchmarks/demo_run.py
+	python benchmarks/memory_estimate.py
 
 docs: .venv/ready
 	python docs/make_reference.py
