@@ -57,6 +57,7 @@ test: lint $(WORKSPACE)/.venv/ready .cache/bitsandbytes/ready .cache/tensorboard
 bench: $(WORKSPACE)/.venv/ready
 	python benchmarks/copy_time.py
 	python benchmarks/demo_run.py
+	python benchmarks/memory_estimate.py
 
 docs: .venv/ready
 	python docs/make_reference.py

@@ -6,8 +6,6 @@ import difflib
 import importlib.util
 import inspect
 import json
-import math
-import os
 import re
 import shlex
 import sys
@@ -20,7 +18,6 @@ from schema import CHOICES, METHOD, fixed_values, known_keys, reasons
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "finetuning" / "olive-config.yaml"
-DISK_GIB = 0.5  # checkpoints and adapter of the largest model in the catalogue
 LEAST_ROWS = 8  # to train on; of held-out rows one is enough for a figure, however unsure
 TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 
@@ -36,6 +33,10 @@ Loader.add_implicit_resolver(
 
 class ConfigError(Exception):
     """What is wrong with the settings, where, and what to do: one sentence."""
+
+
+class ModelMissingError(ConfigError):
+    """The model is not on this machine yet."""
 
 
 def read_config(path: Path = CONFIG) -> dict[str, Any]:
@@ -61,6 +62,8 @@ def read_config(path: Path = CONFIG) -> dict[str, Any]:
     settings = pass_settings(config)
     need(settings, "passes.*.", ("type", "torch_dtype", "training_args"))
     need(settings["training_args"], "training_args.", ("seed", "per_device_eval_batch_size"))
+    if settings["training_args"].get("gradient_checkpointing") is None:
+        settings["training_args"].pop("gradient_checkpointing", None)  # the estimate decides; Olive takes no null
     if str(settings["type"]).lower() == "qlora":
         need(settings, "passes.*.", ("compute_dtype", "quant_type", "double_quant"))
     return config
@@ -201,52 +204,6 @@ def line_of(path: Path, key: str, value: Any = "") -> int:
     return min(found, default=(True, 1))[1]
 
 
-def check_machine(config: dict[str, Any]) -> None:
-    """Refuse a run that this machine cannot do. Raises ConfigError."""
-    import shutil
-
-    import torch
-
-    if pass_settings(config)["type"].lower() == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "type: QLoRA needs bitsandbytes, which a CPU environment lacks: set type: LoRA in olive-config.yaml, "
-            "or `copier update --trust --data device=gpu` for a machine with an NVIDIA GPU."
-        )
-    accelerators = config["systems"]["local_system"]["accelerators"]
-    if accelerators[0]["device"] == "gpu" and not torch.cuda.is_available():
-        raise ConfigError(
-            "PyTorch sees no NVIDIA GPU: see whether `nvidia-smi` lists it, or train on the CPU with "
-            "`copier update --trust --data device=cpu`."
-        )
-    free = shutil.disk_usage(ROOT).free / 2**30
-    if free < DISK_GIB:
-        raise ConfigError(
-            f"{ROOT}: {free:.2f} GiB of disk are free and a run needs {DISK_GIB}: free some and run again."
-        )
-
-
-def describe_run(config: dict[str, Any], rows: dict[str, list[Any]]) -> list[str]:
-    """Return what the run will do, in lines for the screen; says whether the epochs or max_steps end it."""
-    settings = pass_settings(config)
-    arguments = settings["training_args"]
-    batch = arguments.get("per_device_train_batch_size", 8) * arguments.get("gradient_accumulation_steps", 1)
-    batch *= int(os.environ.get("WORLD_SIZE", "1"))  # as many processes as accelerate launch or torchrun started
-    epochs, max_steps = arguments.get("num_train_epochs", 3), arguments.get("max_steps", -1)
-    steps = math.ceil(math.ceil(len(rows["train"]) / batch) * epochs)
-    length = f"{steps} steps of {batch} rows: {epochs} epochs"
-    if max_steps >= steps:
-        length += f" end the run before max_steps {max_steps}"
-    elif max_steps > 0:
-        length = f"{max_steps} steps of {batch} rows: max_steps ends the run before its {epochs} epochs ({steps} steps)"
-    return [
-        f"model  {config['input_model']['model_path']}",
-        f"method {settings['type']}, rank {settings.get('r', 64)}, {settings['torch_dtype']}",
-        f"data   {len(rows['train'])} rows to train on, {len(rows['held_out'])} held out",
-        f"length {length}",
-        *repeated_rows(rows),
-    ]
-
-
 def repeated_rows(rows: dict[str, list[Any]]) -> list[str]:
     """Return a line for rows that stand twice, and one for held-out rows that are trained on too."""
     train, held_out = ([json.dumps(row, sort_keys=True) for row in rows[part]] for part in ("train", "held_out"))
@@ -270,16 +227,20 @@ def check_count(rows: dict[str, list[Any]]) -> None:
         )
 
 
-def check_rows(config: dict[str, Any], rows: dict[str, list[Any]]) -> None:
-    """Tokenise all rows, which says how many are cut. Raises ConfigError when the model is not there, DataError."""
+def read_rows(config: dict[str, Any]) -> dict[str, list[Any]]:
+    """Read the conversations of both parts, `train` and `held_out`. Raises ConfigError and DataError."""
+    from dataset import chat_rows
+
+    rows = {part: chat_rows(**data_settings(config, part, "load_dataset_config")) for part in ("train", "held_out")}
+    check_count(rows)
+    return rows
+
+
+def tokenise_rows(config: dict[str, Any], rows: dict[str, list[Any]]) -> dict[str, list[dict[str, list[int]]]]:
+    """Tokenise both parts with the model on this machine, as the training and the evaluations see them."""
     from dataset import chat_tokens
 
-    if config["input_model"]["model_path"] == "models/demo" and not (ROOT / "models" / "demo").is_dir():
-        return  # the run builds the demo model first, in seconds
-    folder = base_model_folder(config)
-    for part in rows:
-        settings = data_settings(config, part, "pre_process_data_config")
-        chat_tokens(rows[part], **(settings | {"model_path": folder, "revision": None}))
+    return {part: chat_tokens(rows[part], **data_settings(config, part, "pre_process_data_config")) for part in rows}
 
 
 def base_model_folder(config: dict[str, Any]) -> str:
@@ -305,7 +266,7 @@ def base_model_folder(config: dict[str, Any]) -> str:
             f"input_model.model_path: {model_path!r} is neither a folder nor a Hugging Face id."
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError):
-        raise ConfigError(f"{model_path} is not on this machine yet: run `python setup/get_model.py`.") from None
+        raise ModelMissingError(f"{model_path} is not on this machine yet: run `python setup/get_model.py`.") from None
     check_weights(Path(folder))
     return folder
 

@@ -11,7 +11,7 @@ from typing import Any
 import batches
 import torch
 from check import data_settings, pass_settings
-from dataset import IGNORED, NO_THINKING, Message, load_tokenizer, tokenise, with_system
+from dataset import IGNORED, NO_THINKING, Message, load_tokenizer, with_system
 
 MAX_ANSWERS = 200  # generating is slow, and more rows than this would change the accuracy by little
 
@@ -26,9 +26,16 @@ class Evaluation:
     seconds: float
 
 
-def evaluate(config: dict[str, Any], folder: str, adapter: Path | None, rows: list[list[Message]]) -> Evaluation:
+def evaluate(
+    config: dict[str, Any],
+    folder: str,
+    adapter: Path | None,
+    rows: list[list[Message]],
+    examples: list[batches.Row],
+) -> Evaluation:
     """Evaluate the base model in `folder`, with the adapter when there is one, on held-out rows.
 
+    `examples` are the rows' tokens and labels, as chat_tokens returns them.
     eval_loss is the mean over all answer tokens, accuracy the share of the first MAX_ANSWERS rows whose last turn is
     generated exactly as it stands in the row, greedily.
     """
@@ -38,8 +45,7 @@ def evaluate(config: dict[str, Any], folder: str, adapter: Path | None, rows: li
     settings = data_settings(config, "held_out", "pre_process_data_config")
     batch_size = pass_settings(config)["training_args"]["per_device_eval_batch_size"]
     rows = [with_system(row, settings["system_prompt"]) for row in rows]
-    examples = [tokenise(tokenizer, row, settings["train_on"]) for row in rows]
-    loss = held_out_loss(model, tokenizer, examples, settings["max_seq_len"], batch_size)
+    loss = held_out_loss(model, tokenizer, examples, batch_size)
     asked = [row for row in rows if len(row) > 1 and row[-1]["role"] == "assistant"][:MAX_ANSWERS]
     answers = generate(model, tokenizer, asked, batch_size, end_of_turn(tokenizer, examples))
     right = sum(answer.strip() == row[-1]["content"].strip() for answer, row in zip(answers, asked, strict=True))
@@ -82,13 +88,12 @@ def load_model(folder: str, adapter: Path | None, olive_pass: dict[str, Any]) ->
 
 
 @torch.inference_mode()
-def held_out_loss(model: Any, tokenizer: Any, examples: list[batches.Row], max_seq_len: int, batch_size: int) -> float:
+def held_out_loss(model: Any, tokenizer: Any, examples: list[batches.Row], batch_size: int) -> float:
     """Return the mean cross entropy in nats over all labels that are not IGNORED."""
     loss = labels = 0.0
-    cut = [{key: ids[:max_seq_len] for key, ids in row.items()} for row in examples]
-    cut.sort(key=lambda row: len(row["input_ids"]))  # rows of like length need little padding
-    for start in range(0, len(cut), batch_size):
-        batch = batches.pad(cut[start : start + batch_size], tokenizer.pad_token_id, model.device)
+    examples = sorted(examples, key=lambda row: len(row["input_ids"]))  # rows of like length need little padding
+    for start in range(0, len(examples), batch_size):
+        batch = batches.pad(examples[start : start + batch_size], tokenizer.pad_token_id, model.device)
         loss += batches.answer_loss(model, batch).item()
         labels += (batch["labels"][:, 1:] != IGNORED).sum().item()
     return loss / labels

@@ -11,8 +11,10 @@ it spreads one model over them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -36,21 +38,22 @@ def main() -> int:
     """Run the steps, and turn a user's mistake into one sentence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="check settings, data and machine; train nothing")
+    parser.add_argument("--json", action="store_true", help="with --check: one JSON object on stdout, for programs")
     parser.add_argument("--smoke", action="store_true", help="run on a tiny replica of the model, offline")
     parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
     if arguments.smoke and PROCESSES > 1:
         parser.error("--smoke is for one process: python finetuning/invoke_olive.py --smoke")
+    if arguments.json and not arguments.check:
+        parser.error("--json goes with --check")
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # a pipe on Windows has another encoding
-    if RANK:
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     os.chdir(ROOT)  # the paths in olive-config.yaml are relative to the workspace
     quiet()
     leave_out("torchmetrics")
     gc.disable()  # the imports make a million objects that stay: not worth looking through again and again
     try:
-        return run(arguments)
+        return help_train() if RANK else run(arguments)
     except KeyboardInterrupt as stopped:
         if not RANK:
             print("\nStopped. The same command goes on from the newest checkpoint.", file=sys.stderr)
@@ -58,8 +61,9 @@ def main() -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        if not RANK or type(error).__name__ not in ("ConfigError", "DataError"):  # the first process says the same
-            print(f"error: {explain(error)}", file=sys.stderr)
+        if arguments.json:
+            print(json.dumps({"problem": explain(error)}))
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 1
 
 
@@ -72,11 +76,6 @@ def explain(error: Exception) -> str:
         return f"{error.name} is not installed in {sys.prefix}: run `python setup/create_env.py`, then use its Python."
     if name == "Timeout":
         return "Another run is under way in this workspace: wait for its end, or stop it, then run this again."
-    if name == "OutOfMemoryError":
-        return (
-            "The GPU's memory is full: halve per_device_train_batch_size and double gradient_accumulation_steps in "
-            "olive-config.yaml, or lower max_seq_len, or set gradient_checkpointing: true."
-        )
     return f"{name}: {first_line} Nothing that was there is lost; --debug shows where it happened."
 
 
@@ -110,60 +109,91 @@ def leave_out(package: str) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check the settings, the data and the machine, then tune, unless only the check is asked for."""
     import check
-    from dataset import chat_rows
+    import preview
+    import screen
+    from estimate import Settings
 
     started = time.monotonic()
     results = MODELS / "smoke" if arguments.smoke else MODELS
     config = check.read_config()
-    check.validate(config)
     if arguments.smoke:
         from smoke import shrink
 
+        check.validate(config)
         shrink(config, results)
-    check.check_machine(config)
-    rows = {
-        part: chat_rows(**check.data_settings(config, part, "load_dataset_config")) for part in ("train", "held_out")
-    }
-    check.check_count(rows)
-    print(*check.describe_run(config, rows), sep="\n")
     if arguments.check:
-        check.check_rows(config, rows)
-        print("The settings, the data and this machine fit. Next: python finetuning/invoke_olive.py")
-        return 0
-
+        return check_only(config, arguments.json)
+    check.validate(config)
+    rows = check.read_rows(config)
+    screen.show("run", preview.run_facts(config))
+    screen.show("rows", preview.row_facts(Settings.of(config), rows, len(rows["train"])))
     from filelock import FileLock
 
-    if RANK:
-        help_train(config, rows, results)
-        return 0
     results.mkdir(parents=True, exist_ok=True)
     with FileLock(results / ".lock", timeout=0):  # two runs at once would mix their checkpoints
         tune(config, rows, results, arguments.fresh, started)
     return 0
 
 
+def help_train() -> int:
+    """Train beside the first process of several, silently: that one does everything else."""
+    from train import share, train
+
+    with contextlib.redirect_stdout(None):
+        train(*share())
+    return 0
+
+
+def check_only(config: dict[str, Any], as_json: bool) -> int:
+    """Show what the run will do and need; 1 when it cannot work."""
+    import preview
+    import screen
+
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        report = preview.preview(config, (lambda part, facts: None) if as_json else screen.show)
+    if as_json:
+        print(json.dumps(report))
+    if report["problem"]:
+        print(f"error: {report['problem']}", file=sys.stderr)
+        return 1
+    if not as_json:
+        screen.verdict(report)
+    return 0
+
+
 def tune(config: dict[str, Any], rows: dict[str, list[Any]], results: Path, fresh: bool, started: float) -> None:
     """Evaluate, train, evaluate, report."""
+    import check
+    from advice import explained
     from evaluate import evaluate
     from model_card import write_model_card
-    from record import data_facts, keep_logs, publish
+    from preview import settle
+    from record import data_facts, describe, keep_logs, publish, use_folder
     from report import write_report
-    from train import meet, train
+    from train import share, train
 
     gc.freeze()
     gc.enable()
-    folder, run_json, run_folder = prepare(config, rows, results)
+    folder = check.base_model_folder(config)
+    run_json = describe(config, rows, folder, results)
+    # checkpoints of other settings, other data or another number of processes are never gone on from
+    name = f"{run_json['config_sha256'][:8]}-{run_json['dataset_sha256'][:8]}-{PROCESSES}".removesuffix("-1")
+    run_folder = results / "checkpoints" / name
+    use_folder(config, folder)
+    tokens = check.tokenise_rows(config, rows)
+    estimated, line = settle(config, tokens)
+    print(line)
     if fresh or (run_folder / "finished").exists():
         shutil.rmtree(run_folder, ignore_errors=True)  # the result of a finished run stands in models/adapter
-
     keep_logs(config, results / "logs")
-    print(f"Evaluating {run_json['base_model']} on the held-out rows")
-    before = evaluate(config, folder, None, rows["held_out"])
-    print(f"Training an adapter: {run_json['method']}")
-    meet()
-    adapter, timings, losses = train(config, run_folder)
-    print("Evaluating the tuned model on the same rows")
-    after = evaluate(config, folder, adapter, rows["held_out"])
+
+    with explained(config, estimated):
+        print(f"Evaluating {run_json['base_model']} on the held-out rows")
+        before = evaluate(config, folder, None, rows["held_out"], tokens["held_out"])
+        print(f"Training an adapter: {run_json['method']}")
+        adapter, timings, losses = train(*share((config, tokens, run_folder)))
+        print("Evaluating the tuned model on the same rows")
+        after = evaluate(config, folder, adapter, rows["held_out"], tokens["held_out"])
 
     run_json["data"] = data_facts(config, rows, folder) | {"asked_rows": len(after.questions)}
     run_json["metrics"] = {"before": before.metrics, "after": after.metrics}
@@ -178,28 +208,6 @@ def tune(config: dict[str, Any], rows: dict[str, list[Any]], results: Path, fres
     report = write_report(run_json, losses, results / "report")
     (run_folder / "finished").touch()
     show(run_json, report.relative_to(ROOT))
-
-
-def help_train(config: dict[str, Any], rows: dict[str, list[Any]], results: Path) -> None:
-    """Train beside the first process of several, which has found or built the model and writes all files."""
-    from train import meet, train
-
-    meet()
-    _, _, run_folder = prepare(config, rows, results)
-    train(config, run_folder)
-
-
-def prepare(config: dict[str, Any], rows: dict[str, list[Any]], results: Path) -> tuple[str, dict[str, Any], Path]:
-    """Return the base model's folder, the beginning of run.json, and the folder for this run's checkpoints."""
-    import check
-    from record import describe, use_folder
-
-    folder = check.base_model_folder(config)
-    run_json = describe(config, rows, folder, results)
-    use_folder(config, folder)
-    # checkpoints of other settings, other data or another number of processes are never gone on from
-    name = f"{run_json['config_sha256'][:8]}-{run_json['dataset_sha256'][:8]}-{PROCESSES}".removesuffix("-1")
-    return folder, run_json, results / "checkpoints" / name
 
 
 def show(run_json: dict[str, Any], report: Path) -> None:

@@ -36,13 +36,15 @@ EXTRA_SETTINGS = {
 }
 
 
-def train(config: dict[str, Any], run_folder: Path) -> tuple[Path, dict[str, float], list[dict[str, float]]]:
+def train(
+    config: dict[str, Any], tokens: dict[str, list[batches.Row]], run_folder: Path
+) -> tuple[Path, dict[str, float], list[dict[str, float]]]:
     """Run the pass of olive-config.yaml (as a dict) and return the adapter's folder, timings and the losses.
 
-    Checkpoints go to run_folder/checkpoints, and the newest one there is gone on from; the adapter goes to
-    run_folder/output/adapter. The timings are `start_to_first_step` (seconds from the start of the process), `training`
-    (seconds) and `tokens_per_second`; the losses are the Trainer's log: a dict with `step` and `loss` or `eval_loss`
-    for each report.
+    `tokens` are the rows of both parts, `train` and `held_out`, as chat_tokens returns them. Checkpoints go to
+    run_folder/checkpoints, and the newest one there is gone on from; the adapter goes to run_folder/output/adapter. The
+    timings are `start_to_first_step` (seconds from the start of the process), `training` (seconds) and
+    `tokens_per_second`; the losses are the Trainer's log: a dict with `step` and `loss` or `eval_loss` for each report.
     """
     dataset.register()
     run_config = RunConfig.model_validate(deepcopy(config))  # Olive changes the dict it is given
@@ -64,21 +66,24 @@ def train(config: dict[str, Any], run_folder: Path) -> tuple[Path, dict[str, flo
     transformers.set_seed(arguments["seed"])  # adapters are initialised before the Trainer sets its seed
     pass_class = type(chosen.type, (Training, METHODS[chosen.type.lower()]), {})
     olive_pass = create_pass_from_dict(pass_class, chosen.config, True, DEFAULT_CPU_ACCELERATOR)
+    olive_pass.tokens = tokens
     output = olive_pass.run(run_config.input_model.create_model(), str(run_folder / "output"))
     return Path(output.adapter_path), olive_pass.timings, olive_pass.history
 
 
-def meet() -> None:
-    """Wait for the other processes of `accelerate launch` or torchrun, if there are any."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
+def share(value: Any = None) -> Any:
+    """Return what the first of several processes gives, to all of them, once each has come here."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # no accelerate launch, no torchrun
+        return value
     if not torch.distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
         # the others wait while the first process evaluates, which may take hours
         torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
-    torch.distributed.barrier()
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
 
 
 class Training(lora.LoRA):
@@ -97,7 +102,7 @@ class Training(lora.LoRA):
         self, model: Any, tokenizer: Any, config: Any, output_model: Any, output_model_path: str
     ) -> Any:
         """Train `model`, a PEFT model, and return `output_model`, Olive's handle of it, with the adapter's folder."""
-        train_rows, held_out_rows = (rows_of(part) for part in (config.train_data_config, config.eval_data_config))
+        train_rows, held_out_rows = self.tokens["train"], [*self.tokens["held_out"]]
         if config.torch_dtype == "float16":
             config.training_args.extra_args["fp16"] = True
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
@@ -133,7 +138,7 @@ class Training(lora.LoRA):
         if trainer.is_world_process_zero():
             # the embeddings are the base model's: only what was trained is saved
             model.save_pretrained(adapter, state_dict=weights, save_embedding_layers=False)
-        meet()
+        share()  # it is there for all
         output_model.set_resource("adapter_path", adapter)
         return output_model
 
@@ -186,12 +191,6 @@ def pack_attention(model: Any) -> None:
     """Let PyTorch's attention see where the packed rows end. Others (eager, flash) find that in position_ids."""
     if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(batches.PACKED_SDPA)
-
-
-def rows_of(data_config: Any) -> list[batches.Row]:
-    """Return the tokens and labels of one of Olive's data configurations, without a detour through files."""
-    container = data_config.to_data_container()
-    return container.pre_process(container.load_dataset())
 
 
 def fill_up(rows: list[batches.Row], batch_size: int) -> None:
@@ -256,7 +255,7 @@ class Checkpoints(transformers.TrainerCallback):
 
         The last checkpoint gets no note: gone on from, it would be trained for one step too many.
         """
-        meet()  # each process writes its own random state
+        share()  # each process writes its own random state
         if not state.is_world_process_zero:
             return
         if state.global_step >= state.max_steps or (control.should_training_stop and not self.stopped_by):

@@ -192,7 +192,7 @@ def test_settings_that_follow_from_other_answers_follow_them_when_these_change(r
     def settings() -> dict[str, Any]:
         config = yaml.safe_load((tmp_path / "ws/finetuning/olive-config.yaml").read_text())["passes"]["finetune"]
         names = "learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_checkpointing"
-        return {name: config["training_args"][name] for name in names} | {"type": config["type"]}
+        return {name: config["training_args"].get(name) for name in names} | {"type": config["type"]}
 
     render(tmp_path / "ws", epochs=5)
     demo = settings()
@@ -202,15 +202,17 @@ def test_settings_that_follow_from_other_answers_follow_them_when_these_change(r
         "learning_rate": 0.004,
         "num_train_epochs": 5,
         "per_device_train_batch_size": 16,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": None,  # the estimate decides, whatever the model
     }
     assert settings() == {
         "type": "QLoRA",
         "learning_rate": 0.0002,
         "num_train_epochs": 5,
         "per_device_train_batch_size": 4,
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": None,
     }
+    render(tmp_path / "ws", model="phi-2", device="gpu", gradient_checkpointing=False)
+    assert settings()["gradient_checkpointing"] is False
 
 
 def test_an_answer_to_a_question_that_is_not_asked_changes_nothing(render: Render, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 CATALOG = Path(__file__).resolve().parents[2] / "catalog"
+sys.path.append(str(CATALOG.parent / "template" / "finetuning"))
+import estimate  # noqa: E402 - arithmetic alone, without the workspace's libraries
+
 ORIGINAL = {
     "phi-3-mini-4k-instruct",
     "phi-2",
@@ -73,7 +77,9 @@ class Model(Entry):
     intermediate_size: PositiveInt | None
     attention_heads: PositiveInt | None
     key_value_heads: PositiveInt | None
+    head_dim: PositiveInt | None
     vocabulary: PositiveInt | None
+    tie_word_embeddings: bool | None
     context: PositiveInt | None
     architecture: str
     target_modules: list[str] | None
@@ -107,6 +113,7 @@ class Price(Entry):
     """What an hour costs."""
 
     usd_per_hour: PositiveFloat
+    region: Region
     date: Annotated[str, Field(pattern=r"^20\d\d-[01]\d-[0-3]\d$")]
     source: Url
 
@@ -122,6 +129,8 @@ class Gpu(Entry):
     memory_gib: PositiveInt
     gpus: PositiveInt
     gpu_memory_gib: PositiveInt
+    tflops: PositiveInt
+    tflops_source: Url
     bf16: bool
     regions: Annotated[list[Region], Field(min_length=1)] | None
     price: Price | None
@@ -237,16 +246,22 @@ def test_the_shape_of_a_model_gives_its_parameters(model: Model) -> None:
     if model.parameters is None:
         return
     assert model.vocabulary and model.hidden_size and model.layers and model.intermediate_size
-    assert model.attention_heads and model.key_value_heads
+    assert model.attention_heads and model.key_value_heads and model.head_dim
     assert model.attention_heads % model.key_value_heads == 0
     width, heads = model.hidden_size, 2 * model.attention_heads + 2 * model.key_value_heads
     mlp = (2 if model.architecture == "phi" else 3) * width * model.intermediate_size
-    head_width = {"qwen3": 128, "gemma3_text": 256}.get(model.architecture, width // model.attention_heads)
-    blocks = model.layers * (mlp + width * heads * head_width)
-    embedding = model.vocabulary * width
-    # The output layer may share the embedding; the rest are norms and biases.
-    sums = (blocks + embedding, blocks + 2 * embedding)
-    assert any(total == pytest.approx(model.parameters, rel=0.0005, abs=1000) for total in sums)
+    blocks = model.layers * (mlp + width * heads * model.head_dim)
+    embeddings = (1 if model.tie_word_embeddings else 2) * model.vocabulary * width
+    # the rest are norms and biases
+    assert blocks + embeddings == pytest.approx(model.parameters, rel=0.0005, abs=1000)
+
+
+@each_model
+def test_the_estimate_counts_the_parameters_of_the_catalogue(model: Model) -> None:
+    if model.parameters:
+        shape = estimate.Shape.of(model.model_dump())
+        assert shape.parameters == pytest.approx(model.parameters, rel=0.0005, abs=1000)
+        assert model.target_modules and set(shape.linear) == set(model.target_modules)
 
 
 @each_model

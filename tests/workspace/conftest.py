@@ -59,7 +59,8 @@ def invoke(
 
         text = edit(original)
         for key, value in (settings or {}).items():
-            text, found = re.subn(rf"(?m)^(\s*(?:- )?{key}:(?: &\w+)?) .*$", rf"\1 {json.dumps(value)}", text)
+            line = rf"(?m)^(\s*)(?:# )?((?:- )?{key}:(?: &\w+)?) .*$"  # also one that is commented out
+            text, found = re.subn(line, rf"\1\2 {json.dumps(value)}", text)
             assert found, f"{key} does not stand in olive-config.yaml"
         config.write_text(text, encoding="utf-8")
         monkeypatch.setattr(sys, "argv", ["invoke_olive.py", *arguments])

@@ -1,0 +1,101 @@
+"""What this machine has: GPU and driver, memory, disk, and how fast it multiplies."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from check import ROOT, pass_settings
+from estimate import Settings, Shape
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Sizes in bytes; `*_free` is what a run may still take."""
+
+    cores: int
+    ram: int
+    ram_free: int
+    disk_free: int
+    gpu: str | None = None
+    gpus: int = 0
+    driver: str | None = None
+    vram: int = 0
+    vram_free: int = 0
+
+
+def look() -> Machine:
+    """Return what this machine has; loads torch, to see the GPU as the training will see it."""
+    import psutil
+    import torch
+
+    memory, used = psutil.virtual_memory(), psutil.Process().memory_info().rss  # this process becomes the run
+    total = min(memory.total, container_limit())
+    facts: dict[str, Any] = {
+        "cores": os.cpu_count() or 1,
+        "ram": total,
+        "ram_free": min(memory.available + used, total),
+        "disk_free": shutil.disk_usage(ROOT).free,
+    }
+    if torch.cuda.is_available():
+        free, vram = torch.cuda.mem_get_info(0)
+        facts |= {"gpu": torch.cuda.get_device_name(0), "gpus": torch.cuda.device_count(), "driver": driver()}
+        facts |= {"vram": vram, "vram_free": free}
+    return Machine(**facts)
+
+
+def container_limit() -> int:
+    """Return the bytes that a container lets its processes use; without one, more than any machine has."""
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if Path(name).is_file() and (limit := Path(name).read_text().strip()).isdigit():
+            return int(limit)
+    return 2**62
+
+
+def driver() -> str | None:
+    """Return the version of NVIDIA's driver, as nvidia-smi says it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def lacking(config: dict[str, Any], machine: Machine) -> str | None:
+    """Return a sentence about what the settings want and this machine has not."""
+    if pass_settings(config)["type"].lower() == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+        return (
+            "type: QLoRA needs bitsandbytes, which a CPU environment lacks: set type: LoRA in olive-config.yaml, "
+            "or `copier update --trust --data device=gpu` for a machine with an NVIDIA GPU."
+        )
+    if Settings.of(config).gpu and machine.gpu is None:
+        return (
+            "PyTorch sees no NVIDIA GPU: see whether `nvidia-smi` lists it, or train on the CPU with "
+            "`copier update --trust --data device=cpu`."
+        )
+    return None
+
+
+def speed(shape: Shape, settings: Settings) -> float:
+    """Measure operations a second on a matrix product as wide as the model's, for a fraction of a second."""
+    import torch
+
+    if shape.hidden < 256:
+        torch.set_num_threads(1)  # as evaluate.py does for models so small
+    device, dtype = ("cuda", settings.dtype) if settings.gpu else ("cpu", "float32")
+    rows = torch.ones(4096 if settings.gpu else 512, shape.hidden, dtype=getattr(torch, dtype), device=device)
+    weight = torch.ones(shape.hidden, min(shape.intermediate, 8192), dtype=rows.dtype, device=device)
+    rows @ weight  # the first one loads and plans
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() - started < 0.2:
+        rows @ weight
+        if settings.gpu:
+            torch.cuda.synchronize()
+        done += 1
+    return done * 2 * rows.shape[0] * weight.numel() / (time.perf_counter() - started)

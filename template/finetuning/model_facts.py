@@ -1,0 +1,107 @@
+"""What is known about the base model before it is loaded: from its folder, from the hub, or from setup/model.yaml."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from check import ROOT, ModelMissingError, base_model_folder
+from dataset import MODEL_FACTS
+from estimate import Shape
+
+WAIT = 5  # seconds for the hub; a check without network must not be slow
+WEIGHTS = ("model.safetensors", "model-", "pytorch_model")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base model, wherever it is."""
+
+    name: str
+    revision: str | None
+    folder: str | None  # None: not on this machine
+    shape: Shape | None  # None: not known without network
+    download: int  # bytes that are missing here; 0 as well where nobody knows
+    problem: str | None = None  # why it cannot be fetched, and what to do
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the run builds it on the spot."""
+        return self.name == "models/demo"
+
+
+def find(config: Mapping[str, Any]) -> Model:
+    """Look for the model on this machine, then ask the hub. Raises ConfigError for one that is torn or a wrong name."""
+    name = str(config["input_model"]["model_path"])
+    revision = (config["input_model"].get("load_kwargs") or {}).get("revision")
+    facts = yaml.safe_load(MODEL_FACTS.read_text(encoding="utf-8"))
+    if name == "models/demo" and not (ROOT / name).is_dir():
+        return Model(name, None, None, Shape.of(facts), 0)
+    try:
+        folder = base_model_folder(dict(config))
+    except ModelMissingError:
+        return elsewhere(name, revision, facts)
+    return Model(name, revision, folder, shape_in(json.loads((Path(folder) / "config.json").read_text("utf-8"))), 0)
+
+
+def elsewhere(name: str, revision: str | None, facts: Mapping[str, Any]) -> Model:
+    """Return what the hub says about a model that is not here, or else setup/model.yaml, if it speaks of this one."""
+    from huggingface_hub import constants, get_token
+
+    known: dict[str, Any] = {}
+    if not constants.HF_HUB_OFFLINE:
+        asking = threading.Thread(target=ask_hub, args=(name, revision, known), daemon=True)
+        asking.start()
+        asking.join(WAIT)  # a name server that does not answer has no time limit of its own
+        known = dict(known)
+    if f"/{name}/" in str(facts.get("source")):
+        known = {"shape": Shape.of(facts), "bytes": 2 * facts["parameters"], "gated": facts["gated"]} | known
+    problem = known.get("problem")
+    if known.get("gated") and not get_token():
+        page = f"{constants.ENDPOINT}/{name}"
+        problem = f"{name} is gated: accept its licence on {page}, then `hf auth login`, or set HF_TOKEN."
+    return Model(name, revision, None, known.get("shape"), known.get("bytes", 0), problem)
+
+
+def ask_hub(name: str, revision: str | None, known: dict[str, Any]) -> None:
+    """Ask the hub for a model's files, gate and config.json, a few KB, and note what it answers in `known`."""
+    from huggingface_hub import HfApi, errors, get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    try:
+        answer = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=WAIT)
+        sizes = {file.rfilename: file.size or 0 for file in answer.siblings or []}
+        weights = {file: size for file, size in sizes.items() if file.startswith(WEIGHTS) and "/" not in file}
+        safe = {file: size for file, size in weights.items() if file.endswith(".safetensors")}
+        known |= {"gated": bool(answer.gated), "bytes": sum((safe or weights).values())}
+        url = hf_hub_url(name, "config.json", revision=answer.sha)
+        config = get_session().get(url, headers=build_hf_headers(), timeout=WAIT)
+        if config.status_code in (401, 403):
+            known["problem"] = f"The hub lets this token not read {name}: accept its licence on the model's page."
+        elif config.status_code == 200 and (shape := shape_in(config.json())):
+            known["shape"] = shape
+    except errors.RepositoryNotFoundError:
+        known["problem"] = f"{name} does not exist on the hub or is private: correct model_path, or set HF_TOKEN."
+    except errors.RevisionNotFoundError:
+        known["problem"] = f"{name} has no revision {revision}: correct revision in olive-config.yaml."
+    except Exception as error:  # without network, or a hub that is down: the check goes on without
+        known["silent"] = str(error)
+
+
+def shape_in(config: Mapping[str, Any]) -> Shape | None:
+    """Read a config.json, completed by what transformers takes for granted; None where the numbers have other names."""
+    from transformers import AutoConfig
+
+    config = config.get("text_config") or config  # a model that also sees pictures
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # an architecture that transformers does not know
+        config = AutoConfig.for_model(**config).to_dict()
+    try:
+        return Shape.of(config)
+    except (KeyError, TypeError, AttributeError):
+        return None

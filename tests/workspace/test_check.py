@@ -1,0 +1,436 @@
+"""--check: what it counts, what it refuses, how it looks; and the arithmetic of its estimates against PyTorch."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+
+Invoke = Callable[..., Run]
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 1000,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def checked(run: Run) -> dict[str, Any]:
+    """Return the one JSON object on stdout."""
+    assert run.out.count("\n") == 1, run.out
+    report: dict[str, Any] = json.loads(run.out)
+    return report
+
+
+@pytest.fixture
+def machine_of(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let the check see another machine."""
+    import machine
+
+    def change(**facts: Any) -> None:
+        here = replace(machine.look(), **facts)
+        monkeypatch.setattr(machine, "look", lambda: here)
+
+    return change
+
+
+@pytest.fixture
+def settings(workspace: Path) -> Any:
+    """Return the settings of the demo as the estimate reads them."""
+    import check
+    from estimate import Settings
+
+    return Settings.of(check.read_config())
+
+
+def test_the_check_says_what_there_is_in_plain_lines(invoke: Invoke, workspace: Path) -> None:
+    run = invoke("--check")
+    assert run.status == 0, run.err
+    labels = " ".join(line.split()[0] for line in run.out.splitlines() if not line.startswith(" "))
+    assert labels.startswith("model method device memory disk base adapter data length tokens answers cut memory disk")
+    assert "400 steps of 16 rows: 8 epochs" in run.out
+    assert "no row is longer than max_seq_len 256" in run.out
+    assert "gradient checkpointing off" in run.out
+    assert run.out.splitlines()[-1].endswith("Next: python finetuning/invoke_olive.py")
+
+
+def test_json_is_one_object_and_agrees_with_the_rows(invoke: Invoke, workspace: Path) -> None:
+    from dataset import IGNORED, chat_rows, load_tokenizer, tokenise
+
+    invoke("--smoke", settings={"max_steps": 1})
+    report = checked(invoke("--check", "--json"))
+    rows = chat_rows("train", train_file=str(workspace / "dataset/sample-train.jsonl"), held_out_file="x")
+    import preview
+
+    tokenizer = preview.demo_tokenizer()
+    if (workspace / "models" / "demo").is_dir():
+        tokenizer = load_tokenizer(str(workspace / "models" / "demo"))
+    labels = [tokenise(tokenizer, row, "responses")["labels"] for row in rows]
+    lengths = sorted(map(len, labels))
+    data = report["data"]
+    assert data["rows"] == {"train": 800, "held_out": 160}
+    assert data["tokens"] | {"p95": 0} == {"min": lengths[0], "median": lengths[400], "p95": 0, "max": lengths[-1]}
+    assert sum(data["histogram"].values()) == 800
+    learnt = sum(label != IGNORED for row in labels for label in row)
+    assert data["answer_share"] == pytest.approx(learnt / sum(lengths), abs=1e-4)
+    assert report["problem"] is None
+    memory = report["estimate"]["memory"]
+    assert memory["total"] == pytest.approx(sum(memory.values()) - memory["total"], abs=10)
+
+
+def test_json_needs_the_check(invoke: Invoke) -> None:
+    assert invoke("--json").status == 2
+
+
+def test_json_holds_the_sentence_for_wrong_settings_too(invoke: Invoke) -> None:
+    run = invoke("--check", "--json", edit=lambda text: text.replace("learning_rate:", "learning_rat:"))
+    assert run.status == 1
+    assert "did you mean learning_rate?" in checked(run)["problem"]
+    assert run.err.startswith("error: ")
+
+
+def test_max_steps_and_epochs_say_which_of_them_decides(invoke: Invoke) -> None:
+    shorter = checked(invoke("--check", "--json", settings={"max_steps": 20}))["data"]
+    assert (shorter["steps"], shorter["decided_by"], shorter["steps_of_epochs"]) == (20, "max_steps", 400)
+    longer = checked(invoke("--check", "--json", settings={"max_steps": 1000}))["data"]
+    assert (longer["steps"], longer["decided_by"]) == (400, "epochs")
+
+
+def test_cut_rows_are_counted_and_a_cut_of_every_answer_is_refused(invoke: Invoke) -> None:
+    run = invoke("--check", "--json", settings={"max_seq_len": 24})
+    data = checked(run)["data"]
+    assert run.status == 0 and 0 < data["without_answer"] <= data["truncated"] < 800
+    run = invoke("--check", settings={"max_seq_len": 16})
+    assert run.status == 1
+    assert run.err == "error: max_seq_len 16 cuts off every answer: raise it in olive-config.yaml.\n"
+
+
+def test_memory_that_is_short_names_the_setting_that_makes_it_fit(
+    invoke: Invoke, machine_of: Callable[..., None]
+) -> None:
+    needed = checked(invoke("--check", "--json"))["estimate"]["memory"]
+    room = needed["total"] - needed["activations"] // 3
+    machine_of(ram_free=room)
+    run = invoke("--check", settings={"gradient_checkpointing": False})
+    assert run.status == 1 and run.err.count("\n") == 1
+    assert "The run needs about" in run.err
+    setting = run.err.split("set ")[1].split(",")[0].split(".")[0]
+    name, value = setting.split(": ")
+    assert name in ("gradient_checkpointing", "per_device_train_batch_size")
+    fitting = invoke("--check", settings={"gradient_checkpointing": False, name: json.loads(value)})
+    assert fitting.status == 0, fitting.err
+    machine_of(ram_free=2**29)
+    assert "choose a smaller model or a larger machine" in invoke("--check").err
+
+
+def test_a_run_refuses_what_the_check_refuses(invoke: Invoke, machine_of: Callable[..., None]) -> None:
+    machine_of(ram_free=2**29)
+    run = invoke()
+    assert run.status == 1 and "The run needs about" in run.err and "Evaluating" not in run.out
+    machine_of(ram_free=2**40, disk_free=10**6)
+    assert "GiB of disk are free and the run needs" in invoke("--check").err
+
+
+def test_gradient_checkpointing_that_nobody_set_is_switched_on_when_memory_is_short(
+    workspace: Path, machine_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import check
+    import preview
+
+    monkeypatch.chdir(workspace)
+    row = {"input_ids": [7] * 30, "labels": [-100] * 20 + [7] * 10}
+    tokens = {"train": [row] * 64, "held_out": [row] * 8}
+
+    def decided(**facts: Any) -> tuple[Any, str]:
+        machine_of(**facts)
+        config = check.read_config()
+        assert "gradient_checkpointing" not in check.pass_settings(config)["training_args"]
+        _, line = preview.settle(config, tokens)
+        return check.pass_settings(config)["training_args"]["gradient_checkpointing"], line
+
+    at_ease, line = decided(ram_free=2**40)
+    assert at_ease is False and "off, not needed" in line
+    config = check.read_config()
+    lengths = {part: preview.Lengths([30] * len(rows), [10] * len(rows)) for part, rows in tokens.items()}
+    shape = preview.find(config).shape
+    assert shape
+    needed = preview.memory(shape, preview.Settings.of(config), lengths["train"], lengths["held_out"]).total
+    pressed, line = decided(ram_free=int(needed / preview.MARGIN) - 1)
+    assert pressed is True and "on, to save memory" in line
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "phi", "gemma3_text"])
+def test_what_autograd_keeps_of_a_token_is_what_the_estimate_says(
+    architecture: str, dropout: float, dtype: str, settings: Any
+) -> None:
+    import estimate
+    import torch
+
+    kept = kept_by_autograd(architecture, dropout, getattr(torch, dtype), tokens=64)
+    shape = estimate.Shape.of(CONFIG | {"model_type": architecture})
+    settings = replace(settings, dtype=dtype, dropout=dropout, target_modules=None)
+    assert estimate.per_token(shape, settings, masked=False) == pytest.approx(kept, rel=0.08)
+
+
+def kept_by_autograd(architecture: str, dropout: float, dtype: Any, tokens: int) -> float:
+    """Return the bytes that a forward pass of one block keeps of one token: what three blocks keep more than one."""
+    import peft
+    import torch
+    import transformers
+
+    sizes = []
+    for layers in (1, 3):
+        config = transformers.AutoConfig.for_model(
+            **CONFIG | {"model_type": architecture, "num_hidden_layers": layers, "use_cache": False}
+        )
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        lora = peft.LoraConfig(r=16, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, lora).train()
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        seen: dict[int, Any] = {}
+
+        def keep(tensor: Any, weights: set[int] = weights, seen: dict[int, Any] = seen) -> Any:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                seen[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model.base_model.model.model(input_ids=torch.ones(1, tokens, dtype=torch.long))
+        assert output is not None
+        sizes.append(sum(storage.nbytes() for storage in seen.values()) / tokens)
+    return (sizes[1] - sizes[0]) / 2
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
+def test_the_adapter_has_as_many_weights_as_are_counted(method: str, settings: Any) -> None:
+    import estimate
+    import peft
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**CONFIG)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    options: dict[str, Any] = {"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    adapter = {
+        "lora": lambda: peft.LoraConfig(**options),
+        "dora": lambda: peft.LoraConfig(use_dora=True, **options),
+        "loha": lambda: peft.LoHaConfig(**options),
+        "lokr": lambda: peft.LoKrConfig(**options),
+    }[method]()
+    model = peft.get_peft_model(model, adapter)
+    counted = estimate.adapter_parameters(
+        estimate.Shape.of(CONFIG), replace(settings, method=method, rank=8, target_modules=None)
+    )
+    assert counted == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+def test_a_padded_batch_counts_its_padding_and_a_packed_one_does_not(workspace: Path) -> None:
+    from estimate import Lengths, batches
+
+    rows = Lengths([10, 40], [5, 5])
+    assert (batches(rows, 2, packing=True).tokens, batches(rows, 2, packing=False).tokens) == (50, 80)
+    assert (batches(rows, 2, packing=True).logits, batches(rows, 2, packing=False).logits) == (10, 20)
+    assert batches(Lengths([40, 38], [5, 5]), 2, packing=False).logits == 14  # columns 33 to 39, in both rows
+    assert batches(rows, 1, packing=False).masked == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"gradient_checkpointing": False}, "set gradient_checkpointing: true"),
+        (
+            {"gradient_checkpointing": True, "per_device_train_batch_size": 4},
+            "set per_device_train_batch_size: 2 and gradient_accumulation_steps: 2",
+        ),
+        ({"gradient_checkpointing": True, "per_device_train_batch_size": 1}, "set max_seq_len: 128"),
+    ],
+)
+def test_a_full_gpu_is_told_with_estimate_peak_and_the_setting_to_change(
+    workspace: Path, changes: dict[str, Any], advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import check
+    import torch
+    from advice import explained
+
+    config = check.read_config()
+    check.pass_settings(config)["training_args"] |= changes
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 15 * 2**30)
+    with pytest.raises(check.ConfigError) as error, explained(config, 12.5 * 2**30):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert "12.5 GiB were estimated and 15.0 GiB were in use" in str(error.value)
+    assert advice in str(error.value)
+
+
+def test_a_run_in_azure_is_held_against_the_chosen_gpu_and_priced(
+    invoke: Invoke, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = workspace / "setup" / "azure_gpus.yaml"
+    original = facts.read_text(encoding="utf-8")
+    try:
+        facts.write_text(
+            original.replace('target: "local"', 'target: "azure"').replace("gpu: null", "gpu: serverless-t4")
+        )
+        run = invoke("--check", edit=lambda text: text.replace("device: cpu", "device: gpu"))
+    finally:
+        facts.write_text(original, encoding="utf-8")
+    assert run.status == 0, run.err
+    assert "chosen   NVIDIA T4 16 GB, serverless: about" in run.out
+    assert "in eastus, 2026-10-02" in run.out and "rough" in run.out
+
+
+def test_a_table_fits_a_terminal_of_eighty_columns(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import screen
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    facts = {"name": "a/b", "folder": None, "download_bytes": 2**33, "parameters": 10**9, "trained_parameters": 10**7}
+    screen.show("model", facts)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 2 and any("get_model" in line for line in lines)
+
+
+def test_the_first_line_comes_before_anything_heavy_is_imported(workspace: Path) -> None:
+    code = """
+import sys
+sys.argv = ["invoke_olive.py", "--check"]
+sys.path.insert(0, sys.path.pop(0) or "finetuning")
+import invoke_olive, screen
+def show(part, facts):
+    assert not {"torch", "transformers", "olive", "datasets"} & set(sys.modules), sorted(sys.modules)
+    print(part, facts["model"])
+    raise SystemExit(7)
+screen.show = show
+invoke_olive.main()
+"""
+    environment = {"PYTHONPATH": str(workspace / "finetuning"), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (7, "run models/demo\n"), done.stderr
+
+
+# --------------------------------------------------------------------------------------- models that are not here
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Knows me/tiny and me/gated: their files' sizes and config.json."""
+
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.asked.append(path)
+        if "me/" not in path:
+            return self.answer(404, b"{}")
+        if path.startswith("/api/models/"):
+            files = [
+                {"rfilename": "model.safetensors", "size": 3 * 2**30},
+                {"rfilename": "pytorch_model.bin", "size": 9},
+            ]
+            facts = {"id": "me/tiny", "sha": "0" * 40, "gated": "manual" if "gated" in path else False}
+            return self.answer(200, json.dumps(facts | {"siblings": files}).encode())
+        return self.answer(200, json.dumps(CONFIG).encode())
+
+    def answer(self, status: int, body: bytes) -> None:
+        """Send one answer."""
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Serve a hub on this machine; gives the paths that it was asked for."""
+    import huggingface_hub
+    from huggingface_hub import constants, hf_api
+
+    asked: list[str] = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Asked", (Hub,), {"asked": asked}))
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(hf_api.HfApi, "__init__", with_endpoint(hf_api.HfApi.__init__, address))
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    yield asked
+    server.shutdown()
+    server.server_close()
+
+
+def with_endpoint(function: Any, address: str) -> Any:
+    return lambda self, endpoint=None, **options: function(self, endpoint=address, **options)
+
+
+def test_a_model_that_is_not_here_is_sized_by_the_hub_and_is_no_error(invoke: Invoke, hub: list[str]) -> None:
+    run = invoke("--check", edit=lambda text: text.replace("models/demo", "me/tiny"))
+    assert run.status == 0, run.err
+    assert "a download of 3.00 GiB: python setup/get_model.py" in run.out
+    assert "estimated from characters" in run.out
+    assert "Next: python setup/get_model.py" in run.out
+    assert len(hub) == 2, "a few KB: the model's facts and its config.json"
+
+
+def test_a_gated_model_without_a_token_is_refused(invoke: Invoke, hub: list[str]) -> None:
+    run = invoke("--check", edit=lambda text: text.replace("models/demo", "me/gated"))
+    assert run.status == 1
+    assert "me/gated is gated: accept its licence on" in run.err and "HF_TOKEN" in run.err
+
+
+def test_a_model_that_the_hub_does_not_know_is_refused(invoke: Invoke, hub: list[str]) -> None:
+    run = invoke("--check", edit=lambda text: text.replace("models/demo", "you/nothing"))
+    assert run.status == 1 and "you/nothing does not exist on the hub or is private" in run.err
+
+
+def test_offline_the_check_says_what_it_cannot_know_and_goes_on(invoke: Invoke) -> None:
+    started = time.monotonic()
+    run = invoke("--check", edit=lambda text: text.replace("models/demo", "me/tiny"))
+    assert run.status == 0 and "needs not known" in run.out
+    assert time.monotonic() - started < 8
+
+
+def test_a_hub_that_never_answers_does_not_hold_the_check(
+    workspace: Path, hub: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import model_facts
+
+    silent = threading.Event()
+    monkeypatch.setattr(model_facts, "ask_hub", lambda *_: silent.wait(60))
+    monkeypatch.setattr(model_facts, "WAIT", 0.1)
+    model = model_facts.elsewhere("me/tiny", None, {"source": None})
+    silent.set()
+    assert (model.shape, model.download, model.problem) == (None, 0, None)
+
+
+def test_what_is_not_a_model_of_known_shape_has_no_estimate(workspace: Path) -> None:
+    import model_facts
+
+    assert model_facts.shape_in({"model_type": "mamba", "d_model": 8}) is None
+    assert model_facts.shape_in({"text_config": CONFIG, "model_type": "gemma3"})
