@@ -82,11 +82,9 @@ def last_run(path: Path, config: Mapping[str, Any]) -> LastRun | None:
 
 
 def trained_rows(settings: Settings, lengths: Lengths) -> float:
-    """Return how many rows a run goes through, each as often as it does."""
+    """Return how many rows one process goes through, each as often as it does."""
     steps, _ = settings.steps(len(lengths.tokens))
-    return min(
-        steps * settings.accumulation * settings.batch_size * settings.processes, len(lengths.tokens) * settings.epochs
-    )
+    return min(steps * settings.rows_a_step, len(lengths.tokens) * settings.epochs) / settings.processes
 
 
 def operations(shape: Shape, settings: Settings, lengths: Lengths) -> float:
@@ -127,7 +125,7 @@ def seconds(
     longest = max(held_out.labels, default=0) + 8
     generated = math.ceil(rows / settings.eval_batch_size) * longest * shape.layers * LAYER_SECONDS
     generated += rows * longest * 2 * shape.parameters / reached
-    return START + (operations(shape, settings, lengths) / settings.processes + passes) / reached + 2 * generated
+    return START + (operations(shape, settings, lengths) + passes) / reached + 2 * generated
 
 
 def dollars(gpu: Mapping[str, Any], run_seconds: float) -> float | None:

@@ -18,9 +18,9 @@ GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FUSED = ("phi3",)  # architectures with one layer for queries, keys and values, and one for gate and up
 CPU_FRAMEWORK = 0.55 * GIB  # Python, torch, transformers, PEFT and Olive, imported; measured
-# The heap of the C library holds more than what is in use: freed tensors leave holes that the next ones do not fit.
-# Between 1.0 and 1.6 times as much was measured, hanging on what went before; tensors of 32 MiB and more are not on it.
-HEAP, OFF_THE_HEAP = 1.3, 32 * 2**20
+# On a CPU, tensors below 32 MiB lie on the C library's heap, where freed ones leave holes that the next ones do not
+# fit: none to eight blocks' worth was measured, more with checkpointing, which computes each block twice.
+HOLES, HOLES_CHECKPOINTING, OFF_THE_HEAP = 4, 6, 32 * 2**20
 GPU_FRAMEWORK = 0.8 * GIB  # the CUDA context, its libraries' work space, and what the allocator cannot use
 BYTES_PER_TOKEN_HELD = 80  # a row's three lists of Python numbers and three int64 tensors
 EVALUATIONS = 10  # of the held-out loss in a run, see eval_steps
@@ -109,8 +109,8 @@ class Settings:
     max_seq_len: int
     double_quant: bool
     kept: int  # checkpoints on disk
-    processes: int = 1  # each with its own share of every batch
-    sharded: bool = False  # FSDP: the processes share the weights too
+    processes: int = 1  # that share the rows
+    sharded: bool = False  # FSDP: they share the weights too
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:
@@ -137,14 +137,18 @@ class Settings:
             max_seq_len=tokens.get("max_seq_len", 1024),
             double_quant=bool(settings.get("double_quant")),
             kept=arguments.get("save_total_limit") or EVALUATIONS,
-            processes=int(os.environ.get("WORLD_SIZE", "1")),  # as accelerate launch and torchrun say it
+            processes=int(os.environ.get("WORLD_SIZE", "1")),  # of accelerate launch or torchrun
             sharded=os.environ.get("ACCELERATE_USE_FSDP") == "true",
         )
 
+    @property
+    def rows_a_step(self) -> int:
+        """Rows that one step learns from."""
+        return self.batch_size * self.accumulation * self.processes
+
     def steps(self, rows: int) -> tuple[int, int]:
         """Return the steps of a run on so many rows, and those that its epochs alone would give."""
-        batches = math.ceil(rows / (self.batch_size * self.processes))
-        epochs = math.ceil(math.ceil(batches / self.accumulation) * self.epochs)
+        epochs = math.ceil(math.ceil(rows / self.rows_a_step) * self.epochs)
         return (min(self.max_steps, epochs) if self.max_steps > 0 else epochs), epochs
 
 
@@ -270,7 +274,6 @@ def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths
     adapter = adapter_parameters(shape, settings)
     moments = 2 if "8bit" in settings.optimizer else 8
     batch = batches(lengths, settings.batch_size, settings.packing, settings.epochs)
-    on_the_heap = not settings.gpu and batch.tokens * shape.hidden * held < OFF_THE_HEAP
     logits = batch.logits
     if held_out:  # without gradients, half as much is held for each logit
         logits = max(logits, batches(held_out, settings.eval_batch_size, packing=False).logits // 2)
@@ -281,7 +284,7 @@ def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths
         weights=(blocks + held * others) / share + gathered,
         adapter=4 * adapter / share,
         gradients_and_optimizer=(4 + moments) * adapter / share,
-        activations=activations(shape, settings, batch) * (HEAP if on_the_heap else 1),
+        activations=activations(shape, settings, batch),
         logits=logits * shape.vocabulary * logit_bytes(settings),
         framework=GPU_FRAMEWORK if settings.gpu else CPU_FRAMEWORK + BYTES_PER_TOKEN_HELD * rows,
     )
@@ -303,7 +306,9 @@ def activations(shape: Shape, settings: Settings, batch: Batch) -> float:
         block += 2 * shape.block_weights / shape.layers
     if settings.method in ("loha", "lokr"):  # they add their product to a copy of the weight, in float32
         block += 4 * sum(inputs * outputs for inputs, outputs in targets(shape, settings).values())
-    working = batch.tokens * 4 * shape.intermediate * size
+    working: float = batch.tokens * 4 * shape.intermediate * size
+    if not settings.gpu and batch.tokens * shape.hidden * size < OFF_THE_HEAP:
+        working += block * (HOLES_CHECKPOINTING if settings.checkpointing else HOLES)
     if settings.method == "qlora":  # a layer's weights, out of their 4 bits while they are multiplied
         working += 2 * max(inputs * outputs for inputs, outputs in shape.linear.values())
     mask = batch.masked  # one byte for each cell, shared by the blocks

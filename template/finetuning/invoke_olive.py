@@ -109,6 +109,7 @@ def leave_out(package: str) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check the settings, the data and the machine, then tune, unless only the check is asked for."""
     import check
+    import machine
     import preview
     import screen
     from estimate import Settings
@@ -116,14 +117,14 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     results = MODELS / "smoke" if arguments.smoke else MODELS
     config = check.read_config()
-    if arguments.smoke:
-        from smoke import shrink
-
-        check.validate(config)
-        shrink(config, results)
     if arguments.check:
         return check_only(config, arguments.json)
     check.validate(config)
+    if arguments.smoke:
+        from smoke import shrink
+
+        shrink(config, results)
+    machine.refuse(config)
     rows = check.read_rows(config)
     screen.show("run", preview.run_facts(config))
     screen.show("rows", preview.row_facts(Settings.of(config), rows, len(rows["train"])))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from check import ROOT, pass_settings
+from check import ROOT, ConfigError, pass_settings
 from estimate import Settings, Shape
 
 
@@ -44,8 +44,9 @@ def look() -> Machine:
         "disk_free": shutil.disk_usage(ROOT).free,
     }
     if torch.cuda.is_available():
-        free, vram = torch.cuda.mem_get_info(0)
-        facts |= {"gpu": torch.cuda.get_device_name(0), "gpus": torch.cuda.device_count(), "driver": driver()}
+        index = int(os.environ.get("LOCAL_RANK", "0"))  # of several processes, each has its own GPU
+        free, vram = torch.cuda.mem_get_info(index)
+        facts |= {"gpu": torch.cuda.get_device_name(index), "gpus": torch.cuda.device_count(), "driver": driver()}
         facts |= {"vram": vram, "vram_free": free}
     return Machine(**facts)
 
@@ -80,6 +81,12 @@ def lacking(config: dict[str, Any], machine: Machine) -> str | None:
             "`copier update --trust --data device=cpu`."
         )
     return None
+
+
+def refuse(config: dict[str, Any]) -> None:
+    """Refuse a run for which this machine lacks something, before anything is read. Raises ConfigError."""
+    if missing := lacking(config, look()):
+        raise ConfigError(missing)
 
 
 def speed(shape: Shape, settings: Settings) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import check
@@ -13,34 +14,15 @@ import yaml
 from advice import advice
 from check import ROOT, ConfigError
 from estimate import GIB, Lengths, Settings, Shape, adapter_parameters, memory
+from lengths import Tokens, count, lengths_of
 from model_facts import Model, find
 
-SAMPLED = 2000  # rows that are tokenised for the check: more would take longer than they would tell
-CHARACTERS = 4  # to a token where no tokenizer is here: English in the vocabularies of the catalogue
-MARKS = 6  # tokens that a chat template puts around a turn
 MARGIN = 0.85  # of the memory: above it, checkpointing is switched on where the settings leave it open
 RESERVE = GIB // 4  # of the disk: the report, caches, and what else runs on this machine
 LONG = 3600  # seconds: from here on, a rented GPU is shown as well
 USABLE = 0.92  # of the memory that a GPU is sold with
 
 Rows = dict[str, list[Any]]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Tokens and labels of rows before max_seq_len cuts them."""
-
-    rows: int
-    tokens: list[int]  # of SAMPLED rows at most
-    labels: list[int]
-    estimated: bool  # from characters
-
-    def cut(self, longest: int) -> Lengths:
-        """Return them as the training sees them: a row that lost its answer is left out."""
-        cut = Lengths(self.tokens, self.labels).cut(longest)
-        kept = [pair for pair in zip(cut.tokens, cut.labels, strict=True) if pair[1]]
-        copies = max(1, round(self.rows / max(len(self.tokens), 1)))
-        return Lengths([tokens for tokens, _ in kept] * copies, [labels for _, labels in kept] * copies)
 
 
 def preview(config: dict[str, Any], show: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
@@ -58,11 +40,11 @@ def preview(config: dict[str, Any], show: Callable[[str, dict[str, Any]], None])
     add("run", run_facts(config))
     here = machine.look()
     add("machine", asdict(here))
-    check.validate(config)
+    check.validate(config)  # imports what is heavy
+    rows = check.read_rows(config)
     settings = Settings.of(config)
     model = find(config)
     add("model", model_facts(model, settings))
-    rows = check.read_rows(config)
     counted = {part: count(config, part, rows[part], model) for part in rows}
     lengths = {part: tokens.cut(settings.max_seq_len) for part, tokens in counted.items()}
     add("data", data_facts(settings, rows, counted["train"]))
@@ -73,7 +55,7 @@ def preview(config: dict[str, Any], show: Callable[[str, dict[str, Any]], None])
         report["azure"] = {"target": azure["target"], "gpus": azure_facts(model.shape, settings, lengths, azure)}
         if azure["target"] == "azure" or (report["estimate"]["seconds"] or LONG) >= LONG:
             show("azure", report["azure"])
-    report["problem"] = problem(config, model, settings, lengths, here, azure)
+    report["problem"] = problem(config, model, settings, counted, lengths, here, azure)
     return report
 
 
@@ -96,52 +78,17 @@ def model_facts(model: Model, settings: Settings) -> dict[str, Any]:
     }
 
 
-def count(config: dict[str, Any], part: str, rows: list[Any], model: Model) -> Tokens:
-    """Count the tokens and labels of the rows, of a spread of them where they are many."""
-    from dataset import IGNORED, load_tokenizer, tokenise, with_system
-
-    options = check.data_settings(config, part, "pre_process_data_config")
-    chosen = [with_system(row, options["system_prompt"]) for row in rows[:: -(-len(rows) // SAMPLED) or 1]]
-    if model.folder:
-        tokenizer = load_tokenizer(model.folder)
-    elif model.is_demo:
-        tokenizer = demo_tokenizer()
-    else:
-        guessed = [guess(row, options["train_on"]) for row in chosen]
-        return Tokens(len(rows), [tokens for tokens, _ in guessed], [labels for _, labels in guessed], estimated=True)
-    examples = [tokenise(tokenizer, row, options["train_on"])["labels"] for row in chosen]
-    labels = [sum(label != IGNORED for label in example) for example in examples]
-    return Tokens(len(rows), [len(example) for example in examples], labels, estimated=False)
-
-
-def demo_tokenizer() -> Any:
-    """Make the tokenizer that the demo model will have; making the model takes longer."""
-    from dataset import MODEL_FACTS, chat_rows
-    from tiny_model import SAMPLE, build_tokenizer
-
-    facts = yaml.safe_load(MODEL_FACTS.read_text(encoding="utf-8"))
-    return build_tokenizer(facts, chat_rows("train", train_file=str(SAMPLE), held_out_file=str(SAMPLE)))
-
-
-def guess(row: list[dict[str, str]], train_on: str) -> tuple[int, int]:
-    """Guess a row's tokens and labels by its length in characters (UTF-8 bytes)."""
-    turns = [(turn["role"], len(turn["content"].encode()) / CHARACTERS) for turn in row]
-    tokens = int(sum(length + MARKS for _, length in turns)) + 1
-    answers = int(sum(length + 1 for role, length in turns if role == "assistant"))
-    return tokens, tokens if train_on == "all" else answers
-
-
 def row_facts(settings: Settings, rows: Rows, trained: int) -> dict[str, Any]:
     """Return how many rows there are, and how many steps it takes to go through those that are trained on."""
     steps, of_epochs = settings.steps(trained)
     return {
         "rows": {part: len(rows[part]) for part in rows},
         "steps": steps,
-        "rows_a_step": settings.batch_size * settings.accumulation * settings.processes,
+        "rows_a_step": settings.rows_a_step,
         "epochs": settings.epochs,
-        "max_steps": settings.max_steps,
         "decided_by": "max_steps" if steps < of_epochs else "epochs",
         "steps_of_epochs": of_epochs,
+        "max_steps": settings.max_steps,
         "warnings": check.repeated_rows(rows),
     }
 
@@ -174,13 +121,16 @@ def data_facts(settings: Settings, rows: Rows, train: Tokens) -> dict[str, Any]:
 
 
 def limit(settings: Settings, here: machine.Machine, azure: dict[str, Any]) -> float:
-    """Return the memory that the training may fill: this GPU's, the chosen one's in Azure, or this machine's RAM."""
+    """Return the memory that the training may fill: this GPU's, the chosen one's in Azure, or this machine's RAM.
+
+    It is infinite where there is no GPU to hold the estimate against.
+    """
     if not settings.gpu:
         return here.ram_free / settings.processes
     if azure["target"] == "azure" and here.gpu is None:
         chosen = next(gpu for gpu in azure["gpus"] if gpu["id"] == azure["gpu"])
         return USABLE * chosen["gpu_memory_gib"] * GIB
-    return here.vram_free
+    return here.vram_free if here.gpu else math.inf
 
 
 def decided(
@@ -204,7 +154,7 @@ def estimate_facts(
 ) -> dict[str, Any]:
     """Return memory and disk in bytes, and the time in seconds with where it comes from."""
     assert model.shape
-    needed = memory(model.shape, settings, lengths["train"], lengths["held_out"])
+    needed, room = memory(model.shape, settings, lengths["train"], lengths["held_out"]), limit(settings, here, azure)
     disk = cost.disk(model.shape, settings, model.download)
     seconds, source = None, "not known: no GPU here to measure"
     if not settings.gpu or here.gpu:
@@ -215,7 +165,7 @@ def estimate_facts(
             seconds, source = last.seconds(settings, lengths["train"]), "as fast as the last run"
     return {
         "memory": {part: round(size) for part, size in vars(needed).items()} | {"total": round(needed.total)},
-        "memory_limit": round(limit(settings, here, azure)),
+        "memory_limit": None if math.isinf(room) else round(room),
         "gradient_checkpointing": settings.checkpointing,
         "disk": {part: round(size) for part, size in vars(disk).items()} | {"run": round(disk.run)},
         "seconds": seconds and round(seconds),
@@ -252,6 +202,7 @@ def problem(
     config: dict[str, Any],
     model: Model,
     settings: Settings,
+    counted: dict[str, Tokens],
     lengths: dict[str, Lengths],
     here: machine.Machine,
     azure: dict[str, Any],
@@ -261,11 +212,26 @@ def problem(
         return model.problem
     if azure["target"] != "azure" and (missing := machine.lacking(config, here)):
         return missing
-    if not lengths["train"].tokens:
-        return f"max_seq_len {settings.max_seq_len} cuts off every answer: raise it in olive-config.yaml."
-    if model.shape is None:
+    for part, tokens in counted.items():
+        if complaint := cut_answers(tokens, settings, check.data_settings(config, part, "pre_process_data_config")):
+            return complaint
+    if model.shape is None or not lengths["train"].tokens:
         return None
     return too_large(model.shape, settings, lengths, limit(settings, here, azure), here.disk_free, model.download)
+
+
+def cut_answers(tokens: Tokens, settings: Settings, options: dict[str, Any]) -> str | None:
+    """Return that max_seq_len cuts off too many answers, and the length that leaves enough of them."""
+    starts = sorted(t - n + 1 for t, n in zip(tokens.tokens, tokens.labels, strict=True))  # with the first label
+    lost = sum(start > settings.max_seq_len for start in starts)
+    allowed = int(options["max_bad_rows"] * len(starts))
+    if not lost or (lost <= allowed and lost < len(starts)):
+        return None
+    enough = starts[len(starts) - 1 - min(allowed, len(starts) - 1)]
+    return (
+        f"max_seq_len {settings.max_seq_len} cuts off every answer of {lost} in {len(starts)} rows, and max_bad_rows "
+        f"allows {allowed}: set max_seq_len: {enough} or more in olive-config.yaml."
+    )
 
 
 def too_large(
@@ -292,25 +258,15 @@ def too_large(
 def settle(config: dict[str, Any], tokens: dict[str, list[dict[str, list[int]]]]) -> tuple[float, str]:
     """Check memory and disk as --check does, before a run, and decide on gradient checkpointing in `config`.
 
-    `tokens` are the rows of both parts, tokenised. Returns the estimate in bytes and a line for the screen. Raises
-    ConfigError when the run cannot work.
+    `tokens` are the rows of both parts, as chat_tokens returns them. Returns the estimate in bytes and a line for the
+    screen. Raises ConfigError when the run cannot work.
     """
-    from dataset import IGNORED
-
     model, here, settings = find(config), machine.look(), Settings.of(config)
-    if missing := machine.lacking(config, here):
-        raise ConfigError(missing)
     if model.shape is None:
         return 0.0, "memory   not estimated: config.json names its numbers in a way of its own"
-    lengths = {
-        part: Lengths(
-            [len(row["input_ids"]) for row in rows],
-            [sum(label != IGNORED for label in row["labels"]) for row in rows],
-        )
-        for part, rows in tokens.items()
-    }
     arguments, room = check.pass_settings(config)["training_args"], limit(settings, here, {"target": "local"})
     is_open = arguments.get("gradient_checkpointing") is None
+    lengths = {part: lengths_of(rows) for part, rows in tokens.items()}
     settings = decided(model.shape, settings, config, lengths, room)
     if complaint := too_large(model.shape, settings, lengths, room, here.disk_free, 0):
         raise ConfigError(complaint)

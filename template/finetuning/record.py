@@ -51,7 +51,7 @@ def settings_in_use(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         "model": {"model_path": config["input_model"]["model_path"]} | config["input_model"]["load_kwargs"],
         "rows": {key: value for key, value in rows.items() if key != "part"},
-        "tokens": {key: value for key, value in tokens.items() if key not in ("model_path", "revision")},
+        "tokens": {key: tokens[key] for key in ("system_prompt", "max_seq_len", "train_on")},
         "adapter": {key: value for key, value in settings.items() if not isinstance(value, dict) and "data" not in key},
         "training": dict(settings["training_args"]),
     }

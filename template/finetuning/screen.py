@@ -51,11 +51,11 @@ def verdict(report: dict[str, Any]) -> None:
     """Say that the run can work, and what comes first."""
     model = report["model"]
     if model["folder"] is None and model["name"] != "models/demo":
-        print("The settings and the data fit. Next: python setup/get_model.py, then python finetuning/invoke_olive.py")
+        print("This run fits. Next: python setup/get_model.py")
     elif report.get("azure", {}).get("target") == "azure" and not report["machine"]["gpu"]:
-        print("The settings and the data fit, and so does the chosen GPU in Azure.")
+        print("This run fits the chosen GPU in Azure.")
     else:
-        print("The settings, the data and this machine fit. Next: python finetuning/invoke_olive.py")
+        print("This run fits. Next: python finetuning/invoke_olive.py")
 
 
 def size(number: float) -> str:
@@ -135,11 +135,11 @@ def row_lines(facts: dict[str, Any]) -> Lines:
     """Return rows and steps, and what is odd about the rows."""
     rows, steps, batch, epochs = facts["rows"], facts["steps"], facts["rows_a_step"], facts["epochs"]
     length = f"{steps} steps of {batch} rows: {epochs} epochs"
+    if facts["max_steps"] >= steps and facts["decided_by"] == "epochs":
+        length += f" end the run before max_steps {facts['max_steps']}"
     if facts["decided_by"] == "max_steps":
         length = f"{steps} steps of {batch} rows: max_steps ends the run before its {epochs} epochs "
         length += f"({facts['steps_of_epochs']} steps)"
-    elif facts["max_steps"] > 0:
-        length += f" end the run before max_steps {facts['max_steps']}"
     return [
         ("data", f"{rows['train']} rows to train on, {rows['held_out']} held out"),
         ("length", length),
@@ -152,11 +152,9 @@ def estimate_lines(facts: dict[str, Any]) -> Lines:
     memory, disk = facts["memory"], facts["disk"]
     parts = " · ".join(f"{name} {size(memory[part])}" for part, name in PARTS.items())
     checkpointing = "on" if facts["gradient_checkpointing"] else "off"
+    room = f" of {size(facts['memory_limit'])}" if facts["memory_limit"] else ""
     lines = [
-        (
-            "memory",
-            f"about {size(memory['total'])} of {size(facts['memory_limit'])}, gradient checkpointing {checkpointing}",
-        ),
+        ("memory", f"about {size(memory['total'])}{room}, gradient checkpointing {checkpointing}"),
         ("", parts),
         (
             "disk",

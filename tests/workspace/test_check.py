@@ -79,9 +79,9 @@ def test_json_is_one_object_and_agrees_with_the_rows(invoke: Invoke, workspace: 
     invoke("--smoke", settings={"max_steps": 1})
     report = checked(invoke("--check", "--json"))
     rows = chat_rows("train", train_file=str(workspace / "dataset/sample-train.jsonl"), held_out_file="x")
-    import preview
+    import lengths
 
-    tokenizer = preview.demo_tokenizer()
+    tokenizer = lengths.demo_tokenizer()
     if (workspace / "models" / "demo").is_dir():
         tokenizer = load_tokenizer(str(workspace / "models" / "demo"))
     labels = [tokenise(tokenizer, row, "responses")["labels"] for row in rows]
@@ -116,12 +116,15 @@ def test_max_steps_and_epochs_say_which_of_them_decides(invoke: Invoke) -> None:
 
 
 def test_cut_rows_are_counted_and_a_cut_of_every_answer_is_refused(invoke: Invoke) -> None:
-    run = invoke("--check", "--json", settings={"max_seq_len": 24})
+    run = invoke("--check", "--json", settings={"max_seq_len": 24, "max_bad_rows": 0.9})
     data = checked(run)["data"]
     assert run.status == 0 and 0 < data["without_answer"] <= data["truncated"] < 800
     run = invoke("--check", settings={"max_seq_len": 16})
     assert run.status == 1
-    assert run.err == "error: max_seq_len 16 cuts off every answer: raise it in olive-config.yaml.\n"
+    assert "max_seq_len 16 cuts off every answer of 800 in 800 rows" in run.err
+    enough = int(run.err.split("set max_seq_len: ")[1].split()[0])
+    assert invoke("--check", settings={"max_seq_len": enough}).status == 0
+    assert invoke("--check", settings={"max_seq_len": enough - 1}).status == 1
 
 
 def test_memory_that_is_short_names_the_setting_that_makes_it_fit(
@@ -150,6 +153,25 @@ def test_a_run_refuses_what_the_check_refuses(invoke: Invoke, machine_of: Callab
     assert "GiB of disk are free and the run needs" in invoke("--check").err
 
 
+def test_without_the_gpu_that_is_asked_for_the_needs_are_said_all_the_same(invoke: Invoke) -> None:
+    run = invoke("--check", "--json", edit=lambda text: text.replace("device: cpu", "device: gpu"))
+    report = checked(run)
+    assert run.status == 1 and "PyTorch sees no NVIDIA GPU" in report["problem"]
+    assert report["estimate"]["memory_limit"] is None and report["estimate"]["memory"]["total"] > 0
+
+
+def test_a_gpu_that_is_too_small_is_named_with_its_driver(
+    invoke: Invoke, machine_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import machine
+
+    machine_of(gpu="NVIDIA T4", gpus=1, driver="550.1", vram=16 * 2**30, vram_free=2**29)
+    monkeypatch.setattr(machine, "speed", lambda *_: 1e13)
+    run = invoke("--check", edit=lambda text: text.replace("device: cpu", "device: gpu"))
+    assert run.status == 1 and "NVIDIA T4, driver 550.1" in run.out
+    assert "GiB of GPU memory and 0.5 are free" in run.err
+
+
 def test_gradient_checkpointing_that_nobody_set_is_switched_on_when_memory_is_short(
     workspace: Path, machine_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +192,7 @@ def test_gradient_checkpointing_that_nobody_set_is_switched_on_when_memory_is_sh
     at_ease, line = decided(ram_free=2**40)
     assert at_ease is False and "off, not needed" in line
     config = check.read_config()
-    lengths = {part: preview.Lengths([30] * len(rows), [10] * len(rows)) for part, rows in tokens.items()}
+    lengths = {part: preview.lengths_of(rows) for part, rows in tokens.items()}
     shape = preview.find(config).shape
     assert shape
     needed = preview.memory(shape, preview.Settings.of(config), lengths["train"], lengths["held_out"]).total

@@ -59,7 +59,7 @@ def test_two_processes_end_where_one_with_twice_the_accumulation_does(folder: Pa
     steps = re.findall(r"step (\d+/\d+)  loss (\S+)  eval loss (\S+)", said)
     assert [step for step, _, _ in steps] == re.findall(r"step (\d+/\d+)", said_by_one)
     assert said.count("Evaluating models/demo") == 1, "the first process alone speaks"
-    assert f"length {steps[-1][0].split('/')[1]} steps of 32 rows" in said
+    assert f"length   {steps[-1][0].split('/')[1]} steps of 32 rows" in said
     for moment in ("before", "after"):
         assert two["metrics"][moment]["eval_loss"] == pytest.approx(one["metrics"][moment]["eval_loss"], rel=0.01)
     assert two["config_sha256"] != one["config_sha256"]
