@@ -302,7 +302,8 @@ def activations(shape: Shape, settings: Settings, batch: Batch) -> float:
     """
     size = BYTES[settings.dtype]
     block = batch.tokens * per_token(shape, settings, masked=batch.masked > 0) + size * batch.masked
-    if settings.dtype == "float16":  # autocast keeps a float16 copy of each frozen weight until the backward pass
+    # autocast keeps a float16 copy of each frozen weight until the backward pass; 4-bit weights are unpacked anew
+    if settings.dtype == "float16" and settings.method != "qlora":
         block += 2 * shape.block_weights / shape.layers
     if settings.method in ("loha", "lokr"):  # they add their product to a copy of the weight, in float32
         block += 4 * sum(inputs * outputs for inputs, outputs in targets(shape, settings).values())
