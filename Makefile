@@ -2,6 +2,7 @@
 # make test    everything CI runs
 # make lint    ruff and mypy
 # make bench   what it costs, beside its peers
+# make workspace   render and install the workspace that the tests use
 # make docs    the reference pages, made from copier.yml and catalog/
 # make lock    pin what the repository and the workspaces install
 #
@@ -12,7 +13,7 @@ BIN := $(CURDIR)/.venv/bin
 WORKSPACE := $(CURDIR)/.cache/workspace
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test lint bench docs lock clean
+.PHONY: demo test lint workspace bench docs lock clean
 
 .venv/ready: locks/repository.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
@@ -30,10 +31,14 @@ lint: .venv/ready
 	ruff check .
 	mypy
 
-# One workspace with its environment, rendered and made as a user's, serves all workspace tests. It is made again when
-# a lock changes; the files are rendered anew each time.
-$(WORKSPACE)/.venv/ready: .venv/ready template/setup/requirements-cpu.txt
+# One workspace, rendered and installed as a user's, serves all workspace tests: rendered anew each time, installed again
+# when a lock changes.
+workspace: .venv/ready
+	@mkdir -p $(WORKSPACE) && find $(WORKSPACE) -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
 	copier copy --quiet --defaults --overwrite --skip-tasks --vcs-ref HEAD -d environment=venv . $(WORKSPACE)
+	@$(MAKE) --no-print-directory $(WORKSPACE)/.venv/ready
+
+$(WORKSPACE)/.venv/ready: template/setup/requirements-cpu.txt
 	python $(WORKSPACE)/setup/create_env.py --manager venv
 	@touch $@
 
@@ -49,14 +54,15 @@ $(WORKSPACE)/.venv/ready: .venv/ready template/setup/requirements-cpu.txt
 	  tensorboard==2.21.0 absl-py==2.5.1
 	@touch $@
 
-test: lint $(WORKSPACE)/.venv/ready .cache/bitsandbytes/ready .cache/tensorboard/ready
+test: lint workspace .cache/bitsandbytes/ready .cache/tensorboard/ready
 	pytest -n 2 tests/unit tests/render tests/update --ignore tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace
 
-bench: $(WORKSPACE)/.venv/ready
+bench: workspace
 	python benchmarks/copy_time.py
 	python benchmarks/demo_run.py
+	python benchmarks/throughput.py
 	python benchmarks/memory_estimate.py
 
 docs: .venv/ready

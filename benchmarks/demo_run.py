@@ -64,13 +64,14 @@ def trl_environment() -> Path:
     """Return the Python of an environment that has the workspace's lock and TRL."""
     folder = CACHE / "trl"
     python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
+    lock = REPOSITORY / "template" / "setup" / "requirements-cpu.txt"
+    ready = folder / "ready"
+    if not ready.exists() or ready.stat().st_mtime < lock.stat().st_mtime:
         links = [f"--find-links={place}" for place in re.split(r"\s+", os.environ.get("PIP_FIND_LINKS", "")) if place]
-        lock = REPOSITORY / "template" / "setup" / "requirements-cpu.txt"
         install = ["uv", "pip", "install", "--quiet", "--python", python, "--compile-bytecode", *links]
         subprocess.run(["uv", "venv", "--quiet", "--clear", folder], check=True)
         subprocess.run([*install, "-r", lock, TRL], check=True)
-        (folder / "ready").touch()
+        ready.touch()
     return python
 
 
