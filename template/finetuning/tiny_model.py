@@ -101,6 +101,7 @@ def tiny_config(facts: dict[str, Any], tokenizer: Any) -> Any:
         head_dim=16,
         initializer_range=0.05,  # the usual 0.02 is meant for widths of a thousand and more
         max_position_embeddings=512,
+        original_max_position_embeddings=512,  # another number than the one above means LongRoPE to Phi-3's tools
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
