@@ -8,10 +8,12 @@ imported when a model is loaded, so that importing this file costs nothing.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
 import threading
+import tomllib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +27,7 @@ for variable, value in {
 }.items():
     os.environ.setdefault(variable, value)  # the libraries read these when they are imported, which is later
 
-ENGINES = ("auto", "torch")
+ENGINES = ("auto", "torch", "onnx")
 ROOT = Path(__file__).resolve().parents[1]
 TUNE = "Run `python finetuning/invoke_olive.py`"
 BASE = "or chat with the base model: --baseonly."
@@ -134,18 +136,79 @@ class Engine:
 
 
 def load(baseonly: bool = False, engine: str = "auto", root: Path = ROOT) -> Engine:
-    """Load the tuned model of the workspace `root`, or its base model alone. Raises ChatError, never falls back."""
+    """Load the tuned model of the workspace `root`, or its base model alone. Raises ChatError, never falls back.
+
+    `auto` takes the int4 model of finetuning/export.py where it was made from this adapter and there is no GPU, and
+    says what it took and why. The base model alone is computed by torch, unless `onnx` is asked for.
+    """
     if engine not in ENGINES:
         raise ChatError(f"There is no engine {engine!r}: choose one of {', '.join(ENGINES)}.")
+    backend: Backend
     try:
         source = base_source(root) if baseonly else tuned_source(root)
         if not baseonly:
             check_adapter(source, root)
-        check_base(source, root)
-        from torch_backend import TorchBackend  # late, so that what is wrong is said before seconds of imports
+        folder, notices = choose(engine, source, root)
+        # late, so that what is wrong is said before seconds of imports
+        if folder:
+            from onnx_backend import OnnxBackend
+
+            backend = OnnxBackend(folder, root)
+        else:
+            check_base(source, root)
+            from torch_backend import TorchBackend
+
+            backend = TorchBackend(source, root)
     except ModuleNotFoundError as error:
         raise not_installed(error) from error
-    return Engine(source, TorchBackend(source, root))
+    backend.notices += notices
+    return Engine(source, backend)
+
+
+def choose(engine: str, source: Source, root: Path) -> tuple[Path | None, list[str]]:
+    """Return the folder of the ONNX model to take, None for torch, and what `auto` should say. Raises ChatError."""
+    folder = root / "models" / ("onnx" if source.adapter else "onnx-base")
+    if engine == "torch" or (engine == "auto" and not (source.adapter and folder.exists())):
+        return None, []
+    problem = problem_of_export(folder, source, root) if source.adapter else problem_of_download(folder)
+    if engine == "onnx":
+        if problem:
+            raise ChatError(f"{problem}, or use --engine torch.")
+        return folder, []
+    if problem:
+        return None, [f"torch answers. {problem}."]
+    with contextlib.suppress(OSError, ValueError):
+        settings = tomllib.loads((root / "setup" / "environment.toml").read_text(encoding="utf-8"))
+        if settings.get("device") == "gpu":
+            return None, ["torch answers: this workspace is for a GPU, and models/onnx for a CPU (--engine onnx)."]
+    return folder, ["The int4 model in models/onnx answers; --engine torch takes the adapter itself, and is slower."]
+
+
+def problem_of_export(folder: Path, source: Source, root: Path) -> str:
+    """Return why models/onnx cannot stand for the adapter, and what to do; "" when it can."""
+    make = "run `python finetuning/export.py`"
+    if not folder.exists():
+        return f"The tuned model is not in ONNX yet (models/onnx): {make}"
+    try:
+        mark = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        torn = [name for name, size in mark["files"].items() if (folder / name).stat().st_size != size]
+        if torn:
+            return f"The ONNX model in models/onnx is torn ({torn[0]}): {make} again"
+        with (root / str(source.adapter) / "adapter_model.safetensors").open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update((root / str(source.adapter) / "adapter_config.json").read_bytes())
+        if mark["adapter_sha256"] != digest.hexdigest():
+            return f"The ONNX model in models/onnx was made from another adapter than {source.adapter}: {make} again"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"The ONNX model in models/onnx is torn ({error}): {make} again"
+    return ""
+
+
+def problem_of_download(folder: Path) -> str:
+    """Return why models/onnx-base cannot answer for the base model, and what to do; "" when it can."""
+    if not folder.exists():
+        return "There is no ready-made ONNX model in models/onnx-base: run `python setup/get_model.py --onnx`"
+    return ""
 
 
 def not_installed(error: ModuleNotFoundError) -> ChatError:

@@ -1,0 +1,132 @@
+"""The fast backend on a CPU: the int4 model that finetuning/export.py makes, in ONNX Runtime GenAI.
+
+Neither torch nor transformers is imported, which would take longer than the first answer: the chat template is rendered
+and the text tokenised here, to the same tokens as in the training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import onnxruntime_genai
+from engine import ChatError, Generation, Message, read_yaml
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+
+class OnnxBackend:
+    """An ONNX Runtime GenAI model."""
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        """Load model, tokenizer and chat template from a folder. Raises ChatError."""
+        try:
+            settings = read_json(folder / "genai_config.json")["model"]
+            words = read_json(folder / "tokenizer_config.json")
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self.model = onnxruntime_genai.Model(str(folder))
+            self.context = int(settings["context_length"])
+            self.vocabulary = int(settings["vocab_size"])
+            ends = settings["eos_token_id"]
+            provider = [name for one in settings["decoder"]["session_options"]["provider_options"] for name in one]
+        except Exception as error:  # tokenizers and the runtime raise plain exceptions
+            reason = str(error).splitlines()[0][:200]
+            raise ChatError(f"The ONNX model in {folder.relative_to(root).as_posix()} is torn ({reason}).") from error
+        self.stops = {*ends} if isinstance(ends, list) else {ends}
+        self.template = compile_template(template_of(folder, words, root))
+        names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+        marks = {name: words[name] for name in names if words.get(name)}
+        self.marks = {name: mark["content"] if isinstance(mark, dict) else mark for name, mark in marks.items()}
+        self.description = f"ONNX Runtime, int4 weights on {provider[0] if provider else 'cpu'}"
+        self.notices: list[str] = []
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """Render messages with the chat template and tokenise them, as the training did. Raises ChatError."""
+        try:
+            text = self.template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                enable_thinking=False,
+                **self.marks,
+            )
+        except TemplateError as error:
+            raise ChatError(f"The model's chat template does not take this conversation: {error}.") from error
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Turn tokens into text, without special tokens."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def generate(self, prompt: list[int], generation: Generation) -> Generator[int, None, None]:
+        """Yield the answer's tokens as they are made. Closing the generator stops the computing."""
+        settings = onnxruntime_genai.GeneratorParams(self.model)
+        # all of them: the model's own may draw at random or punish repetition, which the evaluation did not do
+        options: dict[str, Any] = {
+            "max_length": len(prompt) + generation.max_new_tokens,
+            "do_sample": generation.temperature > 0,
+            "temperature": generation.temperature or 1.0,
+            "top_p": generation.top_p,
+            # more than there are would crash the runtime
+            "top_k": generation.top_k if generation.top_k < self.vocabulary else 0,
+            "repetition_penalty": generation.repetition_penalty,
+            "random_seed": -1 if generation.seed is None else generation.seed,
+        }
+        settings.set_search_options(**options)
+        generator = onnxruntime_genai.Generator(self.model, settings)
+        generator.append_tokens(prompt)
+        while not generator.is_done():
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if token in self.stops:
+                return
+            yield token
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file."""
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def template_of(folder: Path, words: dict[str, Any], root: Path) -> str:
+    """Return the chat template of the folder; a base model's tokenizer has none, and gets that of setup/model.yaml."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    return str(words.get("chat_template") or read_yaml(root, "setup/model.yaml")["chat_template"])
+
+
+def compile_template(text: str) -> Any:
+    """Return a chat template that renders as transformers' does, with what templates expect to find there."""
+    world = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
+    )
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, **options: Any) -> str:
+        return json.dumps(value, **({"ensure_ascii": False} | options))
+
+    world.filters["tojson"] = to_json
+    world.globals["raise_exception"] = refuse
+    world.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return world.from_string(text)
+
+
+class GenerationBlock(Extension):
+    """`{% generation %}` marks what a model says: nothing to do for who asks it."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's name for it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return what stands in the block."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
