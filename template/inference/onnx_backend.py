@@ -20,50 +20,28 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+# what a chat template may ask the tokenizer for
+MARKS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
 
 class OnnxBackend:
     """An ONNX Runtime GenAI model."""
 
     def __init__(self, folder: Path, root: Path) -> None:
-        """Load model, tokenizer and chat template from a folder. Raises ChatError."""
+        """Load model, tokenizer and chat template from a folder of the workspace `root`. Raises ChatError."""
+        self.words = ChatTokenizer(folder, root)
         try:
             settings = read_json(folder / "genai_config.json")["model"]
-            words = read_json(folder / "tokenizer_config.json")
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             self.model = onnxruntime_genai.Model(str(folder))
-            self.context = int(settings["context_length"])
-            self.vocabulary = int(settings["vocab_size"])
+            self.context, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
             ends = settings["eos_token_id"]
-            provider = [name for one in settings["decoder"]["session_options"]["provider_options"] for name in one]
-        except Exception as error:  # tokenizers and the runtime raise plain exceptions
-            reason = str(error).splitlines()[0][:200]
-            raise ChatError(f"The ONNX model in {folder.relative_to(root).as_posix()} is torn ({reason}).") from error
+            providers = [name for one in settings["decoder"]["session_options"]["provider_options"] for name in one]
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise torn(folder, root, error) from error
         self.stops = {*ends} if isinstance(ends, list) else {ends}
-        self.template = compile_template(template_of(folder, words, root))
-        names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-        marks = {name: words[name] for name in names if words.get(name)}
-        self.marks = {name: mark["content"] if isinstance(mark, dict) else mark for name, mark in marks.items()}
-        self.description = f"ONNX Runtime, int4 weights on {provider[0] if provider else 'cpu'}"
+        self.encode, self.decode = self.words.encode, self.words.decode
+        self.description = f"ONNX Runtime, int4 weights on {providers[0] if providers else 'cpu'}"
         self.notices: list[str] = []
-
-    def encode(self, messages: list[Message]) -> list[int]:
-        """Render messages with the chat template and tokenise them, as the training did. Raises ChatError."""
-        try:
-            text = self.template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                enable_thinking=False,
-                **self.marks,
-            )
-        except TemplateError as error:
-            raise ChatError(f"The model's chat template does not take this conversation: {error}.") from error
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, tokens: list[int]) -> str:
-        """Turn tokens into text, without special tokens."""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def generate(self, prompt: list[int], generation: Generation) -> Generator[int, None, None]:
         """Yield the answer's tokens as they are made. Closing the generator stops the computing."""
@@ -77,7 +55,7 @@ class OnnxBackend:
             # more than there are would crash the runtime
             "top_k": generation.top_k if generation.top_k < self.vocabulary else 0,
             "repetition_penalty": generation.repetition_penalty,
-            "random_seed": -1 if generation.seed is None else generation.seed,
+            "random_seed": -1 if generation.seed is None else generation.seed % 2**31,  # it takes no more bits
         }
         settings.set_search_options(**options)
         generator = onnxruntime_genai.Generator(self.model, settings)
@@ -90,17 +68,47 @@ class OnnxBackend:
             yield token
 
 
+class ChatTokenizer:
+    """Conversations → tokens and back, as transformers does it with the same files."""
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        """Read tokenizer and chat template. A base model's folder has no template: setup/model.yaml's serves then."""
+        try:
+            settings = read_json(folder / "tokenizer_config.json")
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            template, file = settings.get("chat_template"), folder / "chat_template.jinja"
+            if file.is_file():
+                template = file.read_text(encoding="utf-8")
+        except Exception as error:  # tokenizers raises nothing more special
+            raise torn(folder, root, error) from error
+        self.template = compile_template(str(template or read_yaml(root, "setup/model.yaml")["chat_template"]))
+        marks = {name: settings[name] for name in MARKS if settings.get(name)}
+        self.marks = {name: mark["content"] if isinstance(mark, dict) else mark for name, mark in marks.items()}
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """Render messages with the chat template and tokenise them, as the training did. Raises ChatError."""
+        variables = self.marks | {"tools": None, "documents": None, "enable_thinking": False}
+        try:
+            text = self.template.render(messages=messages, add_generation_prompt=True, **variables)
+        except TemplateError as error:
+            raise ChatError(f"The model's chat template does not take this conversation: {error}.") from error
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Turn tokens into text, without special tokens."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def torn(folder: Path, root: Path, error: Exception) -> ChatError:
+    """Say that an ONNX folder is not whole, and what to do."""
+    where = folder.relative_to(root).as_posix()
+    again = "finetuning/export.py" if folder.name == "onnx" else "setup/get_model.py --onnx"
+    return ChatError(f"The ONNX model in {where} is torn ({error}): delete it and run `python {again}` again.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file."""
     return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def template_of(folder: Path, words: dict[str, Any], root: Path) -> str:
-    """Return the chat template of the folder; a base model's tokenizer has none, and gets that of setup/model.yaml."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    return str(words.get("chat_template") or read_yaml(root, "setup/model.yaml")["chat_template"])
 
 
 def compile_template(text: str) -> Any:

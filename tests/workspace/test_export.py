@@ -1,0 +1,465 @@
+"""Exporting a tuned model, merged and as int4 ONNX, and chatting with it through ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import REPOSITORY, Run
+from test_demo import cannot_trace, watched
+
+METHODS = ("lora", "qlora", "dora", "loha", "lokr")
+Export = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def models(workspace: Path) -> Iterator[Path]:
+    """The workspace's models/ with the demo and a LoRA adapter that knows the task; afterwards the demo alone."""
+    sys.path.insert(0, str(workspace / "inference"))
+    os.chdir(workspace)  # as export.py does: data files are named from there
+    folder = workspace / "models"
+    tune(workspace, "lora", steps=150)
+    yield folder
+    for path in folder.iterdir():
+        if path.name != "demo":
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    sys.path.remove(str(workspace / "inference"))
+    for name in ("engine", "onnx_backend", "torch_backend", "console_chat"):
+        sys.modules.pop(name, None)
+
+
+def tune(workspace: Path, method: str, steps: int = 0) -> None:
+    """Publish an adapter as a run does: taught the task for some steps, or with weights drawn at random."""
+    import check
+    import peft
+    import torch
+    from batches import answer_loss, pad
+    from dataset import chat_rows, load_tokenizer, tokenise
+    from record import describe, publish
+    from transformers import AutoModelForCausalLM
+
+    config = check.read_config()
+    rows = {
+        part: chat_rows(**check.data_settings(config, part, "load_dataset_config")) for part in ("train", "held_out")
+    }
+    folder = check.base_model_folder(config)
+    run_json = describe(config, rows, folder, workspace / "models") | {"method": method}
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    common = {"target_modules": check.pass_settings(config)["target_modules"], "task_type": "CAUSAL_LM"}
+    settings: Any = {
+        "loha": peft.LoHaConfig(r=8, alpha=16, **common),
+        "lokr": peft.LoKrConfig(r=8, alpha=16, **common),
+        "dora": peft.LoraConfig(r=16, lora_alpha=32, use_dora=True, **common),
+    }.get(method, peft.LoraConfig(r=16, lora_alpha=32, **common))
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), settings)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if not steps:
+        with torch.no_grad():
+            for weight in weights:
+                weight += 0.1 * torch.randn_like(weight)
+    tokenizer = load_tokenizer(folder)
+    examples = [tokenise(tokenizer, row, "responses") for row in rows["train"]]
+    optimizer = torch.optim.AdamW(weights, lr=4e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, max(steps, 1))
+    for step in range(steps):
+        batch = [examples[(step * 16 + i) % len(examples)] for i in range(16)]
+        loss = answer_loss(model, pad(batch, tokenizer.pad_token_id)) / 32
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    adapter = workspace / "models" / "unpublished"
+    model.save_pretrained(adapter)
+    publish(run_json, adapter, folder, workspace / "models")
+    shutil.rmtree(adapter)
+
+
+@pytest.fixture
+def export(models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """Run export.py."""
+
+    def run(*arguments: str) -> Run:
+        import export as script
+
+        monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
+        capsys.readouterr()
+        status = script.main()
+        out, err = capsys.readouterr()
+        return Run(status, out, err, models)
+
+    return run
+
+
+@pytest.fixture
+def exported(export: Export, models: Path) -> Path:
+    """models/onnx, made from the adapter; made once."""
+    run = export()
+    assert run.status == 0, run.err
+    return models / "onnx"
+
+
+def held_out(models: Path) -> list[dict[str, Any]]:
+    lines = (models.parent / "dataset/sample-heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["messages"] for line in lines]
+
+
+def refused(run: Run, words: str) -> None:
+    """One sentence on stderr that matches, exit status 1."""
+    assert run.status == 1, run.out
+    assert re.search(f"^error: .*{words}", run.err), run.err
+    assert run.err.count("\n") == 1, run.err
+
+
+# ---- what is refused, and what is never lost
+
+
+def test_without_a_run_there_is_nothing_to_export(export: Export, models: Path) -> None:
+    (models / "run.json").rename(models / "elsewhere.json")
+    try:
+        refused(export(), r"no tuned model yet \(models/run.json\): run `python finetuning/invoke_olive.py` first\.$")
+    finally:
+        (models / "elsewhere.json").rename(models / "run.json")
+
+
+def no_adapter(adapter: Path) -> None:
+    shutil.rmtree(adapter)
+
+
+def torn_adapter(adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").write_bytes(b"torn")
+
+
+def other_base(adapter: Path) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "models/other"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (no_adapter, r"The adapter in models/adapter is missing or torn \(.*invoke_olive.py` again\.$"),
+        (torn_adapter, r"The adapter in models/adapter is missing or torn \(.*invoke_olive.py` again\.$"),
+        (other_base, r"was trained on models/other, but models/run.json names models/demo: run"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_adapter_that_is_not_whole_or_not_of_this_base_is_refused(
+    export: Export, models: Path, tmp_path: Path, damage: Callable[[Path], None], words: str
+) -> None:
+    shutil.copytree(models / "adapter", tmp_path / "adapter")
+    try:
+        damage(models / "adapter")
+        refused(export(), words)
+    finally:
+        shutil.rmtree(models / "adapter", ignore_errors=True)
+        shutil.copytree(tmp_path / "adapter", models / "adapter")
+
+
+def test_a_full_disk_is_said_before_the_work(export: Export, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(models / "merged", ignore_errors=True)
+    usage = shutil.disk_usage("/")._replace(free=2**19)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    refused(export(), r"has 0\.0 GiB of disk free and the export needs 0\.0: free some")
+    assert not (models / "merged").exists()
+
+
+def test_a_missing_package_is_said_before_the_work(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    refused(export(), r"onnxruntime_genai is not installed in .*: run `python setup/create_env.py`")
+
+
+def test_an_architecture_that_the_builder_does_not_know_leaves_the_merged_model(
+    export: Export, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import int4
+
+    def refuse(merged: Path, folder: Path) -> None:
+        raise NotImplementedError
+
+    shutil.rmtree(models / "onnx", ignore_errors=True)
+    monkeypatch.setattr(int4, "build", refuse)
+    refused(export(), "builder does not know Phi3ForCausalLM: chat with torch, or serve models/merged")
+    assert (models / "merged" / "model.safetensors").is_file()
+    assert not (models / "onnx").exists()
+
+
+def test_a_model_that_answers_otherwise_than_the_merged_one_does_not_take_its_place(
+    export: Export, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import int4
+
+    worse = {"rows": 64, "answers": 0.5, "tokens": 0.9, "logits_max": 9.0, "logits_mean": 1.0}
+    monkeypatch.setattr(int4, "compare", lambda *_: worse)
+    before = (exported / "model.onnx").stat().st_mtime_ns
+    (exported / "export.json").rename(exported / "mark")  # or it would be used again
+    try:
+        refused(
+            export(), r"chooses 90\.0% of the answer tokens .* less than the 95% that are wanted: use models/merged"
+        )
+        assert (exported / "model.onnx").stat().st_mtime_ns == before
+    finally:
+        (exported / "mark").rename(exported / "export.json")
+    assert not exported.with_name(".onnx.new").exists()
+
+
+def test_what_is_whole_is_used_again_and_what_is_torn_is_made_again(
+    export: Export, exported: Path, models: Path
+) -> None:
+    times = [path.stat().st_mtime_ns for path in (models / "merged/model.safetensors", exported / "model.onnx")]
+    (models / ".merged.new").mkdir()  # left by a process that was killed
+    run = export()
+    assert run.out.count(" again: it was made from this adapter.") == 2
+    (exported / "tokenizer.json").write_text("{")
+    run = export()
+    assert run.out.count(" again: it was made from this adapter.") == 1
+    assert "Building the int4 model" in run.out
+    after = [path.stat().st_mtime_ns for path in (models / "merged/model.safetensors", exported / "model.onnx")]
+    assert (after[0] == times[0], after[1] == times[1]) == (True, False)
+
+
+def test_a_share_out_of_range_is_a_usage_error(export: Export) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        export("--agreement", "95")
+
+
+# ---- what is made
+
+
+@pytest.mark.usefixtures("models")
+def test_an_int4_model_answers_held_out_rows_as_torch_does(exported: Path, models: Path) -> None:
+    from dataset import load_tokenizer
+    from engine import Generation, load
+    from evaluate import generate, load_model
+
+    figures = json.loads((models / "run.json").read_text())["export"]["onnx"]
+    assert figures["rows"] == 64
+    assert figures["answers"] >= 0.95
+    assert figures["tokens"] >= 0.95
+    assert 0 < figures["logits_mean"] < figures["logits_max"] < 2
+    rows = held_out(models)
+    model = load_model(str(models / "demo"), models / "adapter", {"type": "LoRA", "torch_dtype": "float32"})
+    tokenizer = load_tokenizer(str(models / "adapter"))
+    stops = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
+    expected = generate(model, tokenizer, rows, 32, stops)
+    onnx = load(engine="onnx", root=models.parent)
+    answers = ["".join(onnx.stream(row[:-1], Generation(), print)) for row in rows]
+    assert len(set(answers)) >= 4
+    assert sum(one == other for one, other in zip(answers, expected, strict=True)) >= 0.95 * len(rows)
+
+
+def test_an_exported_model_ends_at_the_end_of_turn_that_only_the_template_knows(exported: Path, models: Path) -> None:
+    from dataset import load_tokenizer
+
+    stops = sorted(load_tokenizer(str(models / "adapter")).convert_tokens_to_ids(["<|endoftext|>", "<|end|>"]))
+    for path in (models / "merged/generation_config.json", exported / "genai_config.json"):
+        settings = json.loads(path.read_text())
+        assert settings.get("model", settings)["eos_token_id"] == stops
+
+
+def test_the_merged_folder_is_all_that_transformers_needs(exported: Path, models: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models / "merged")
+    model = AutoModelForCausalLM.from_pretrained(models / "merged")
+    right = 0
+    for row in held_out(models)[:10]:
+        prompt = tokenizer.apply_chat_template(row[:-1], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        answer = model.generate(prompt, max_new_tokens=20)[0, prompt.shape[1] :]
+        assert len(answer) < 20  # the folder says where an answer ends
+        right += tokenizer.decode(answer, skip_special_tokens=True) == row[-1]["content"]
+    assert right >= 9
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_merged_model_has_the_logits_of_base_and_adapter(
+    export: Export, models: Path, tmp_path: Path, method: str
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    for name in ("adapter", "run.json"):  # the taught one, which the other tests need
+        (models / name).rename(tmp_path / name)
+    try:
+        tune(models.parent, method)
+        run = export("--format", "merged")
+        assert run.status == 0, run.err
+        assert ("QLoRA trained on 4-bit weights" in run.out) == (method == "qlora")
+        assert run.json["export"]["merged"]["folder"] == "models/merged"
+        ids = torch.arange(100, 164)[None]
+        with torch.inference_mode():
+            base = AutoModelForCausalLM.from_pretrained(models / "demo")
+            before = base(ids).logits
+            expected = PeftModel.from_pretrained(base, models / "adapter").eval()(ids).logits
+            merged = AutoModelForCausalLM.from_pretrained(models / "merged")(ids).logits
+        assert (expected - before).abs().max() > 0.1
+        assert (merged - expected).abs().max() <= 1e-3
+    finally:
+        for name in ("adapter", "run.json"):
+            shutil.rmtree(models / name) if (models / name).is_dir() else (models / name).unlink(missing_ok=True)
+            (tmp_path / name).rename(models / name)
+
+
+# ---- chatting with it
+
+
+def test_the_console_answers_with_onnx_without_torch_and_without_the_network(
+    exported: Path, models: Path, tmp_path: Path
+) -> None:
+    row = held_out(models)[0]
+    watch = watched(tmp_path / "console")
+    program = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition('/')[0])
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print(sorted({"torch", "transformers", "peft", "olive"} & set(sys.modules)), file=sys.stderr)
+"""
+    script = models.parent / "inference/console_chat.py"
+    command = [*watch.command, "-c", program, script, "--prompt", row[0]["content"]]
+    done = subprocess.run(command, env=watch.environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, row[-1]["content"] + "\n"), done.stderr
+    says = "The int4 model in models/onnx answers; --engine torch takes the adapter itself, and is slower."
+    assert done.stderr.splitlines() == ["Loading the model …", says, "[]"]
+    assert watch.hosts() == set()
+    if not cannot_trace():
+        assert watch.calls() == []
+
+
+def no_export(onnx: Path) -> None:
+    shutil.rmtree(onnx)
+
+
+def torn_export(onnx: Path) -> None:
+    data = onnx / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1])
+
+
+def unmarked_export(onnx: Path) -> None:
+    (onnx / "export.json").unlink()
+
+
+def stale_export(onnx: Path) -> None:
+    file = onnx / "export.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"adapter_sha256": "0"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (no_export, r"The tuned model is not in ONNX yet \(models/onnx\): run `python finetuning/export.py`"),
+        (torn_export, r"models/onnx is torn \(model\.onnx\.data\): run `python finetuning/export.py` again"),
+        (unmarked_export, r"models/onnx is torn \(.*export\.json.*\): run"),
+        (stale_export, r"models/onnx was made from another adapter than models/adapter: run `python finetuning/"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_export_that_is_absent_torn_or_stale_never_answers(
+    exported: Path, models: Path, tmp_path: Path, damage: Callable[[Path], None], words: str
+) -> None:
+    from engine import ChatError, choose, load, tuned_source
+
+    shutil.copytree(exported, tmp_path / "onnx")
+    try:
+        damage(exported)
+        with pytest.raises(ChatError, match=rf"{words}.*, or use --engine torch\.$"):
+            load(engine="onnx", root=models.parent)
+        folder, notices = choose("auto", tuned_source(models.parent), models.parent)
+        assert folder is None
+        assert [notice.startswith("torch answers. The ") for notice in notices] == (
+            [] if damage is no_export else [True]
+        )
+    finally:
+        shutil.rmtree(exported, ignore_errors=True)
+        shutil.copytree(tmp_path / "onnx", exported)
+
+
+def test_auto_leaves_a_workspace_for_a_gpu_to_torch(exported: Path, models: Path) -> None:
+    from engine import choose, tuned_source
+
+    source, file = tuned_source(models.parent), models.parent / "setup/environment.toml"
+    text = file.read_text(encoding="utf-8")
+    assert choose("auto", source, models.parent)[0] == exported
+    try:
+        file.write_text(text.replace('device = "cpu"', 'device = "gpu"'), encoding="utf-8")
+        folder, (notice,) = choose("auto", source, models.parent)
+        assert (folder, notice[:15]) == (None, "torch answers: ")
+        assert choose("onnx", source, models.parent) == (exported, [])
+    finally:
+        file.write_text(text, encoding="utf-8")
+
+
+def test_the_base_model_in_onnx_is_asked_for_where_it_is_not(models: Path) -> None:
+    from engine import ChatError, load
+
+    with pytest.raises(
+        ChatError, match=r"models/onnx-base: run `python setup/get_model.py --onnx`, or use --engine torch"
+    ):
+        load(baseonly=True, engine="onnx", root=models.parent)
+
+
+def test_generation_settings_reach_onnx_runtime(exported: Path, models: Path) -> None:
+    from engine import Generation, load
+
+    engine = load(engine="onnx", root=models.parent)
+    question = [{"role": "user", "content": "the the the"}]
+
+    def say(**settings: Any) -> str:
+        return "".join(engine.stream(question, Generation(12, **settings), lambda _: None))
+
+    hot = {"temperature": 2.0, "top_k": 10**6}  # more than the vocabulary, which would crash the runtime
+    assert say(**hot, seed=1) == say(**hot, seed=1)
+    assert len({say(**hot, seed=seed) for seed in (1, 2, 3, 2**40)}) > 1
+    assert say(temperature=2.0, top_k=1, seed=1) == say(temperature=2.0, top_p=1e-6, seed=2) == say()
+    stream = engine.stream(question, Generation(12, temperature=2.0, seed=1), print)
+    next(stream)
+    stream.close()
+    assert not engine.lock.locked()
+
+
+def families() -> dict[str, dict[str, Any]]:
+    text = (REPOSITORY / "catalog/chat_templates.yml").read_text(encoding="utf-8")
+    return yaml.safe_load(text.replace("{% raw %}", "").replace("{% endraw %}", ""))["families"]
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize("family", families())
+def test_every_family_of_chat_templates_gives_the_tokens_of_the_training(
+    family: str, models: Path, tmp_path: Path
+) -> None:
+    from dataset import NO_THINKING, load_tokenizer
+    from onnx_backend import ChatTokenizer
+    from tiny_model import build_tokenizer
+
+    facts = families()[family]
+    words = {"chat_template": facts["template"], "special_tokens": facts["special_tokens"]}
+    build_tokenizer(words, held_out(models)).save_pretrained(tmp_path)
+    ours, theirs = ChatTokenizer(tmp_path, tmp_path), load_tokenizer(str(tmp_path))
+    texts = (" Why?\n", "grüß 🙂", "<|end|> </s> {{ x }}", "")
+    user, system = {"role": "user", "content": texts[0]}, {"role": "system", "content": "Be kind.\n"}
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts[:3])]
+    for messages in ([user], [system, user], turns, [system, *turns], [user | {"content": texts[3]}]):
+        options = {"add_generation_prompt": True, "return_dict": False, **NO_THINKING}
+        expected = theirs.apply_chat_template(messages, **options)
+        assert ours.encode(messages) == expected
+        assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True)
+
+
+def test_a_template_may_use_what_transformers_offers_it() -> None:
+    from onnx_backend import compile_template
+
+    text = "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}\n"
+    text += "{% generation %}{{ strftime_now('%Y') | length }}{% endgeneration %}"
+    assert compile_template(text).render(messages=[{"a": "ü<"}, {}]) == '{"a": "ü<"}4'
