@@ -244,12 +244,14 @@ def build(run: dict[str, Any], agreement: float, debug: bool, made_from: dict[st
                 stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
                 stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             int4.build(MERGED, unfinished)
-    except NotImplementedError:
+    except (OSError, MemoryError, ImportError):
+        raise
+    except Exception as error:  # for a model that the builder does not know, and for one that it knows an older form of
         (architecture,) = json.loads((MERGED / "config.json").read_text(encoding="utf-8"))["architectures"]
         raise ConfigError(
-            f"ONNX Runtime GenAI's builder does not know {architecture}: chat with torch, or serve {shown(MERGED)}, "
-            "which is complete."
-        ) from None
+            f"ONNX Runtime GenAI's builder cannot convert {architecture} ({type(error).__name__}: {error}): chat with "
+            f"torch, or serve {shown(MERGED)}, which is complete."
+        ) from error
     print("Comparing it with the merged model on held-out rows", flush=True)
     figures = int4.compare(MERGED, unfinished, held_out_rows(run), run["dtype"])
     if figures["tokens"] < agreement:

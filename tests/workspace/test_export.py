@@ -184,11 +184,14 @@ def test_an_architecture_that_the_builder_does_not_know_leaves_the_merged_model(
     import int4
 
     def refuse(merged: Path, folder: Path) -> None:
-        raise NotImplementedError
+        raise NotImplementedError("not supported")
 
     shutil.rmtree(models / "onnx", ignore_errors=True)
     monkeypatch.setattr(int4, "build", refuse)
-    refused(export(), "builder does not know Phi3ForCausalLM: chat with torch, or serve models/merged")
+    refused(
+        export(),
+        r"builder cannot convert Phi3ForCausalLM \(Not.*: not supported\): chat with torch, or serve models/merged",
+    )
     assert (models / "merged" / "model.safetensors").is_file()
     assert not (models / "onnx").exists()
 
@@ -308,6 +311,57 @@ def test_the_merged_model_has_the_logits_of_base_and_adapter(
         for name in ("adapter", "run.json"):
             shutil.rmtree(models / name) if (models / name).is_dir() else (models / name).unlink(missing_ok=True)
             (tmp_path / name).rename(models / name)
+
+
+FACTORS = [1 + i / 3 for i in range(24)]
+LONG = {"type": "longrope", "long_factor": [2 * factor for factor in FACTORS], "short_factor": FACTORS}
+STRETCHED = {"rope_type": "llama3", "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("phi", {"partial_rotary_factor": 0.5}),
+        ("phi3", {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 256, "rope_scaling": LONG}),
+        ("llama", {"rope_theta": 50.0, "rope_scaling": STRETCHED | {"original_max_position_embeddings": 64}}),
+        ("mistral", {"sliding_window": 64}),
+        ("qwen3", {"rope_theta": 100.0, "head_dim": 64}),
+        ("smollm3", {"rope_theta": 100.0}),
+        ("gemma3_text", {"rope_local_base_freq": 100.0, "head_dim": 64, "sliding_window": 64}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_builder_rotates_positions_as_torch_does_for_every_architecture_of_the_catalogue(
+    models: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, settings: Any
+) -> None:
+    import int4
+    import onnxruntime_genai
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    size = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512, "eos_token_id": 1}
+    size |= {"initializer_range": 0.1, "bos_token_id": 0, "pad_token_id": 2, "model_type": architecture}
+    shutil.copytree(models / "merged", tmp_path / "merged")  # for its tokenizer
+    (tmp_path / "merged" / "config.json").write_text(json.dumps(size | settings))
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(tmp_path / "merged")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path / "merged")
+    monkeypatch.setitem(int4.SETTINGS, "precision", "fp32")  # so that nothing else differs
+    int4.build(tmp_path / "merged", tmp_path / "onnx")
+    ids = list(range(100, 300))
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0, -1].numpy()
+    _, logits = int4.answer_greedily(onnxruntime_genai.Model(str(tmp_path / "onnx")), ids)
+    assert expected.std() > 0.1
+    assert abs(logits - expected).max() < 1e-2  # rotated wrongly, Phi-2 is off by 0.2 on average
+
+
+def test_every_architecture_of_the_catalogue_is_tried_by_the_test_above() -> None:
+    text = (REPOSITORY / "catalog/models.yml").read_text(encoding="utf-8")
+    known = {model["architecture"] for model in yaml.safe_load(text)["models"]} - {None}
+    assert known == {"phi", "phi3", "llama", "mistral", "qwen3", "smollm3", "gemma3_text"}
 
 
 # ---- chatting with it
