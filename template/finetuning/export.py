@@ -310,7 +310,8 @@ def show(made: dict[str, Any], kind: str) -> None:
             f"of their tokens, are the merged model's; logits differ by {figures['logits_mean']} on average, "
             f"{figures['logits_max']} at most."
         )
-    print("Next: python inference/console_chat.py" if kind == "onnx" else f"Next: transformers serve {shown(MERGED)}")
+    serve = f"transformers serve {shown(MERGED)} (after python -m pip install openai), or vllm serve {shown(MERGED)}"
+    print(f"Next: {'python inference/console_chat.py' if kind == 'onnx' else serve}")
 
 
 def shown(folder: Path) -> str:

@@ -39,6 +39,9 @@ FOREIGN = {
     "python -m pip install tensorboard",
     "sed -i.bak 's/num_train_epochs: [0-9]*/num_train_epochs: 1/' finetuning/olive-config.yaml",
     "source .venv/bin/activate",
+    "python -m pip install openai",
+    # run by hand: it answers as the console does; its package is not in the environment
+    "transformers serve models/merged",
     "tensorboard --logdir models/logs/tensorboard",
     "uv tool install copier",
 }
@@ -204,7 +207,7 @@ def test_every_workspace_file_in_the_prose_is_one_that_a_workspace_has(page: Pat
     "command",
     [
         "make coffee",
-        "python finetuning/export.py",
+        "python finetuning/exporter.py",
         "python finetuning/invoke_olive.py --estimate",
         "copier frobnicate",
         "copier copy --trusted gh:copier-finetune/copier-finetune my-workspace",
