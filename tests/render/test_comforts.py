@@ -81,6 +81,7 @@ def test_every_command_that_a_workspace_names_can_be_given(workspaces: dict[str,
         used = {argument for argument in arguments if argument.startswith("--")}
         assert used <= options(ROOT / "template" / first), (first, arguments)  # its file is the same everywhere
     scripts = {"setup/create_env.py", "setup/get_model.py", "inference/console_chat.py", "inference/gradio_chat.py"}
+    scripts.add("finetuning/export.py")
     assert {command[0] for command in named} == {*scripts, "finetuning/invoke_olive.py", "-m"}
 
 
