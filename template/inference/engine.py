@@ -170,7 +170,7 @@ def choose(engine: str, source: Source, root: Path) -> tuple[Path | None, list[s
     folder = root / "models" / ("onnx" if source.adapter else "onnx-base")
     if engine == "torch" or (engine == "auto" and not (source.adapter and folder.exists())):
         return None, []
-    problem = problem_of_export(folder, source, root) if source.adapter else problem_of_download(folder)
+    problem = problem_of_export(folder, source, root)
     if engine == "onnx":
         if problem:
             raise ChatError(f"{problem}, or use --engine torch.")
@@ -185,30 +185,32 @@ def choose(engine: str, source: Source, root: Path) -> tuple[Path | None, list[s
 
 
 def problem_of_export(folder: Path, source: Source, root: Path) -> str:
-    """Return why models/onnx cannot stand for the adapter, and what to do; "" when it can."""
-    make = "run `python finetuning/export.py`"
+    """Return why an ONNX folder cannot stand for the model that is meant, and what to do; "" when it can."""
+    name, make = f"models/{folder.name}", "run `python finetuning/export.py`"
+    if not source.adapter:
+        make = "run `python setup/get_model.py --onnx`"
     if not folder.exists():
-        return f"The tuned model is not in ONNX yet (models/onnx): {make}"
+        return f"There is no ONNX model in {name} yet: {make}"
     try:
         mark = json.loads((folder / "export.json").read_text(encoding="utf-8"))
-        torn = [name for name, size in mark["files"].items() if (folder / name).stat().st_size != size]
-        if torn:
-            return f"The ONNX model in models/onnx is torn ({torn[0]}): {make} again"
-        with (root / str(source.adapter) / "adapter_model.safetensors").open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        digest.update((root / str(source.adapter) / "adapter_config.json").read_bytes())
-        if mark["adapter_sha256"] != digest.hexdigest():
-            return f"The ONNX model in models/onnx was made from another adapter than {source.adapter}: {make} again"
+        for file, size in mark["files"].items():
+            if (folder / file).stat().st_size != size:
+                return f"The ONNX model in {name} is torn ({file}): {make} again"
+        if mark["base_model"] != source.base:
+            return f"The ONNX model in {name} was made from {mark['base_model']}, not from {source.base}: {make} again"
+        if source.adapter and mark["adapter_sha256"] != sha256_of_adapter(root / source.adapter):
+            return f"The ONNX model in {name} was made from another adapter than {source.adapter}: {make} again"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"The ONNX model in models/onnx is torn ({error}): {make} again"
+        return f"The ONNX model in {name} is torn ({error}): {make} again"
     return ""
 
 
-def problem_of_download(folder: Path) -> str:
-    """Return why models/onnx-base cannot answer for the base model, and what to do; "" when it can."""
-    if not folder.exists():
-        return "There is no ready-made ONNX model in models/onnx-base: run `python setup/get_model.py --onnx`"
-    return ""
+def sha256_of_adapter(folder: Path) -> str:
+    """Return the hash of weights and settings, as finetuning/export.py writes it into what it makes."""
+    with (folder / "adapter_model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update((folder / "adapter_config.json").read_bytes())
+    return digest.hexdigest()
 
 
 def not_installed(error: ModuleNotFoundError) -> ChatError:

@@ -1,5 +1,7 @@
 """Fetch the model that finetuning/olive-config.yaml names: build the demo, look for a folder, or download from the hub.
 
+--onnx fetches it ready-made for ONNX Runtime instead, into models/onnx-base: a chat before any fine-tuning.
+
 A download goes to the Hugging Face cache (HF_HOME says where), so that all workspaces share it. A gated or private
 model needs a token: HF_TOKEN, or a login with `hf auth login`.
 """
@@ -7,13 +9,16 @@ model needs a token: HF_TOKEN, or a login with `hf auth login`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 # Before anything imports the hub's library.
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -21,6 +26,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "finetuning" / "olive-config.yaml"
 DEMO = "models/demo"
+ONNX = ROOT / "models" / "onnx-base"
+PLATFORMS = {"linux": "linux", "win32": "windows", "darwin": "macos"}
 # What transformers reads, at the top of the repository; no code, and no second copy of the weights in another format.
 FILES = [
     "config.json",
@@ -79,6 +86,18 @@ def read_config() -> tuple[str, str | None]:
     return str(model), None if revision is None else str(revision)
 
 
+def read_facts(name: str) -> Any:
+    """Read a file of setup/. Raises ModelError."""
+    try:
+        import yaml
+
+        return yaml.safe_load((ROOT / "setup" / name).read_text(encoding="utf-8"))
+    except ModuleNotFoundError as error:
+        raise ModelError(no_packages(error)) from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ModelError(f"setup/{name} cannot be read ({error}): restore it with `copier recopy --trust`.") from error
+
+
 def no_packages(error: ModuleNotFoundError) -> str:
     """Return what to say when this is not the environment's Python."""
     python = ROOT / ".venv" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
@@ -120,6 +139,108 @@ def download(model: str, revision: str | None) -> str:
         raise
     except Exception as error:  # the library lets those of its HTTP client through
         raise ModelError(explain(error, model, revision)) from error
+
+
+def get_onnx() -> None:
+    """Put the model's ready-made ONNX variant for this platform into models/onnx-base. Raises ModelError."""
+    try:
+        import onnxruntime_genai
+        from huggingface_hub import HfApi, snapshot_download
+    except ModuleNotFoundError as error:
+        raise ModelError(no_packages(error)) from error
+    model, revision = read_config()
+    gpu = onnxruntime_genai.is_cuda_available() or onnxruntime_genai.is_dml_available()  # what was installed, runs
+    wanted = {"platform": PLATFORMS.get(sys.platform), "device": "gpu" if gpu else "cpu"}
+    variants = read_facts("model.yaml")["onnx"]
+    variant = next((one for one in variants if wanted.items() <= one.items()), None)
+    if variant is None:
+        raise ModelError(
+            f"{model} has no ready-made ONNX model for {wanted['platform']} and {wanted['device']} in setup/model.yaml:"
+            " fine-tune, and finetuning/export.py makes one."
+        )
+    made_from = {"base_model": model, "hub_id": variant["hub_id"], "hub_revision": variant["revision"]}
+    made_from |= {"base_revision": revision, "folder": variant["folder"]}
+    if is_made_from(made_from):
+        print(f"The ONNX model is there: {ONNX}")
+    else:
+        unfinished = ONNX.with_name(".onnx-base.new")  # what an interrupted download left there is gone on from
+        what = {"repo_id": variant["hub_id"], "revision": variant["revision"], "local_dir": unfinished}
+        what["allow_patterns"] = f"{variant['folder']}/*"
+        try:
+            # asked first: a download that cannot reach the hub takes what lies in local_dir for all there is
+            HfApi().model_info(variant["hub_id"], revision=variant["revision"], timeout=15)
+            plan = snapshot_download(**what, dry_run=True)
+            missing = sum(file.file_size or 0 for file in plan if file.will_download)
+            check_disk(unfinished, missing)
+            print(f"Downloading {variant['hub_id']}, {variant['folder']}: {missing / 1e9:.2f} GB", flush=True)
+            snapshot_download(**what)
+            for file in plan:
+                if (unfinished / file.filename).stat().st_size != file.file_size:
+                    raise OSError(f"{file.filename} is cut off")
+        except ModelError:
+            raise
+        except Exception as error:  # the library lets those of its HTTP client through
+            raise ModelError(explain(error, variant["hub_id"], variant["revision"])) from error
+        put_in_place(unfinished, variant["folder"], made_from)
+        print(f"The ONNX model lies in {ONNX}")
+    print(f"Next, in {ROOT}:\n  python inference/console_chat.py --baseonly --engine onnx")
+
+
+def is_made_from(made_from: dict[str, str | None]) -> bool:
+    """Tell whether models/onnx-base is complete and of this model."""
+    try:
+        mark = json.loads((ONNX / "export.json").read_text(encoding="utf-8"))
+        whole = all((ONNX / name).stat().st_size == size for name, size in mark.pop("files").items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+    return bool(whole and mark == made_from)
+
+
+def put_in_place(downloaded: Path, folder: str, made_from: dict[str, str | None]) -> None:
+    """Mark the folder of a download as complete and make it models/onnx-base; what was there goes at the end."""
+    new, old = downloaded / folder, ONNX.with_name(".onnx-base.old")
+    sizes = {path.name: path.stat().st_size for path in new.iterdir() if path.is_file()} if new.is_dir() else {}
+    if "genai_config.json" not in sizes:
+        raise ModelError(f"The folder {folder} holds no genai_config.json: correct setup/model.yaml.")
+    (new / "export.json").write_text(json.dumps(made_from | {"files": sizes}, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(old, ignore_errors=True)
+    if ONNX.exists():
+        ONNX.rename(old)
+    new.rename(ONNX)
+    for done in (old, downloaded):
+        shutil.rmtree(done, ignore_errors=True)
+
+
+def show_list() -> None:
+    """Print the models that the template offers, and which fit into this machine's memory. Raises ModelError."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+
+        memory = memory_gib()
+    except ModuleNotFoundError as error:
+        raise ModelError(no_packages(error)) from error
+    table = Table("model=", "name", "size", "licence", f"fits {memory:.0f} GiB", "ONNX", box=None, pad_edge=False)
+    for model in read_facts("models.yaml"):
+        if not model["deprecated"]:
+            gib = model["parameters"] * 2 / 2**30  # two bytes a weight, as models are published
+            fits = "yes" if gib * 1.2 < memory else "no"
+            licence = f"{model['licence']}{', gated' if model['gated'] else ''}"
+            row = (model["id"], model["name"], f"{gib:.1f} GiB", licence, fits, "ready" if model["onnx"] else "")
+            table.add_row(*row)
+    Console().print(table)
+    print("Fits: to chat in 16 bits, a fifth on top. Training needs more: python finetuning/invoke_olive.py --check")
+
+
+def memory_gib() -> float:
+    """Return the memory of the largest NVIDIA GPU in GiB, and where there is none, that of the machine."""
+    import psutil
+
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError, ValueError):
+        shown = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        return max(float(line) for line in shown.splitlines()) / 1024
+    return float(psutil.virtual_memory().total / 2**30)
 
 
 def find_cached(model: str, revision: str | None) -> str | None:
@@ -181,10 +302,13 @@ def explain(error: Exception, model: str, revision: str | None) -> str:
 def main() -> int:
     """Read the command line and fetch the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--onnx", action="store_true", help="the ready-made ONNX model for this platform, to chat with")
+    what.add_argument("--list", action="store_true", help="show the models that there are, and which fit this machine")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     try:
-        get_model()
+        (show_list if args.list else get_onnx if args.onnx else get_model)()
     except KeyboardInterrupt:
         print("\nInterrupted: run the same command again, it goes on from here.", file=sys.stderr)
         return 130

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,9 +44,9 @@ class Workspace:
         command = [sys.executable, str(self.root / "setup" / "get_model.py"), *options]
         return subprocess.run(command, env=self.env, cwd="/", capture_output=True, text=True, check=False)
 
-    def fails_with(self, *words: str) -> None:
+    def fails_with(self, *words: str, options: Sequence[str] = ()) -> None:
         """Assert that the script says one sentence with these words."""
-        done = self.run()
+        done = self.run(*options)
         assert done.returncode == 1
         lines = [line for line in done.stderr.splitlines() if line.startswith("get_model: ")]
         assert len(lines) == 1 and done.stderr.splitlines()[-1] == lines[0], done.stderr
@@ -119,9 +119,28 @@ def test_another_python_is_told_which_one_has_the_packages(workspace: Workspace)
     assert done.returncode == 1 and f"use {python}" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("option", ["--onnx", "--list"])
-def test_an_unknown_option_is_a_usage_error(workspace: Workspace, option: str) -> None:
-    assert workspace.run(option).returncode == 2
+@pytest.mark.parametrize("options", [["--gguf"], ["--onnx", "--list"]])
+def test_an_unknown_option_is_a_usage_error(workspace: Workspace, options: list[str]) -> None:
+    assert workspace.run(*options).returncode == 2
+
+
+def test_the_list_shows_what_is_offered_and_marks_what_fits_this_machine(workspace: Workspace) -> None:
+    pytest.importorskip("psutil", reason="the memory is asked for")
+    facts = {"name": "Some model", "licence": "MIT", "gated": False, "deprecated": False, "onnx": False}
+    models = [
+        facts | {"id": "small", "parameters": 10**6},
+        facts | {"id": "huge", "parameters": 10**14, "gated": True, "onnx": True},
+        facts | {"id": "gone", "parameters": 1, "deprecated": True},
+    ]
+    workspace.fails_with("setup/models.yaml cannot be read", "copier recopy", options=["--list"])
+    (workspace.root / "setup" / "models.yaml").write_text(json.dumps(models))
+    done = workspace.run("--list")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines()[1:3]}
+    assert set(rows) == {"small", "huge"}
+    assert rows["small"][1:] == ["Some", "model", "0.0", "GiB", "MIT", "yes"]
+    assert rows["huge"][1:] == ["Some", "model", "186264.5", "GiB", "MIT,", "gated", "no", "ready"]
+    assert "gone" not in done.stdout
 
 
 def test_a_full_disk_is_said_before_the_download(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +175,7 @@ FILES = {
     "modeling_odd.py": b"raise SystemExit('this code must not come along')",
     "README.md": b"#",
 }
+ONNX = {"genai_config.json": b"{}", "model.onnx": b"8", "model.onnx.data": b"9" * 300_000, "tokenizer.json": b"{}"}
 NEEDED = {name for name in FILES if name.startswith(("config", "gen", "tok", "chat", "model-", "model.safe"))}
 
 
@@ -166,10 +186,13 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.asked: list[str] = []
         self.tokens: set[str] = set()
+        self.onnx = {f"{folder}/{name}": body for folder in ("cpu/int4", "cuda/int4") for name, body in ONNX.items()}
 
     def files(self, repository: str) -> dict[str, bytes]:
         """Return what a repository holds."""
         old = {"config.json": b"{}", "pytorch_model.bin": b"3" * 1000}
+        if repository == "me/onnx":
+            return self.onnx
         return {"me/tiny": FILES, "me/gated": FILES, "me/old": old, "me/empty": {"config.json": b"{}"}}.get(
             repository, {}
         )
@@ -308,3 +331,54 @@ def test_a_hub_that_does_not_answer_and_a_machine_kept_offline_are_one_sentence(
     del workspace.env["HF_HUB_OFFLINE"]
     workspace.env["HF_ENDPOINT"] = "http://127.0.0.1:1"
     workspace.fails_with("http://127.0.0.1:1 cannot be used", "check the connection")
+
+
+# ----------------------------------------------------------------------------------------- ready-made, for ONNX Runtime
+
+
+@pytest.fixture
+def onnx(workspace: Workspace, hub: Hub) -> Path:
+    """The folder that the ready-made model goes to, in a workspace whose model has some."""
+    pytest.importorskip("onnxruntime_genai", reason="it says what it runs on")
+    workspace.configure("me/tiny", COMMIT)
+    variant = {"hub_id": "me/onnx", "revision": COMMIT, "gib": 0.1}
+    variants = [
+        variant | {"platform": platform, "device": device, "folder": f"{folder}/int4"}
+        for platform in ("windows", "linux", "macos")
+        for device, folder in (("gpu", "cuda"), ("cpu", "cpu"))
+    ]
+    (workspace.root / "setup" / "model.yaml").write_text(json.dumps({"onnx": variants}))
+    return workspace.root / "models" / "onnx-base"
+
+
+def test_the_variant_for_this_platform_is_downloaded_alone_and_once(workspace: Workspace, hub: Hub, onnx: Path) -> None:
+    done = workspace.run("--onnx")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("  python inference/console_chat.py --baseonly --engine onnx\n")
+    assert {path.name: path.read_bytes() for path in onnx.iterdir() if path.name != "export.json"} == ONNX
+    mark = json.loads((onnx / "export.json").read_text())
+    assert (mark["base_model"], mark["base_revision"], mark["folder"]) == ("me/tiny", COMMIT, "cpu/int4")
+    assert mark["files"] == {name: len(body) for name, body in ONNX.items()}
+    assert [path.name for path in onnx.parent.iterdir()] == ["onnx-base"]
+    assert not [path for path in hub.asked if "cuda" in path]
+
+    hub.asked.clear()
+    assert "The ONNX model is there" in workspace.run("--onnx").stdout
+    assert hub.asked == []
+    (onnx / "model.onnx.data").write_bytes(b"torn")
+    assert workspace.run("--onnx").returncode == 0
+    assert (onnx / "model.onnx.data").read_bytes() == ONNX["model.onnx.data"]
+
+
+def test_what_keeps_the_ready_made_model_away_is_one_sentence(workspace: Workspace, hub: Hub, onnx: Path) -> None:
+    hub.onnx.pop("cpu/int4/genai_config.json")
+    workspace.fails_with("cpu/int4 holds no genai_config.json", "setup/model.yaml", options=["--onnx"])
+    hub.onnx.clear()
+    workspace.fails_with("/me/onnx does not exist or is private", options=["--onnx"])
+    workspace.env["HF_ENDPOINT"] = "http://127.0.0.1:1"
+    workspace.fails_with("http://127.0.0.1:1 cannot be used", options=["--onnx"])
+    (workspace.root / "setup" / "model.yaml").write_text("onnx: []")
+    workspace.fails_with("me/tiny has no ready-made ONNX model for", "finetuning/export.py", options=["--onnx"])
+    (workspace.root / "setup" / "model.yaml").unlink()
+    workspace.fails_with("setup/model.yaml cannot be read", options=["--onnx"])
+    assert not onnx.exists()

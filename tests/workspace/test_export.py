@@ -413,7 +413,7 @@ def stale_export(onnx: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (no_export, r"The tuned model is not in ONNX yet \(models/onnx\): run `python finetuning/export.py`"),
+        (no_export, r"There is no ONNX model in models/onnx yet: run `python finetuning/export.py`"),
         (torn_export, r"models/onnx is torn \(model\.onnx\.data\): run `python finetuning/export.py` again"),
         (unmarked_export, r"models/onnx is torn \(.*export\.json.*\): run"),
         (stale_export, r"models/onnx was made from another adapter than models/adapter: run `python finetuning/"),
@@ -455,13 +455,28 @@ def test_auto_leaves_a_workspace_for_a_gpu_to_torch(exported: Path, models: Path
         file.write_text(text, encoding="utf-8")
 
 
-def test_the_base_model_in_onnx_is_asked_for_where_it_is_not(models: Path) -> None:
+def test_a_ready_made_model_chats_for_its_own_base_model_only(
+    exported: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import console_chat
     from engine import ChatError, load
 
+    ready = models / "onnx-base"  # where get_model.py --onnx puts it
+    row = held_out(models)[0]
     with pytest.raises(
-        ChatError, match=r"models/onnx-base: run `python setup/get_model.py --onnx`, or use --engine torch"
+        ChatError, match=r"models/onnx-base yet: run `python setup/get_model.py --onnx`, or use --engine"
     ):
         load(baseonly=True, engine="onnx", root=models.parent)
+    shutil.copytree(exported, ready)
+    try:
+        assert console_chat.main(["--baseonly", "--engine", "onnx", "--prompt", row[0]["content"]]) == 0
+        assert capsys.readouterr().out == row[-1]["content"] + "\n"
+        mark = json.loads((ready / "export.json").read_text())
+        (ready / "export.json").write_text(json.dumps(mark | {"base_model": "some/other"}))
+        with pytest.raises(ChatError, match=r"was made from some/other, not from models/demo: run `python setup/get_m"):
+            load(baseonly=True, engine="onnx", root=models.parent)
+    finally:
+        shutil.rmtree(ready)
 
 
 def test_generation_settings_reach_onnx_runtime(exported: Path, models: Path) -> None:
