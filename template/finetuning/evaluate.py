@@ -116,7 +116,9 @@ def generate(
         eos_token_id=stop,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model.generation_config = settings
+    # PEFT hands it on to the base model for LoRA, and forgets it for LoHa and LoKr
+    for one in (model, getattr(model, "get_base_model", lambda: model)()):
+        one.generation_config = settings
     answers: list[str] = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
