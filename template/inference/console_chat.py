@@ -97,7 +97,7 @@ def chat(engine: Engine, generation: Generation) -> None:
                 print("\n(stopped)")
             print()
             # A question without an answer would leave two user turns in a row, which many chat templates refuse.
-            turns = [*turns, {"role": "assistant", "content": "".join(said)}] if said else turns[:-1]
+            turns = [*turns, {"role": "assistant", "content": "".join(said)}] if any(said) else turns[:-1]
 
 
 def answer(engine: Engine, messages: list[Message], generation: Generation, said: list[str]) -> None:

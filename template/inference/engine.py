@@ -39,6 +39,10 @@ class ChatError(Exception):
     """What is wrong, where, and what to do, for the user to read."""
 
 
+class TooLongError(ChatError):
+    """A conversation does not fit into what the model reads."""
+
+
 @dataclass(frozen=True)
 class Generation:
     """How an answer is made. Temperature 0 takes the likeliest token each time: the same answer everywhere."""
@@ -49,6 +53,16 @@ class Generation:
     top_k: int = 0  # draw from this many of the likeliest tokens; 0: from all
     repetition_penalty: float = 1.0  # above 1, what was said is less likely to be said again
     seed: int | None = None  # the same seed draws the same tokens; None: others each time
+    stop: tuple[str, ...] = ()  # texts at which the answer ends; they are no part of it
+
+
+@dataclass
+class Usage:
+    """What an answer took and why it ended, complete when its stream has ended."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: str = "stop"  # the model's end or a stop text; "length": it was cut
 
 
 @dataclass(frozen=True)
@@ -90,28 +104,40 @@ class Engine:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def stream(
-        self, messages: list[Message], generation: Generation, notify: Callable[[str], None]
+        self,
+        messages: list[Message],
+        generation: Generation,
+        notify: Callable[[str], None],
+        usage: Usage | None = None,
     ) -> Generator[str, None, None]:
-        """Yield the answer in pieces; closing the iterator stops the computing at once. Raises ChatError.
+        """Yield the answer in pieces, one a token; closing the iterator stops the computing at once. Raises ChatError.
 
-        A conversation without a system message gets the training's system prompt; an empty one means none at all.
-        `notify` is called with a sentence when old messages are left out or the answer is cut.
+        A piece is empty while what was made may be the beginning of a character or of a stop text. A conversation
+        without a system message gets the training's system prompt; an empty one means none at all. `notify` is called
+        with a sentence when old messages are left out or the answer is cut, and `usage` is filled on the way.
         """
+        usage = usage or Usage()
         prompt, room = self.fit(messages, generation.max_new_tokens, notify)
+        usage.prompt_tokens = len(prompt)
         tokens: list[int] = []
-        text, sent = "", 0
+        text, sent, ended = "", 0, False
         computing = self.backend.generate(prompt, replace(generation, max_new_tokens=room))
         with self.lock, contextlib.closing(computing):
             for token in computing:
                 tokens.append(token)
+                usage.completion_tokens = len(tokens)
                 # All tokens together, as some tokenizers change the space at the start of what they decode.
                 text = self.backend.decode(tokens)
-                if len(text) > sent and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait
-                    yield text[sent:]
-                    sent = len(text)
+                if ends := [end for stop in generation.stop if (end := text.find(stop)) >= 0]:
+                    text, ended = text[: min(ends)], True
+                    break
+                known = len(text) - half_said(text, generation.stop)
+                yield text[sent:known]
+                sent = max(sent, known)
         if len(text) > sent:
             yield text[sent:]
-        if len(tokens) == room:
+        if len(tokens) == room and not ended:
+            usage.finish_reason = "length"
             notify(f"The answer was cut at {room} tokens.")
 
     def fit(self, messages: list[Message], max_new_tokens: int, notify: Callable[[str], None]) -> tuple[list[int], int]:
@@ -125,7 +151,7 @@ class Engine:
         while len(prompt := self.backend.encode(system + turns)) > context - kept:
             questions = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
             if len(questions) < 2:
-                raise ChatError(
+                raise TooLongError(
                     f"The message comes to {len(prompt)} tokens, but the model reads {context} and {kept} of them are "
                     "kept for the answer: shorten the message or ask for a shorter answer."
                 )
@@ -133,6 +159,17 @@ class Engine:
         if dropped := len(messages) - len(given) - len(turns):
             notify(f"The model reads {context} tokens: the oldest {dropped} messages of this chat were left out.")
         return prompt, min(max_new_tokens, context - len(prompt))
+
+
+def half_said(text: str, stops: tuple[str, ...]) -> int:
+    """Return how many characters at the end of the text may become another one, or the beginning of a stop text."""
+    if text.endswith("\N{REPLACEMENT CHARACTER}"):  # some bytes of a character: the others follow
+        return len(text)
+    longest = max(map(len, stops), default=0)
+    for length in range(min(longest - 1, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0
 
 
 def load(baseonly: bool = False, engine: str = "auto", root: Path = ROOT) -> Engine:

@@ -1,17 +1,22 @@
-"""Chat with the tuned model in the browser, on this machine only."""
+"""Chat with the tuned model in the browser, and through an OpenAI-compatible API, on this machine only.
+
+The page is at /, the API at /v1, and /health says whether the model is there yet. With a key, in the environment
+variable CHAT_API_KEY, the API asks for it as a bearer token and the page as password, and --host may be a network's.
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ipaddress
 import os
-import socket
+import secrets
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
 
 from engine import ENGINES, ChatError, Engine, Generation, Message, load, not_installed
+
+if TYPE_CHECKING:
+    from line import Line
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, which is later
 
@@ -20,23 +25,24 @@ POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, load the model, serve the page until Ctrl-C. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Parse the command line, listen, load the model, serve until Ctrl-C. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseonly", action="store_true", help="the base model, without what was fine-tuned")
     parser.add_argument("--engine", choices=ENGINES, default="auto", help="what computes the answers (default: auto)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=7860, help="0: any free one (default: 7860)")
+    parser.add_argument(
+        "--port", type=int, default=7860, help="0: any free one; if it is taken, the next is (default: 7860)"
+    )
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("CHAT_API_KEY", ""),
+        metavar="KEY",
+        help="better in CHAT_API_KEY: others on this machine see what is on a command line",
+    )
     parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     options = parser.parse_args(arguments)
     try:
-        port = free_port(options.host, options.port)
-        print("Loading the model …", flush=True)
-        engine = load(options.baseonly, options.engine)
-        for notice in engine.backend.notices:
-            print(notice)
-        page = serve(engine, options.host, port)
-        print(f"Chat at {page.local_url} (Ctrl-C ends it)", flush=True)
-        page.block_thread()
+        serve(options)
     except ChatError as error:
         if options.debug:
             raise
@@ -47,66 +53,99 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def free_port(host: str, port: int) -> int:
-    """Return the port, or a free one for 0. Raises ChatError unless it can be opened, to this machine alone."""
-    loopback = host == "localhost"
-    with contextlib.suppress(ValueError):
-        loopback = loopback or ipaddress.IPv4Address(host).is_loopback
-    if not loopback:
-        raise ChatError(
-            f"Binding to anything but loopback ({host}) would let others on the network use the model, as the page "
-            "asks for no key: use 127.0.0.1, and a tunnel from elsewhere (ssh -L 7860:localhost:7860 THIS-MACHINE)."
-        )
+def serve(options: argparse.Namespace) -> None:
+    """Serve page and API until Ctrl-C. Raises ChatError."""
     try:
-        with socket.create_server((host, port)) as server:
-            return int(server.getsockname()[1])
-    except (OSError, OverflowError) as error:
-        raise ChatError(f"Port {port} cannot be opened ({error}): end what uses it, or choose another.") from error
-
-
-def serve(engine: Engine, host: str, port: int) -> Any:
-    """Serve the page in the background and return it: nothing of it is recorded, and nothing comes from elsewhere."""
-    for variable in ("NO_PROXY", "no_proxy"):  # gradio asks its own page whether it is up, which no proxy can tell
-        os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1,localhost"]))
-    try:
-        import gradio as gr
+        import uvicorn
+        from server import create_app, listen
     except ModuleNotFoundError as error:
         raise not_installed(error) from error
-    page = build_page(engine)
-    page.queue(default_concurrency_limit=1).launch(
-        server_name=host,
-        server_port=port,
+    listener = listen(options.host, options.port, options.api_key)
+    port = listener.getsockname()[1]
+    if options.port not in (0, port):
+        print(f"Port {options.port} is taken: using {port}.")
+    # To this machine, all addresses and its own are the same.
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(options.host, options.host)
+    address = f"http://{f'[{name}]' if ':' in name.strip('[]') and name[0] != '[' else name}:{port}/"
+    failures: list[Exception] = []
+
+    def prepare() -> Engine:
+        print("Loading the model …", flush=True)
+        engine = load(options.baseonly, options.engine)
+        for notice in engine.backend.notices:
+            print(notice)
+        import_gradio()
+        return engine
+
+    def is_ready() -> None:
+        print(f"Chat at {address} (Ctrl-C ends it); an API for OpenAI's clients at {address}v1", flush=True)
+
+    def fail(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(
+        prepare, lambda line: open_page(line, options.api_key), is_ready, fail, options.host, options.api_key
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=1)
+    )
+    server.run(sockets=[listener])
+    if failures:
+        raise failures[0]
+
+
+def import_gradio() -> Any:
+    """Import gradio, which takes seconds. Raises ChatError."""
+    try:
+        import gradio
+    except ModuleNotFoundError as error:
+        raise not_installed(error) from error
+    return gradio
+
+
+def open_page(line: Line, key: str) -> Any:
+    """Return the page as an application: nothing of it is recorded, and nothing comes from elsewhere."""
+    import gradio as gr
+    from fastapi import FastAPI
+
+    def is_key(_: str, password: str) -> bool:
+        return secrets.compare_digest(password.encode(), key.encode())
+
+    return gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        build_page(line).queue(),
+        "/",
+        auth=is_key if key else None,
+        auth_message="The password is the API key; the user name may be any.",
         theme=gr.themes.Default(font=["system-ui", "sans-serif"]),
         head=f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        share=False,
-        ssr_mode=False,
         run_history=False,
         footer_links=[],
-        quiet=True,
-        prevent_thread_lock=True,
+        ssr_mode=False,
+        mcp_server=False,
     )
-    return page
 
 
-def build_page(engine: Engine) -> Any:
+def build_page(line: Line) -> Any:
     """Build the page: what answers, the chat, its settings, and what fine-tuning has changed."""
     import gradio as gr
 
+    engine = line.engine
     source, most = engine.source, min(4096, engine.backend.context)
     adapter = f"adapter **{source.adapter}** ({source.method})" if source.adapter else "**the base model alone**"
 
-    def answer(
+    async def answer(
         message: str, history: list[Any], system: str, longest: int, temperature: float, top_p: float
-    ) -> Iterator[str]:
+    ) -> AsyncIterator[str]:
         messages: list[Message] = [{"role": "system", "content": system}]
         for turn in history:  # whose content comes in parts
             messages.append({"role": turn["role"], "content": "".join(part["text"] for part in turn["content"])})
         messages += [{"role": "user", "content": message.strip()}]
         said = ""
         try:
-            generation = Generation(int(longest), temperature, top_p)
-            with contextlib.closing(engine.stream(messages, generation, gr.Info)) as pieces:
-                for piece in pieces:
+            with line.place() as place:
+                async for piece in place.stream(messages, Generation(int(longest), temperature, top_p), gr.Info):
                     said += piece
                     yield said
         except ChatError as error:
@@ -127,7 +166,7 @@ def build_page(engine: Engine) -> Any:
             chatbot=gr.Chatbot(show_label=False, scale=1, min_height=240, buttons=["copy"]),
             additional_inputs=settings,
             additional_inputs_accordion=accordion,
-            concurrency_limit=1,
+            concurrency_limit=None,  # all wait in the same line as the API's requests
             api_name="chat",
         )
         if table := metrics_table(source.run):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from served import served
 
 INFERENCE = Path(__file__).resolve().parents[2] / "template" / "inference"
 HUB_ID, REVISION = "someone/some-model", "0" * 40
@@ -214,11 +215,24 @@ def test_the_page_is_refused_to_the_network(workspace: Path, host: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_port_in_use_is_one_sentence(workspace: Path) -> None:
+def test_a_port_in_use_is_said_and_the_next_free_one_is_taken(workspace: Path, tmp_path: Path) -> None:
+    root = tmp_path / "damaged"
+    shutil.copytree(workspace, root)
+    no_run(root)  # what ends the server as soon as it listens
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = start(workspace, "gradio_chat.py", "--port", str(taken.getsockname()[1]))
+        port = taken.getsockname()[1]
+        done = start(root, "gradio_chat.py", "--port", str(port))
     assert done.returncode == 1
-    assert re.fullmatch(r"error: Port \d+ cannot be opened \(.*\): end what uses it, or choose another.\n", done.stderr)
+    said = re.match(rf"Port {port} is taken: using (\d+)\.\n", done.stdout)
+    assert said, done.stdout + done.stderr
+    assert port < int(said[1]) < port + 100
+    assert done.stderr.startswith("error: No tuned model yet")
+
+
+def test_a_port_that_cannot_be_opened_is_one_sentence(workspace: Path) -> None:
+    done = start(workspace, "gradio_chat.py", "--port", "70000")
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: Port 70000 of 127.0.0.1 cannot be opened \(.*\): choose another .*\n", done.stderr)
 
 
 def test_help_imports_nothing_heavy(workspace: Path) -> None:
@@ -229,7 +243,8 @@ import console_chat, gradio_chat
 for face in (console_chat, gradio_chat):
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         face.main(["--help"])
-print(sorted({{"torch", "transformers", "peft", "gradio", "huggingface_hub", "yaml"}} & set(sys.modules)))
+heavy = {{"torch", "transformers", "peft", "gradio", "fastapi", "uvicorn", "huggingface_hub", "yaml"}}
+print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-B", "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
@@ -259,7 +274,7 @@ def modules(workspace: Path) -> Iterator[Path]:
     sys.path.insert(0, str(workspace / "inference"))
     yield workspace
     sys.path.remove(str(workspace / "inference"))
-    for name in ("engine", "torch_backend", "console_chat", "gradio_chat"):
+    for name in ("engine", "torch_backend", "console_chat", "gradio_chat", "server", "api", "line"):
         sys.modules.pop(name, None)
 
 
@@ -554,11 +569,8 @@ def test_a_question_through_a_pipe_is_answered_alone(
 @pytest.fixture(scope="module")
 def url(engine: Any) -> Iterator[str]:
     """The page, served."""
-    import gradio_chat
-
-    page = gradio_chat.serve(engine, "127.0.0.1", free_port())
-    yield page.local_url
-    page.close()
+    with served(lambda: engine) as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="module")

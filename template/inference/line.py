@@ -1,0 +1,84 @@
+"""One model and those who wait for it: the page's users and the API's clients stand in the same line."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+
+from engine import ChatError, Engine, Generation, Message, Usage
+
+WAITING = 32  # requests that may wait while one is answered; more are told to come again
+
+
+class LineFullError(ChatError):
+    """Too many wait already."""
+
+
+class Line:
+    """First come, first served. Lives in one event loop; the model computes in a thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Open the line."""
+        self.engine, self.turn, self.places = engine, asyncio.Lock(), 0
+        self.name, self.since = "tuned" if engine.source.adapter else "base", int(time.time())
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[Place]:
+        """Give a place in the line; leaving it stops what is computed for it. Raises LineFullError."""
+        if self.places > WAITING:
+            raise LineFullError(f"{WAITING} requests are waiting already: try again later.")
+        self.places += 1
+        place = Place(self)
+        try:
+            yield place
+        finally:
+            self.places -= 1
+            place.left.set()
+            if place.work:
+                place.work.cancel()
+
+
+@dataclass
+class Place:
+    """A place in the line, for one answer."""
+
+    line: Line
+    left: threading.Event = field(default_factory=threading.Event)
+    work: asyncio.Task[None] | None = None
+
+    async def stream(
+        self, messages: list[Message], generation: Generation, notify: Callable[[str], None], usage: Usage | None = None
+    ) -> AsyncIterator[str]:
+        """Yield the answer in pieces when its turn has come. Raises what the engine raises.
+
+        A reader may be slow: what is made is kept for it, and the turn ends when all is made.
+        """
+        made: asyncio.Queue[str | Exception | None] = asyncio.Queue()
+        hand = asyncio.get_running_loop().call_soon_threadsafe
+
+        def compute() -> None:
+            try:
+                with contextlib.closing(self.line.engine.stream(messages, generation, notify, usage)) as pieces:
+                    for piece in pieces:
+                        if self.left.is_set():
+                            return
+                        hand(made.put_nowait, piece)
+            except Exception as error:
+                hand(made.put_nowait, error)
+            else:
+                hand(made.put_nowait, None)
+
+        async def wait_and_compute() -> None:
+            async with self.line.turn:
+                await asyncio.to_thread(compute)
+
+        self.work = asyncio.create_task(wait_and_compute())
+        while (piece := await made.get()) is not None:
+            if isinstance(piece, Exception):
+                raise piece
+            if piece:
+                yield piece
