@@ -54,7 +54,13 @@ $(WORKSPACE)/.venv/ready: template/setup/requirements-cpu.txt
 	  tensorboard==2.21.0 absl-py==2.5.1
 	@touch $@
 
-test: lint workspace .cache/bitsandbytes/ready .cache/tensorboard/ready
+# The API is asked by OpenAI's own client, which a workspace needs no copy of; what it shares with gradio is there.
+.cache/openai/ready: .venv/ready
+	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/openai \
+	  openai==3.57.0 jiter==0.19.0 sniffio==1.3.1
+	@touch $@
+
+test: lint workspace .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready
 	pytest -n 2 tests/unit tests/render tests/update --ignore tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace

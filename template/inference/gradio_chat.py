@@ -56,8 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 def serve(options: argparse.Namespace) -> None:
     """Serve page and API until Ctrl-C. Raises ChatError."""
     try:
-        import uvicorn
-        from server import create_app, listen
+        from server import create_app, create_server, listen
     except ModuleNotFoundError as error:
         raise not_installed(error) from error
     listener = listen(options.host, options.port, options.api_key)
@@ -87,9 +86,7 @@ def serve(options: argparse.Namespace) -> None:
     app = create_app(
         prepare, lambda line: open_page(line, options.api_key), is_ready, fail, options.host, options.api_key
     )
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=1)
-    )
+    server = create_server(app)
     server.run(sockets=[listener])
     if failures:
         raise failures[0]

@@ -25,12 +25,11 @@ def serving(
 ) -> Iterator[tuple[str, Any, threading.Event]]:
     """Serve, and yield as soon as the port is open: the page's address, the application, and what is set when ready."""
     import server
-    import uvicorn
 
     settled = threading.Event()
     listener = server.listen("127.0.0.1", 0, key)
     app = server.create_app(prepare, open_page, settled.set, lambda _: settled.set(), key=key)
-    process = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    process = server.create_server(app)
     thread = threading.Thread(target=process.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -1,0 +1,592 @@
+"""The API, asked by OpenAI's own client: on the demo's base model, and on a backend that repeats what it is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import REPOSITORY
+from served import served, serving
+
+sys.path.append(str(REPOSITORY / ".cache" / "openai"))  # at the end: what a workspace has comes first
+import openai
+
+KEY = "a key of the test's"
+HELLO = [{"role": "user", "content": "She grinned at the market."}]
+PAGE = (REPOSITORY / "docs" / "how-to" / "api.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules(workspace: Path) -> Iterator[None]:
+    """Import inference/ of the workspace, with the demo's base model built."""
+    import tiny_model
+
+    tiny_model.build_demo()
+    sys.path.insert(0, str(workspace / "inference"))
+    yield
+    sys.path.remove(str(workspace / "inference"))
+    for name in ("engine", "torch_backend", "gradio_chat", "server", "api", "line"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def engine(workspace: Path) -> Any:
+    from engine import load
+
+    return load(baseonly=True, root=workspace)
+
+
+@pytest.fixture(scope="module")
+def address(engine: Any) -> Iterator[str]:
+    """Page and API on the demo's base model."""
+    with served(lambda: engine) as (address, _):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> openai.OpenAI:
+    return client_of(address)
+
+
+def client_of(address: str, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}v1", api_key=key, max_retries=0, timeout=60)
+
+
+def ask(client: openai.OpenAI, messages: Any = HELLO, **fields: Any) -> Any:
+    return client.chat.completions.create(model="base", messages=messages, **fields)
+
+
+def fetch(address: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, dict[str, str], str]:
+    """Return status, headers (with small letters) and body, whatever the status."""
+    host = address.removeprefix("http://").rstrip("/")
+    connection = http.client.HTTPConnection(host, timeout=60)
+    with contextlib.closing(connection):
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request("GET" if body is None else "POST", path, body, names)
+        response = connection.getresponse()
+        return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read().decode()
+
+
+@pytest.fixture
+def steps(engine: Any) -> Iterator[list[int]]:
+    """Let the model go on until it is stopped, as slowly as a large one; a list that grows with each of its steps."""
+    taken: list[int] = []
+
+    def compute_slowly(*_: Any) -> None:
+        taken.append(1)
+        time.sleep(0.01)
+
+    backend = engine.backend
+    stops, backend.stops, backend.model.generation_config.eos_token_id = backend.stops, [], None
+    hook = backend.model.register_forward_pre_hook(compute_slowly)
+    yield taken
+    hook.remove()
+    backend.stops, backend.model.generation_config.eos_token_id = stops, stops
+
+
+# ---- answers
+
+
+def test_the_one_model_is_listed_and_says_what_it_was_made_from(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert (model.id, model.object, model.root) == ("base", "model", "models/demo")
+    assert client.models.retrieve("base") == model
+
+
+def test_an_answer_is_the_engines_with_its_counts(client: openai.OpenAI, engine: Any) -> None:
+    from engine import Generation, Usage
+
+    usage = Usage()
+    expected = "".join(engine.stream(HELLO, Generation(), print, usage))
+    answer = ask(client)
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", expected, "stop")
+    assert (answer.object, answer.model) == ("chat.completion", "base")
+    assert answer.id.startswith("chatcmpl-")
+    counted = (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens)
+    assert counted == (usage.prompt_tokens, usage.completion_tokens, usage.prompt_tokens + usage.completion_tokens)
+    assert usage.prompt_tokens == len(engine.backend.encode(HELLO))
+
+
+def test_a_stream_begins_with_the_role_and_ends_with_reason_and_usage(client: openai.OpenAI) -> None:
+    whole = ask(client)
+    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    first, *middle, last, usage = chunks
+    assert first.choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content for chunk in middle) == whole.choices[0].message.content
+    assert [chunk.choices[0].finish_reason for chunk in (first, *middle, last)] == [None] * (len(chunks) - 2) + ["stop"]
+    assert (usage.choices, usage.usage.model_dump()) == ([], whole.usage.model_dump())
+    assert {chunk.usage for chunk in (first, *middle, last)} == {None}
+    assert all(chunk.choices for chunk in ask(client, stream=True))
+
+
+def test_a_stream_is_made_of_events_and_says_when_it_is_done(address: str) -> None:
+    body = json.dumps({"model": "base", "messages": HELLO, "stream": True}).encode()
+    status, headers, text = fetch(address, "/v1/chat/completions", body, Content_Type="application/json")
+    assert (status, headers["content-type"].partition(";")[0]) == (200, "text/event-stream")
+    *events, done, nothing = text.split("\n\n")
+    assert (done, nothing) == ("data: [DONE]", "")
+    assert all(json.loads(event.removeprefix("data: "))["choices"] for event in events)
+    assert "access-control-allow-origin" not in headers
+
+
+@pytest.mark.usefixtures("steps")
+def test_the_longest_answer_is_set_by_either_name_and_the_newer_one_wins(client: openai.OpenAI) -> None:
+    for fields, expected in (
+        ({"max_tokens": 3}, 3),
+        ({"max_completion_tokens": 4}, 4),
+        ({"max_tokens": 3, "max_completion_tokens": 5}, 5),
+    ):
+        answer = ask(client, **fields)
+        assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (expected, "length")
+    *_, last = ask(client, stream=True, max_tokens=2)
+    assert last.choices[0].finish_reason == "length"
+
+
+@pytest.mark.usefixtures("steps")
+def test_an_answer_ends_before_a_stop_text_even_one_that_begins_in_the_middle_of_a_token(
+    client: openai.OpenAI, engine: Any
+) -> None:
+    from engine import Generation
+
+    pieces = [piece for piece in engine.stream(HELLO, Generation(40), lambda _: None) if piece]
+    text = "".join(pieces)
+    long = next(i for i in range(8, len(pieces)) if len(pieces[i]) > 1)
+    stop = pieces[long][1:] + pieces[long + 1]
+    before = text[: text.index(stop)]
+    for stops in (stop, ["never said", stop], [stop, stop + "x"]):
+        answer = ask(client, stop=stops, max_tokens=40)
+        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (before, "stop")
+        *chunks, last = ask(client, stop=stops, max_tokens=40, stream=True)
+        assert "".join(chunk.choices[0].delta.content for chunk in chunks) == before
+        assert last.choices[0].finish_reason == "stop"
+    kept = ask(client, stop=text[-2:] + "never", max_tokens=40)  # what only begins like a stop text is said
+    assert kept.choices[0].message.content == text
+
+
+@pytest.mark.usefixtures("steps")
+def test_the_same_seed_draws_the_same_answer(client: openai.OpenAI) -> None:
+    def draw(seed: int) -> str:
+        return ask(client, seed=seed, temperature=1.5, max_tokens=12).choices[0].message.content
+
+    assert draw(1) == draw(1)
+    assert len({draw(seed) for seed in range(1, 5)}) > 1
+
+
+def test_32_parallel_requests_get_the_same_greedy_answer(client: openai.OpenAI) -> None:
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda i: ask(client, temperature=0, stream=i % 2 == 1), range(32)))
+    texts = {
+        answer.choices[0].message.content
+        if hasattr(answer, "choices")
+        else "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+        for answer in answers
+    }
+    assert texts == {ask(client, temperature=0).choices[0].message.content}
+
+
+def test_200_requests_in_a_row_take_no_memory_with_them(client: openai.OpenAI) -> None:
+    process, sizes = psutil.Process(), []
+    for i in range(250):
+        ask(client, [{"role": "user", "content": f"Question {i % 7}"}])
+        if i >= 50:  # after the warm-up
+            sizes.append(process.memory_info().rss)
+    assert max(sizes) < 1.05 * sizes[0]
+    assert min(sizes) > 0.95 * sizes[0]
+
+
+# ---- clients that go
+
+
+def test_50_clients_that_go_in_mid_stream_leave_nothing_running(
+    address: str, client: openai.OpenAI, engine: Any, steps: list[int]
+) -> None:
+    def go_after_the_first_word(_: int) -> str:
+        with ask(client, stream=True, max_tokens=400) as stream:
+            return next(text for chunk in stream if (text := chunk.choices[0].delta.content))
+
+    with ThreadPoolExecutor(25) as pool:
+        assert all(pool.map(go_after_the_first_word, range(50)))
+    assert engine.lock.acquire(timeout=2)  # one answer to its end would take twice as long
+    engine.lock.release()
+    assert len(steps) < 50 * 20
+    assert json.loads(fetch(address, "/health")[2]) == {"status": "ok", "running": 0, "waiting": 0}
+    assert [thread.name for thread in threading.enumerate() if "(compute)" in thread.name] == []
+    assert ask(client, max_tokens=2).usage.completion_tokens == 2
+
+
+def test_a_client_that_goes_before_its_whole_answer_is_there_stops_the_computing(
+    address: str, engine: Any, steps: list[int]
+) -> None:
+    connection = post(address, {"messages": HELLO, "max_tokens": 400})
+    while not steps:
+        time.sleep(0.001)
+    connection.close()
+    assert engine.lock.acquire(timeout=2)
+    engine.lock.release()
+    assert len(steps) < 200
+
+
+def post(address: str, fields: dict[str, Any]) -> http.client.HTTPConnection:
+    """Send a request and wait for nothing."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://").rstrip("/"), timeout=60)
+    body = json.dumps({"model": "base", **fields})
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    return connection
+
+
+# ---- with a backend that repeats what it is asked
+
+
+class Echo:
+    """Says the prompt, a letter a token, once the gate is open; keeps what it is asked in the order of the answers."""
+
+    description, context, notices = "echo", 600, []  # type: ignore[var-annotated]
+
+    def __init__(self) -> None:
+        self.gate, self.asked = threading.Event(), []  # type: ignore[var-annotated]
+        self.gate.set()
+
+    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+        return list("".join(f"[{turn['role']}]{turn['content']}" for turn in messages).encode())
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+    def generate(self, prompt: list[int], generation: Any) -> Iterator[int]:
+        said = self.decode(prompt)
+        self.asked.append((said, generation))
+        self.gate.wait(60)
+        if "fail" in said:
+            yield prompt[0]
+            raise RuntimeError("the device is gone")
+        yield from prompt[: generation.max_new_tokens]
+
+
+@pytest.fixture(scope="module")
+def echo_server() -> Iterator[tuple[Echo, str]]:
+    from engine import Engine, Source
+    from fastapi import FastAPI
+
+    backend = Echo()
+    engine = Engine(Source("models/demo", None, None, "lora", "float32", "Rule"), backend)
+    with serving(lambda: engine, lambda _: FastAPI()) as (address, _, ready):
+        assert ready.wait(60)
+        yield backend, address
+
+
+@pytest.fixture
+def echo(echo_server: tuple[Echo, str]) -> Iterator[Echo]:
+    backend, _ = echo_server
+    backend.asked.clear()
+    yield backend
+    backend.gate.set()
+
+
+@pytest.fixture(scope="module")
+def parrot(echo_server: tuple[Echo, str]) -> openai.OpenAI:
+    return client_of(echo_server[1])
+
+
+def said(client: openai.OpenAI, messages: Any, **fields: Any) -> str:
+    return str(ask(client, messages, **fields).choices[0].message.content)
+
+
+@pytest.mark.usefixtures("echo")
+def test_system_prompt_history_and_parts_reach_the_model(parrot: openai.OpenAI) -> None:
+    user = {"role": "user", "content": "hi"}
+    assert said(parrot, [user]) == "[system]Rule[user]hi"
+    assert said(parrot, [{"role": "system", "content": "Mine"}, user]) == "[system]Mine[user]hi"
+    assert said(parrot, [{"role": "developer", "content": "Mine"}, user]) == "[system]Mine[user]hi"
+    assert said(parrot, [{"role": "system", "content": ""}, user]) == "[user]hi"
+    parts = [{"type": "text", "text": "é"}, {"type": "text", "text": "b"}]
+    assert said(parrot, [{"role": "user", "content": parts}]) == "[system]Rule[user]é\nb"
+    answer = ask(parrot, [user]).choices[0].message
+    history = [user, answer, {"role": "user", "content": "and?"}]  # as the client keeps it
+    assert said(parrot, history) == "[system]Rule[user]hi[assistant][system]Rule[user]hi[user]and?"
+
+
+def test_settings_reach_the_model_and_what_is_not_said_is_as_on_the_page(echo: Echo, parrot: openai.OpenAI) -> None:
+    from engine import Generation
+
+    ask(parrot, HELLO)
+    more = {"top_k": 5, "repetition_penalty": 1.25}
+    ask(parrot, temperature=0.5, top_p=0.75, seed=7, stop="x", max_tokens=9, extra_body=more)
+    (_, as_it_is), (_, changed) = echo.asked
+    assert as_it_is == Generation()
+    assert changed == Generation(9, 0.5, 0.75, 5, 1.25, 7, ("x",))
+
+
+@pytest.mark.usefixtures("echo")
+def test_fields_that_change_nothing_are_taken(parrot: openai.OpenAI) -> None:
+    fields = {"user": "me", "metadata": {"a": "b"}, "store": True, "n": 1, "frequency_penalty": 0.0, "logprobs": False}
+    fields |= {"presence_penalty": 0, "response_format": {"type": "text"}, "tools": [], "logit_bias": {}, "seed": None}
+    fields |= {"stop": None, "temperature": None, "service_tier": "auto", "modalities": ["text"], "tool_choice": "none"}
+    assert said(parrot, [{"role": "user", "content": "hi", "name": "me"}], **fields) == "[system]Rule[user]hi"
+
+
+IMAGE = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"n": 2}, "n", "n: not supported here; only 1 is."),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "only 0 is"),
+        ({"presence_penalty": -1}, "presence_penalty", "only 0 is"),
+        ({"tools": [TOOL]}, "tools", "tools: not supported here."),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported here"),
+        ({"logprobs": True}, "logprobs", "only false is"),
+        ({"extra_body": {"temprature": 1}}, "temprature", "not supported here"),
+        ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
+        ({"temperature": "hot"}, "temperature", "valid number"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"seed": 2**64}, "seed", "less than"),
+        ({"stop": ["a", ""]}, "stop[1]", "at least 1 character"),
+        ({"stop": list("abcde")}, "stop", "at most 4 items"),
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'system', 'developer', 'user'"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "required"),
+        ({"messages": [{"role": "user", "content": IMAGE}]}, "messages[0].content", "every part must be a text"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [TOOL]}]},
+            "messages[0].tool_calls",
+            "not supported",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_what_cannot_be_done_is_refused_by_its_name(
+    parrot: openai.OpenAI, echo: Echo, fields: dict[str, Any], param: str, message: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=re.escape(message)) as caught:
+        ask(parrot, **({"messages": HELLO} | fields))
+    assert caught.value.param == param
+    assert caught.value.type == "invalid_request_error"
+    assert echo.asked == []
+
+
+def test_a_conversation_that_is_too_long_is_refused_and_never_shortened(parrot: openai.OpenAI, echo: Echo) -> None:
+    turns = [{"role": role, "content": "x" * 150} for role in ("user", "assistant") * 2]
+    for messages in ([{"role": "user", "content": "x" * 700}], [*turns, {"role": "user", "content": "?"}]):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(parrot, messages)
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    assert echo.asked == []
+
+
+def test_other_mistakes_have_their_status_in_openais_shape(parrot: openai.OpenAI, echo_server: Any) -> None:
+    _, address = echo_server
+    with pytest.raises(openai.NotFoundError) as caught:
+        parrot.chat.completions.create(model="gpt-5", messages=HELLO)
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.NotFoundError, match="There is no model 'a/b' here: the one that answers is 'base'"):
+        parrot.models.retrieve("a/b")
+    with pytest.raises(openai.NotFoundError, match="There is nothing at POST /v1/embeddings"):
+        parrot.embeddings.create(model="base", input="x")
+    large = json.dumps({"model": "base", "messages": [{"role": "user", "content": "x" * 2**20}]})
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(parrot, [{"role": "user", "content": "x" * 2**20}])
+    assert (caught.value.status_code, caught.value.code) == (413, "too_large")
+    for body, headers in (
+        (b"{", {"Content_Type": "application/json"}),
+        (b"[]", {"Content_Type": "application/json"}),
+        (b'{"model": "base"}', {"Content_Type": "application/json"}),
+        (json.dumps({"model": "base", "messages": HELLO}).encode(), {"Content_Type": "text/plain"}),
+    ):
+        status, _, text = fetch(address, "/v1/chat/completions", body, **headers)
+        assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")
+    status, _, text = fetch(address, "/v1/chat/completions", iter([large.encode()]), Content_Type="application/json")  # type: ignore[arg-type]  # in pieces, without its length
+    assert (status, json.loads(text)["error"]["code"]) == (413, "too_large")
+
+
+def test_an_answer_that_fails_says_so_and_the_next_is_given(parrot: openai.OpenAI, echo: Echo) -> None:
+    messages = [{"role": "user", "content": "fail"}]
+    with pytest.raises(openai.InternalServerError, match=r"The answer failed \(RuntimeError\)"):
+        ask(parrot, messages)
+    with pytest.raises(openai.APIError, match=r"The answer failed \(RuntimeError\)"):
+        list(ask(parrot, messages, stream=True))
+    assert said(parrot, [{"role": "user", "content": "hi"}]) == "[system]Rule[user]hi"
+
+
+def test_requests_are_answered_in_their_order_and_too_many_are_told_to_come_again(
+    parrot: openai.OpenAI, echo: Echo, echo_server: Any
+) -> None:
+    _, address = echo_server
+    echo.gate.clear()
+    streams = []
+    for i in range(33):  # one is answered, 32 wait: who has the first event stands in the line
+        streams.append(ask(parrot, [{"role": "user", "content": f"{i}"}], stream=True))
+        next(streams[-1])
+    assert json.loads(fetch(address, "/health")[2]) == {"status": "ok", "running": 1, "waiting": 32}
+    with pytest.raises(openai.RateLimitError, match="32 requests are waiting already") as caught:
+        ask(parrot)
+    assert caught.value.code == "rate_limit_exceeded"
+    assert int(caught.value.response.headers["retry-after"]) > 0
+    streams.pop(2).close()  # one that waits goes, and its place is free
+    patient = openai.OpenAI(base_url=f"{address}v1", api_key="none", max_retries=5)
+    with ThreadPoolExecutor() as pool:
+        late = pool.submit(ask, patient, [{"role": "user", "content": "late"}])
+        echo.gate.set()
+        for stream in streams:
+            *_, last = stream
+            assert last.choices[0].finish_reason == "stop"
+        late.result()
+    order = [text.removeprefix("[system]Rule[user]") for text, _ in echo.asked]
+    assert [number for number in order if number != "late"] == [str(i) for i in range(33) if i != 2]
+
+
+# ---- who may come in
+
+
+def test_health_is_503_until_the_model_answers() -> None:
+    from engine import Engine, Source
+    from fastapi import FastAPI
+
+    loaded = threading.Event()
+
+    def prepare() -> Any:
+        assert loaded.wait(60)
+        return Engine(Source("models/demo", None, None, "lora", "float32", ""), Echo())
+
+    with serving(prepare, lambda _: FastAPI()) as (address, _, ready):
+        for path in ("/health", "/v1/models"):
+            status, headers, text = fetch(address, path)
+            assert (status, json.loads(text)["error"]["code"]) == (503, "loading")
+            assert int(headers["retry-after"]) > 0
+        status, _, text = fetch(address, "/")
+        assert (status, "Loading the model" in text) == (503, True)
+        loaded.set()
+        assert ready.wait(60)
+        assert fetch(address, "/health")[0] == 200
+        assert said(client_of(address), [{"role": "user", "content": "hi"}]) == "[user]hi"
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
+    def prepare() -> Any:
+        raise RuntimeError("no model")
+
+    with serving(prepare, print) as (_, app, ended):
+        assert ended.wait(60)
+        assert app.state.line is None
+
+
+@pytest.fixture(scope="module")
+def locked(engine: Any) -> Iterator[str]:
+    """Page and API behind a key."""
+    with served(lambda: engine, KEY) as (address, _):
+        yield address
+
+
+def test_the_api_asks_for_the_key(locked: str) -> None:
+    assert ask(client_of(locked, KEY)).choices
+    for key in ("", "wrong", KEY + "x", KEY[:-1], "schlüssel"):
+        status, headers, text = fetch(locked, "/v1/models", Authorization=f"Bearer {key}")
+        assert (status, json.loads(text)["error"]["code"]) == (401, "invalid_api_key")
+        assert headers["www-authenticate"] == "Bearer"
+    with pytest.raises(openai.AuthenticationError):
+        ask(client_of(locked))
+    assert fetch(locked, "/v1/models")[0] == 401
+    assert fetch(locked, "/v1/nothing")[0] == 401
+    assert fetch(locked, "/health")[0] == 200
+
+
+def test_the_page_asks_for_the_key(locked: str) -> None:
+    from gradio_client import Client
+    from gradio_client.exceptions import AuthenticationError
+
+    for path in ("/config", "/gradio_api/info"):
+        assert fetch(locked, path)[0] == 401
+    call = b'{"data": ["hello", "", 8, 0, 1]}'
+    assert fetch(locked, "/gradio_api/call/chat", call, Content_Type="application/json")[0] == 401
+    join = b'{"data": ["hello", "", 8, 0, 1], "fn_index": 0, "session_hash": "x"}'
+    assert fetch(locked, "/gradio_api/queue/join", join, Content_Type="application/json")[0] == 401
+    with pytest.raises((AuthenticationError, ValueError)):
+        Client(locked, auth=("me", "wrong"), verbose=False)
+    inside = Client(locked, auth=("me", KEY), verbose=False)
+    assert inside.predict(HELLO[0]["content"], api_name="/chat") == said(client_of(locked, KEY), HELLO)
+
+
+def test_names_and_pages_of_others_are_refused(address: str) -> None:
+    port = address.rstrip("/").rpartition(":")[2]
+    for path in ("/", "/health", "/v1/models", "/config"):
+        for headers in (
+            {"Host": "evil.example"},
+            {"Host": f"127.0.0.1.evil.example:{port}"},
+            {"Host": "["},
+            {"Host": ""},
+            {"Origin": "http://evil.example"},
+            {"Origin": "null"},
+            {"Origin": "http://127.0.0.1:1"},
+        ):
+            status, given, text = fetch(address, path, **headers)
+            assert (status, json.loads(text)["error"]["type"]) == (403, "permission_error"), headers
+            assert "access-control-allow-origin" not in given
+        for headers in ({"Host": f"localhost:{port}"}, {"Origin": address.rstrip("/")}, {"Host": "[::1]:9"}):
+            assert fetch(address, path, **headers)[0] == 200, headers
+
+
+@pytest.mark.parametrize(("host", "key"), [("0.0.0.0", ""), ("::", ""), ("192.168.1.2", "")])
+def test_a_network_is_refused_without_a_key(host: str, key: str) -> None:
+    from engine import ChatError
+    from server import listen
+
+    with pytest.raises(ChatError, match="Binding to anything but loopback"):
+        listen(host, 0, key)
+
+
+def test_a_network_is_listened_to_with_a_key() -> None:
+    from server import listen
+
+    with contextlib.closing(listen("0.0.0.0", 0, KEY)) as listener:
+        port = listener.getsockname()[1]
+        socket.create_connection(("127.0.0.1", port)).close()
+    for ours in ("127.0.0.1", "localhost", "127.1.2.3"):
+        listen(ours, 0, "").close()
+
+
+# ---- what the docs say
+
+
+def blocks(language: str) -> list[str]:
+    """Return the page's blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_the_examples_of_the_docs_work(
+    locked: str, number: int, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("CHAT_API_KEY", KEY)
+    code = blocks("python")[number].replace("http://127.0.0.1:7860/", locked).replace('"tuned"', '"base"')
+    exec(compile(code, "api.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_commands_of_the_docs_work(address: str) -> None:
+    if not shutil.which("curl"):
+        pytest.skip("curl is not installed")
+    commands = [c for block in blocks("bash") for c in re.split(r"(?<!\\)\n", block) if c.startswith("curl ")]
+    assert commands
+    for command in commands:
+        local = command.replace("http://127.0.0.1:7860/", address).replace('"tuned"', '"base"')
+        done = subprocess.run(["bash", "-c", local], capture_output=True, text=True, check=True)
+        assert re.match(r'\{"(status|object|id)"|data: \{', done.stdout), done.stdout
