@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -452,6 +453,20 @@ def test_requests_are_answered_in_their_order_and_too_many_are_told_to_come_agai
         late.result()
     order = [text.removeprefix("[system]Rule[user]") for text, _ in echo.asked]
     assert [number for number in order if number != "late"] == [str(i) for i in range(33) if i != 2]
+
+
+def test_a_reader_that_stops_reading_holds_nobody_up(echo: Echo) -> None:
+    from engine import Engine, Generation, Source
+    from line import Line
+
+    async def read_a_piece_then_let_the_next_be_answered() -> str:
+        line = Line(Engine(Source("models/demo", None, None, "lora", "float32", ""), echo))
+        with line.place() as slow, line.place() as following:
+            await anext(slow.stream(HELLO, Generation(), print))
+            return "".join([piece async for piece in following.stream(HELLO, Generation(), print)])
+
+    answer = asyncio.run(asyncio.wait_for(read_a_piece_then_let_the_next_be_answered(), 60))
+    assert answer == "[user]" + HELLO[0]["content"]
 
 
 # ---- who may come in
