@@ -321,6 +321,29 @@ def test_the_pieces_of_an_answer_add_up_to_it_whatever_the_backend_does_with_spa
     pieces = list(recorded(text).stream([{"role": "user", "content": "?"}], Generation(), print))
     assert "".join(pieces) == text
     assert "🙂" in pieces
+    assert len(pieces) == len(text.encode())  # one for each token, so that a reader can stop between any two
+
+
+@pytest.mark.usefixtures("modules")
+@pytest.mark.parametrize(
+    ("stop", "answer", "reason"),
+    [
+        (("c",), "ab", "stop"),
+        (("bc", "abcd"), "a", "stop"),  # which is said first
+        (("x", "cd"), "ab", "stop"),
+        (("efg",), "abcdef", "length"),
+        (("f",), "abcde", "stop"),
+    ],
+)
+def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(stop: tuple[str, ...], answer: str, reason: str) -> None:
+    from engine import Generation, Usage
+
+    usage, notices = Usage(), []  # type: ignore[var-annotated]
+    generation = Generation(max_new_tokens=6, stop=stop)
+    pieces = recorded("abcdefgh").stream([{"role": "user", "content": "?"}], generation, notices.append, usage)
+    assert "".join(pieces) == answer
+    assert (usage.finish_reason, usage.prompt_tokens) == (reason, len("[user]?"))
+    assert bool(notices) == (reason == "length")
 
 
 @pytest.mark.usefixtures("modules")
