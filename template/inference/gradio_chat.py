@@ -63,9 +63,8 @@ def serve(options: argparse.Namespace) -> None:
     port = listener.getsockname()[1]
     if options.port not in (0, port):
         print(f"Port {options.port} is taken: using {port}.")
-    # To this machine, all addresses and its own are the same.
-    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(options.host, options.host)
-    address = f"http://{f'[{name}]' if ':' in name.strip('[]') and name[0] != '[' else name}:{port}/"
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)  # all addresses: this machine's too
+    address = f"http://{f'[{name}]' if ':' in name else name}:{port}/"
     failures: list[Exception] = []
 
     def prepare() -> Engine:
@@ -73,7 +72,10 @@ def serve(options: argparse.Namespace) -> None:
         engine = load(options.baseonly, options.engine)
         for notice in engine.backend.notices:
             print(notice)
-        import_gradio()
+        try:
+            import gradio  # noqa: F401  (here, as it takes seconds, in which /health is answered already)
+        except ModuleNotFoundError as error:
+            raise not_installed(error) from error
         return engine
 
     def is_ready() -> None:
@@ -90,15 +92,6 @@ def serve(options: argparse.Namespace) -> None:
     server.run(sockets=[listener])
     if failures:
         raise failures[0]
-
-
-def import_gradio() -> Any:
-    """Import gradio, which takes seconds. Raises ChatError."""
-    try:
-        import gradio
-    except ModuleNotFoundError as error:
-        raise not_installed(error) from error
-    return gradio
 
 
 def open_page(line: Line, key: str) -> Any:
