@@ -28,6 +28,7 @@ class Machine:
     driver: str | None = None
     vram: int = 0
     vram_free: int = 0
+    bf16: bool = False  # whether the GPU itself computes in bfloat16
 
 
 def look() -> Machine:
@@ -47,7 +48,7 @@ def look() -> Machine:
         index = int(os.environ.get("LOCAL_RANK", "0"))  # of several processes, each has its own GPU
         free, vram = torch.cuda.mem_get_info(index)
         facts |= {"gpu": torch.cuda.get_device_name(index), "gpus": torch.cuda.device_count(), "driver": driver()}
-        facts |= {"vram": vram, "vram_free": free}
+        facts |= {"vram": vram, "vram_free": free, "bf16": torch.cuda.is_bf16_supported(including_emulation=False)}
     return Machine(**facts)
 
 
@@ -79,6 +80,11 @@ def lacking(config: dict[str, Any], machine: Machine) -> str | None:
         return (
             "PyTorch sees no NVIDIA GPU: see whether `nvidia-smi` lists it, or train on the CPU with "
             "`copier update --trust --data device=cpu`."
+        )
+    if Settings.of(config).gpu and Settings.of(config).dtype == "bfloat16" and not machine.bf16:
+        return (
+            f"The {machine.gpu} does not compute in bfloat16: set torch_dtype and compute_dtype, where it stands, to "
+            "float16 in olive-config.yaml."
         )
     return None
 

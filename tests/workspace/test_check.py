@@ -172,6 +172,23 @@ def test_a_gpu_that_is_too_small_is_named_with_its_driver(
     assert "GiB of GPU memory and 0.5 are free" in run.err
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_bfloat16_is_refused_on_a_gpu_that_does_not_compute_in_it(
+    workspace: Path, machine_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch, bf16: bool
+) -> None:
+    import check
+    import machine
+
+    monkeypatch.chdir(workspace)
+    machine_of(gpu="NVIDIA T4", gpus=1, bf16=bf16)
+    config = check.read_config()
+    config["systems"]["local_system"]["accelerators"][0]["device"] = "gpu"
+    assert machine.lacking(config, machine.look()) is None
+    check.pass_settings(config)["torch_dtype"] = "bfloat16"
+    said = machine.lacking(config, machine.look())
+    assert said is None if bf16 else said and "NVIDIA T4 does not compute in bfloat16: set torch_dtype" in said
+
+
 def test_gradient_checkpointing_that_nobody_set_is_switched_on_when_memory_is_short(
     workspace: Path, machine_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
