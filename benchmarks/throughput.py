@@ -88,7 +88,7 @@ def prepare(options: argparse.Namespace) -> dict[str, int]:
         else:
             length = round(SHORTEST * (LONGEST / SHORTEST) ** draw.random())
         share = draw.uniform(0.2, 0.8)
-        row = [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]
+        row = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
         while True:  # until it has the length
             example = dataset.tokenise(tokenizer, row, "responses")
             if len(example["input_ids"]) >= length:
@@ -153,7 +153,8 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         data["pre_process_data_config"] |= {"max_seq_len": 1024}
     record.use_folder(config, str(folder(options) / "model"))
     shutil.rmtree(folder(options) / "run", ignore_errors=True)
-    _, timings, _ = train.train(config, folder(options) / "run")
+    tokens = check.tokenise_rows(config, check.read_rows(config))
+    _, timings, _ = train.train(config, tokens, folder(options) / "run")
     return {"seconds": timings["training"], "worst": worst_difference(options)}
 
 
