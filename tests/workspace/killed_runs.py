@@ -60,6 +60,7 @@ def end(child: int) -> dict[str, Any]:
     run = json.loads((workspace / "models" / "run.json").read_text(encoding="utf-8"))
     return {
         "status": status,
+        "base_loss": run["metrics"]["before"]["eval_loss"],
         "eval_loss": run["metrics"]["after"]["eval_loss"],
         "went_on": "Going on from" in said,
         "said": said[-400:] if status else "",
