@@ -165,6 +165,7 @@ def check_only(config: dict[str, Any], as_json: bool) -> int:
 def tune(config: dict[str, Any], rows: dict[str, list[Any]], results: Path, fresh: bool, started: float) -> None:
     """Evaluate, train, evaluate, report."""
     import check
+    import screen
     from advice import explained
     from evaluate import evaluate
     from model_card import write_model_card
@@ -183,7 +184,7 @@ def tune(config: dict[str, Any], rows: dict[str, list[Any]], results: Path, fres
     use_folder(config, folder)
     tokens = check.tokenise_rows(config, rows)
     estimated, line = settle(config, tokens)
-    print(line)
+    screen.show("memory", {"line": line})
     if fresh or (run_folder / "finished").exists():
         shutil.rmtree(run_folder, ignore_errors=True)  # the result of a finished run stands in models/adapter
     keep_logs(config, results / "logs")

@@ -263,7 +263,7 @@ def settle(config: dict[str, Any], tokens: dict[str, list[dict[str, list[int]]]]
     """
     model, here, settings = find(config), machine.look(), Settings.of(config)
     if model.shape is None:
-        return 0.0, "memory   not estimated: config.json names its numbers in a way of its own"
+        return 0.0, "not estimated: config.json names its numbers in a way of its own"
     arguments, room = check.pass_settings(config)["training_args"], limit(settings, here, {"target": "local"})
     is_open = arguments.get("gradient_checkpointing") is None
     lengths = {part: lengths_of(rows) for part, rows in tokens.items()}
@@ -271,7 +271,7 @@ def settle(config: dict[str, Any], tokens: dict[str, list[dict[str, list[int]]]]
     if complaint := too_large(model.shape, settings, lengths, room, here.disk_free, 0):
         raise ConfigError(complaint)
     needed = memory(model.shape, settings, lengths["train"], lengths["held_out"]).total
-    line = f"memory   about {needed / GIB:.2f} of {room / GIB:.1f} GiB"
+    line = f"about {needed / GIB:.2f} of {room / GIB:.1f} GiB"
     if is_open:
         arguments["gradient_checkpointing"] = settings.checkpointing
         line += f"; gradient checkpointing {'on, to save memory' if settings.checkpointing else 'off, not needed'}"

@@ -31,6 +31,7 @@ def show(part: str, facts: dict[str, Any]) -> None:
         "model": model_lines,
         "data": data_lines,
         "rows": row_lines,
+        "memory": lambda facts: [("memory", facts["line"])],
         "estimate": estimate_lines,
         "azure": azure_lines,
     }[part](facts)
