@@ -278,6 +278,8 @@ def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths
     if held_out:  # without gradients, half as much is held for each logit
         logits = max(logits, batches(held_out, settings.eval_batch_size, packing=False).logits // 2)
     rows = sum(lengths.tokens) + (sum(held_out.tokens) if held_out else 0)
+    # the log-softmax in float32 and the gradients of both, or the logits' own in 16 bits
+    logit_bytes = 12 if settings.dtype == "float32" else 14
     share = settings.processes if settings.sharded else 1
     gathered = blocks / shape.layers if settings.sharded else 0  # the block whose turn it is
     return Memory(
@@ -285,14 +287,9 @@ def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths
         adapter=4 * adapter / share,
         gradients_and_optimizer=(4 + moments) * adapter / share,
         activations=activations(shape, settings, batch),
-        logits=logits * shape.vocabulary * logit_bytes(settings),
+        logits=logits * shape.vocabulary * logit_bytes,
         framework=GPU_FRAMEWORK if settings.gpu else CPU_FRAMEWORK + BYTES_PER_TOKEN_HELD * rows,
     )
-
-
-def logit_bytes(settings: Settings) -> int:
-    """Bytes for each logit at the peak: its log-softmax in float32 and the gradients of both, then in 16 bits."""
-    return 12 if settings.dtype == "float32" else 14
 
 
 def activations(shape: Shape, settings: Settings, batch: Batch) -> float:
