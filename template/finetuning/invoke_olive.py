@@ -43,8 +43,8 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
-    if arguments.smoke and PROCESSES > 1:
-        parser.error("--smoke is for one process: python finetuning/invoke_olive.py --smoke")
+    if (arguments.smoke or arguments.check) and PROCESSES > 1:  # the others would wait for a training for ever
+        parser.error("--check and --smoke are for one process: python finetuning/invoke_olive.py --check")
     if arguments.json and not arguments.check:
         parser.error("--json goes with --check")
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # a pipe on Windows has another encoding

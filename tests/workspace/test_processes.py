@@ -87,6 +87,13 @@ def test_a_signal_stops_both_after_the_same_step_and_the_run_goes_on_later(folde
     assert "Going on from checkpoint-" in said
 
 
+@pytest.mark.parametrize("option", ["--check", "--smoke"])
+def test_what_is_for_one_process_is_refused_in_several(folder: Path, option: str) -> None:
+    done = subprocess.run([*command(TWO, folder), option], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "are for one process: python finetuning/invoke_olive.py --check" in done.stderr
+
+
 def test_a_mistake_is_said_once(folder: Path) -> None:
     change(folder, {"max_rows": 240, "train_file": '"dataset/absent.jsonl"'})
     done = subprocess.run(command(TWO, folder), capture_output=True, text=True)
