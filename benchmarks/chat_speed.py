@@ -3,7 +3,8 @@
 chat_speed.py [--workspace FOLDER] [--python PYTHON] [--rounds N]. A Llama of 0.4 billion parameters with random weights
 and a LoRA adapter, exported by finetuning/export.py. Tokens a second are counted behind the first token of an answer of
 64, in the engine that console and page share; the start is that of `console_chat.py --prompt`, from nothing to the
-first character on the screen. Each round is a fresh process for each engine, in turns.
+first character on the screen. Each round is a fresh process for each engine, in turns. In the end both engines answer
+through the API too, as a client in another process sees it, in turns with the bare engine of the same server.
 """
 
 from __future__ import annotations
@@ -23,6 +24,17 @@ ROOT = Path(__file__).resolve().parents[1]
 TOKENS = 64
 QUESTION = "Why was Dad so mournful when the letter from the bank arrived, and what did the teacher read aloud?"
 ENGINES = ("torch", "onnx")
+ROUNDS_OF_API = 11
+CLIENT = f"""
+import json, sys, time, urllib.request
+body = {{"model": "tuned", "messages": json.loads(sys.argv[2]), "max_tokens": {TOKENS}, "stream": True}}
+request = urllib.request.Request(sys.argv[1], json.dumps(body).encode(), {{"Content-Type": "application/json"}})
+for _ in sys.stdin:
+    started = time.perf_counter()
+    with urllib.request.urlopen(request) as answer:
+        assert answer.read().count(b"data: ") >= {TOKENS}
+    print(time.perf_counter() - started, flush=True)
+"""
 
 
 def main() -> None:
@@ -31,10 +43,12 @@ def main() -> None:
     parser.add_argument("--workspace", type=Path, default=ROOT / ".cache" / "workspace")
     parser.add_argument("--python", type=Path, help="(default: the workspace's)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--step", choices=["prepare", *ENGINES], help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--step", help=argparse.SUPPRESS)  # in a process of its own
     options = parser.parse_args()
     if options.step == "prepare":
         return prepare(options.workspace)
+    if options.step and options.step.startswith("api-"):
+        return print(json.dumps(api(options.workspace, options.step.removeprefix("api-"))))
     if options.step:
         return print(json.dumps(answer(options.workspace, options.step)))
 
@@ -58,6 +72,11 @@ def main() -> None:
             middle = statistics.median(values)
             print(f"{name:22}{engine:7}{middle:7.2f} {unit:9} ({min(values):.2f} to {max(values):.2f})")
     print(f"onnx / torch, of the medians: {statistics.median(speeds['onnx']) / statistics.median(speeds['torch']):.2f}")
+    for engine in ENGINES:
+        done = subprocess.run([*step, f"api-{engine}"], check=True, stdout=subprocess.PIPE, text=True)
+        bare, asked = json.loads(done.stdout.splitlines()[-1])
+        more = statistics.median(after / before for before, after in zip(bare, asked, strict=True)) - 1
+        print(f"API over the bare {engine} engine: {more:+.1%} ({min(bare):.2f} s and {min(asked):.2f} s at least)")
     return None
 
 
@@ -137,6 +156,30 @@ def answer(workspace: Path, name: str) -> dict[str, float]:
             pass
     assert len(times) == TOKENS, f"the answer ended after {len(times)} tokens"
     return {"speed": (TOKENS - 1) / (times[-1] - times[0])}
+
+
+def api(workspace: Path, name: str) -> tuple[list[float], list[float]]:
+    """Serve page and API; return the seconds of the same answers from the engine itself and for a client."""
+    sys.path[:0] = [str(workspace / "inference"), str(ROOT / "tests" / "workspace")]
+    from engine import Generation, load
+    from served import served
+
+    engine = load(engine=name, root=workspace)
+    messages = [{"role": "user", "content": QUESTION}]
+    bare, asked = [], []
+    with served(lambda: engine) as (address, _):
+        client = [sys.executable, "-c", CLIENT, f"{address}v1/chat/completions", json.dumps(messages)]
+        with subprocess.Popen(client, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin and process.stdout
+            for _ in range(ROUNDS_OF_API):
+                started = time.perf_counter()
+                for _ in engine.stream(messages, Generation(TOKENS), lambda _: None):
+                    pass
+                bare.append(time.perf_counter() - started)
+                print(file=process.stdin, flush=True)
+                asked.append(float(process.stdout.readline()))
+            process.stdin.close()
+    return bare[1:], asked[1:]  # the first ones warm up
 
 
 def first_character(python: Path, workspace: Path, engine: str) -> float:

@@ -1,6 +1,6 @@
 """Make one model of base and adapter: int4 for ONNX Runtime, or a Hugging Face folder at full precision.
 
-python finetuning/export.py                    models/merged, then models/onnx: fast chat on a CPU
+python finetuning/export.py                    models/merged, then models/onnx: fast chat, on a CPU above all
 python finetuning/export.py --format merged    models/merged alone: for transformers, vLLM and other tools
 
 The int4 model is compared with the merged one on held-out rows before it takes its place. What is whole and made from
@@ -34,6 +34,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", choices=("onnx", "merged"), default="onnx", help="(default: onnx)")
     parser.add_argument(
+        "--provider",
+        choices=("cpu", "cuda", "dml"),
+        help="what the int4 model is for (default: what the installed onnxruntime-genai computes with)",
+    )
+    parser.add_argument(
         "--agreement",
         type=share,
         default=0.95,
@@ -49,7 +54,7 @@ def main() -> int:
     quiet()
     logging.getLogger("onnxruntime").setLevel(logging.ERROR)
     try:
-        export(options.format, options.agreement, options.debug)
+        export(options.format, options.provider, options.agreement, options.debug)
     except KeyboardInterrupt:
         print("\nStopped. The same command uses again what is complete.", file=sys.stderr)
         return 130
@@ -69,11 +74,13 @@ def share(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
 
 
-def export(kind: str, agreement: float, debug: bool) -> None:
+def export(kind: str, provider: str | None, agreement: float, debug: bool) -> None:
     """Merge, and for `onnx` build the int4 model, compare and publish it. Raises ConfigError and DataError."""
     run = read_run()
     if kind == "onnx":
-        import onnxruntime_genai  # noqa: F401  (whether it is installed is said before the work)
+        from int4 import choose_provider
+
+        provider = choose_provider(provider)
     from filelock import FileLock
 
     with FileLock(MODELS / ".lock", timeout=0):  # a run would change the adapter meanwhile
@@ -88,13 +95,14 @@ def export(kind: str, agreement: float, debug: bool) -> None:
             started = time.monotonic()
             merge(run, base, made_from)
             record(run, "merged", made_from, started, {})
-        if kind == "onnx" and is_made_from(ONNX, made_from) and made.get("onnx", {}).get("tokens", -1) >= agreement:
+        made_for = made_from | {"provider": provider}
+        if kind == "onnx" and is_made_from(ONNX, made_for) and made.get("onnx", {}).get("tokens", -1) >= agreement:
             print(f"Using {shown(ONNX)} again: it was made from this adapter.")
         elif kind == "onnx":
-            print("Building the int4 model (minutes where weights are billions)", flush=True)
+            print(f"Building the int4 model for {provider} (minutes where weights are billions)", flush=True)
             started = time.monotonic()
-            figures = build(run, agreement, debug, made_from)
-            record(run, "onnx", made_from, started, {"precision": "int4", "provider": "cpu"} | figures)
+            figures = build(run, agreement, debug, made_for)
+            record(run, "onnx", made_from, started, {"precision": "int4", "provider": provider} | figures)
     show(made, kind)
 
 
@@ -232,7 +240,7 @@ def held_out_rows(run: dict[str, Any]) -> list[Any]:
     return [with_system(row, run["system_prompt"]) for row in rows]
 
 
-def build(run: dict[str, Any], agreement: float, debug: bool, made_from: dict[str, Any]) -> dict[str, Any]:
+def build(run: dict[str, Any], agreement: float, debug: bool, made_for: dict[str, Any]) -> dict[str, Any]:
     """Build models/onnx of models/merged and return how far they agree. Raises ConfigError when that is not enough."""
     import int4
     from check import ConfigError
@@ -243,7 +251,7 @@ def build(run: dict[str, Any], agreement: float, debug: bool, made_from: dict[st
             if not debug:  # the builder prints a line for every weight
                 stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
                 stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            int4.build(MERGED, unfinished)
+            int4.build(MERGED, unfinished, made_for["provider"])
     except (OSError, MemoryError, ImportError):
         raise
     except Exception as error:  # for a model that the builder does not know, and for one that it knows an older form of
@@ -260,7 +268,7 @@ def build(run: dict[str, Any], agreement: float, debug: bool, made_from: dict[st
             f"The int4 model chooses {figures['tokens']:.1%} of the answer tokens as the merged model does, less than "
             f"the {agreement:.0%} that are wanted: use {shown(MERGED)}, or allow it with --agreement."
         )
-    put_in_place(unfinished, ONNX, made_from)
+    put_in_place(unfinished, ONNX, made_for)
     return figures
 
 

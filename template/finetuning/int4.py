@@ -7,27 +7,55 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "dml": "DmlExecutionProvider"}
 COMPARED_ROWS, COMPARED_TOKENS = 64, 64  # more would take longer and change the figures by little
 SETTINGS = {
     "precision": "int4",
     "int4_block_size": 32,
-    "int4_accuracy_level": 4,  # int8 activations: the fast way on a CPU
+    "int4_accuracy_level": 4,  # int8 activations: the fast way on a CPU; a GPU does not look at it
     "extra_options": {"hf_remote": False, "hf_token": "false"},  # the builder would trust code from the hub
 }
 
 
-def build(merged: Path, folder: Path) -> None:
+def choose_provider(wanted: str | None) -> str:
+    """Return what the int4 model is to be computed with: cuda, dml (DirectML) or cpu. Raises ConfigError.
+
+    Which of them the installed ONNX Runtime GenAI can depends on its package: onnxruntime-genai has the CPU alone.
+    """
+    import onnxruntime_genai
+    import torch
+    from check import ConfigError
+
+    able = ["cpu"]
+    if onnxruntime_genai.is_dml_available():
+        able.insert(0, "dml")
+    if onnxruntime_genai.is_cuda_available() and torch.cuda.is_available():
+        able.insert(0, "cuda")
+    if wanted and wanted not in able:
+        package = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}[wanted]
+        raise ConfigError(
+            f"ONNX Runtime GenAI computes with {' or '.join(able)} here, not with {wanted}: install {package} in place "
+            "of onnxruntime-genai on a machine with such a GPU, or leave --provider out."
+        )
+    return wanted or able[0]
+
+
+def build(merged: Path, folder: Path, provider: str) -> None:
     """Let Olive's ModelBuilder write the ONNX model of `merged` into `folder`, with tokenizer and genai_config.json.
 
-    Raises NotImplementedError for an architecture that the builder does not know, and others where it only seems to.
+    What is not int4 is float16 for a GPU, and float32 for a CPU. Raises NotImplementedError for an architecture that
+    the builder does not know, and others where it only seems to.
     """
-    from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
+    from olive.hardware.accelerator import AcceleratorSpec, Device
+    from olive.hardware.constants import ExecutionProvider
     from olive.model import HfModelHandler
     from olive.passes.olive_pass import create_pass_from_dict
     from olive.passes.onnx.model_builder import ModelBuilder
     from onnxruntime_genai.models import builder
 
-    olive_pass = create_pass_from_dict(ModelBuilder, SETTINGS, True, DEFAULT_CPU_ACCELERATOR)
+    device = Device.CPU if provider == "cpu" else Device.GPU
+    accelerator = AcceleratorSpec(device, ExecutionProvider(PROVIDERS[provider]))
+    olive_pass = create_pass_from_dict(ModelBuilder, SETTINGS, True, accelerator)
     with mock.patch.object(builder, "AutoConfig", old_names(builder.AutoConfig)):
         olive_pass.run(HfModelHandler(str(merged)), str(folder))
 
@@ -62,7 +90,6 @@ def compare(merged: Path, folder: Path, rows: list[Any], dtype: str) -> dict[str
     difference of the logits for the first token of an answer. `dtype` is torch's, as in models/run.json.
     """
     import numpy
-    import onnxruntime_genai
     import torch
     from dataset import load_tokenizer
     from evaluate import load_model
@@ -70,7 +97,7 @@ def compare(merged: Path, folder: Path, rows: list[Any], dtype: str) -> dict[str
     if not torch.cuda.is_available() and dtype == "float16":
         dtype = "float32"
     model = load_model(str(merged), None, {"type": "LoRA", "torch_dtype": dtype})
-    onnx, tokenizer = onnxruntime_genai.Model(str(folder)), load_tokenizer(str(merged))
+    onnx, tokenizer = load_onnx(folder), load_tokenizer(str(merged))
     context = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["context_length"]
     alike: list[Any] = []
     differences = []
@@ -89,6 +116,20 @@ def compare(merged: Path, folder: Path, rows: list[Any], dtype: str) -> dict[str
         "logits_max": round(float(numpy.max(differences)), 4),
         "logits_mean": round(float(numpy.mean(differences)), 4),
     }
+
+
+def load_onnx(folder: Path) -> Any:
+    """Load the ONNX model. Raises ConfigError where the libraries of its provider are missing."""
+    import onnxruntime_genai
+    from check import ConfigError
+
+    try:
+        return onnxruntime_genai.Model(str(folder))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"ONNX Runtime GenAI cannot load the int4 model here ({reason}): --provider cpu makes one for the CPU."
+        ) from error
 
 
 def prompt_of(tokenizer: Any, row: list[Any]) -> list[int]:

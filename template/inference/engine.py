@@ -216,7 +216,8 @@ def choose(engine: str, source: Source, root: Path) -> tuple[Path | None, list[s
         return None, [f"torch answers. {problem}."]
     with contextlib.suppress(OSError, ValueError):
         settings = tomllib.loads((root / "setup" / "environment.toml").read_text(encoding="utf-8"))
-        if settings.get("device") == "gpu":
+        mark = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        if settings.get("device") == "gpu" and mark.get("provider", "cpu") == "cpu":
             return None, ["torch answers: this workspace is for a GPU, and models/onnx for a CPU (--engine onnx)."]
     return folder, ["The int4 model in models/onnx answers; --engine torch takes the adapter itself, and is slower."]
 

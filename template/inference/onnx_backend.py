@@ -32,15 +32,23 @@ class OnnxBackend:
         self.words = ChatTokenizer(folder, root)
         try:
             settings = read_json(folder / "genai_config.json")["model"]
-            self.model = onnxruntime_genai.Model(str(folder))
             self.context, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
             ends = settings["eos_token_id"]
             providers = [name for one in settings["decoder"]["session_options"]["provider_options"] for name in one]
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            provider = providers[0] if providers else "cpu"
+            self.model = onnxruntime_genai.Model(str(folder))
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise torn(folder, root, error) from error
+        except RuntimeError as error:
+            if provider == "cpu":
+                raise torn(folder, root, error) from error
+            raise ChatError(
+                f"ONNX Runtime cannot compute with {provider} here ({str(error).splitlines()[0]}), which the model in "
+                f"models/{folder.name} is for: use --engine torch."
+            ) from error
         self.stops = {*ends} if isinstance(ends, list) else {ends}
         self.encode, self.decode = self.words.encode, self.words.decode
-        self.description = f"ONNX Runtime, int4 weights on {providers[0] if providers else 'cpu'}"
+        self.description = f"ONNX Runtime, int4 weights on {provider}"
         self.notices: list[str] = []
 
     def generate(self, prompt: list[int], generation: Generation) -> Generator[int, None, None]:

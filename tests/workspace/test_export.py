@@ -183,7 +183,7 @@ def test_an_architecture_that_the_builder_does_not_know_leaves_the_merged_model(
 ) -> None:
     import int4
 
-    def refuse(merged: Path, folder: Path) -> None:
+    def refuse(merged: Path, folder: Path, provider: str) -> None:
         raise NotImplementedError("not supported")
 
     shutil.rmtree(models / "onnx", ignore_errors=True)
@@ -258,6 +258,39 @@ def test_an_int4_model_answers_held_out_rows_as_torch_does(exported: Path, model
     answers = ["".join(onnx.stream(row[:-1], Generation(), print)) for row in rows]
     assert len(set(answers)) >= 4
     assert sum(one == other for one, other in zip(answers, expected, strict=True)) >= 0.95 * len(rows)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "dml"])
+def test_the_model_for_a_gpu_computes_the_same_on_the_cpus_kernels(
+    exported: Path, models: Path, tmp_path: Path, provider: str
+) -> None:
+    """The nearest to a run on a GPU that a machine without one allows: the same graph and float16 weights."""
+    import int4
+    import onnx
+    from engine import tuned_source
+
+    int4.build(models / "merged", tmp_path, provider)
+    file = tmp_path / "genai_config.json"
+    settings = json.loads(file.read_text())
+    options = settings["model"]["decoder"]["session_options"]["provider_options"]
+    assert [name for one in options for name in one] == [provider]
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    assert graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    assert "MatMulNBits" in {node.op_type for node in graph.node}
+    options.clear()
+    file.write_text(json.dumps(settings))
+    assert tuned_source(models.parent).dtype == "float32"
+    figures = int4.compare(models / "merged", tmp_path, [held_out(models)[i] for i in range(20)], "float32")
+    assert figures["tokens"] >= 0.95
+    assert figures["logits_mean"] < 0.2
+
+
+def test_a_provider_that_is_not_here_is_refused_before_the_work(export: Export, exported: Path) -> None:
+    for provider, package in (("cuda", "onnxruntime-genai-cuda"), ("dml", "onnxruntime-genai-directml")):
+        refused(
+            export("--provider", provider),
+            rf"computes with cpu here, not with {provider}: install {package} in place of onnxruntime-genai on a mach",
+        )
 
 
 def test_an_exported_model_ends_at_the_end_of_turn_that_only_the_template_knows(exported: Path, models: Path) -> None:
@@ -349,7 +382,7 @@ def test_the_builder_rotates_positions_as_torch_does_for_every_architecture_of_t
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.save_pretrained(tmp_path / "merged")
     monkeypatch.setitem(int4.SETTINGS, "precision", "fp32")  # so that nothing else differs
-    int4.build(tmp_path / "merged", tmp_path / "onnx")
+    int4.build(tmp_path / "merged", tmp_path / "onnx", "cpu")
     ids = list(range(100, 300))
     with torch.inference_mode():
         expected = model(torch.tensor([ids])).logits[0, -1].numpy()
@@ -451,8 +484,39 @@ def test_auto_leaves_a_workspace_for_a_gpu_to_torch(exported: Path, models: Path
         folder, (notice,) = choose("auto", source, models.parent)
         assert (folder, notice[:15]) == (None, "torch answers: ")
         assert choose("onnx", source, models.parent) == (exported, [])
+        mark = json.loads((exported / "export.json").read_text())
+        assert mark["provider"] == "cpu"
+        (exported / "export.json").write_text(json.dumps(mark | {"provider": "cuda"}))
+        assert choose("auto", source, models.parent)[0] == exported  # one for the GPU
     finally:
         file.write_text(text, encoding="utf-8")
+        (exported / "export.json").write_text(json.dumps(mark))
+
+
+def test_a_model_for_a_gpu_that_is_not_here_says_what_can_answer(
+    exported: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import console_chat
+
+    file = exported / "genai_config.json"
+    text = file.read_text()
+    settings = json.loads(text)
+    settings["model"]["decoder"]["session_options"]["provider_options"] = [{"dml": {}}]
+    # as long as before: the sizes of the files say whether the folder is torn
+    shorter = json.dumps(settings)
+    assert len(shorter) <= len(text)
+    try:
+        file.write_text(shorter.ljust(len(text)))
+        assert console_chat.main(["--engine", "onnx", "--prompt", "the"]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert re.fullmatch(
+            r"Loading the model …\nerror: ONNX Runtime cannot compute with dml here \(.*\), which the model in "
+            r"models/onnx is for: use --engine torch\.\n",
+            err,
+        )
+    finally:
+        file.write_text(text)
 
 
 def test_a_ready_made_model_chats_for_its_own_base_model_only(
