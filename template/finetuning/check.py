@@ -276,7 +276,11 @@ def check_weights(folder: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     files = sorted(folder.glob("*.safetensors"))
-    torn = [] if files and (folder / "config.json").is_file() else [folder]
+    torn = [] if files else [folder]
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        torn.append(folder / "config.json")
     for file in files:
         try:
             with safe_open(file, framework="pt"):

@@ -192,8 +192,12 @@ def is_made_from(folder: Path, made_from: dict[str, Any]) -> bool:
 
 
 def merge(run: dict[str, Any], base: Path, made_from: dict[str, Any]) -> None:
-    """Add the adapter to the base model's own weights, in their precision, and put the result into models/merged."""
+    """Add the adapter to the base model's own weights, in their precision, and put the result into models/merged.
+
+    Raises ConfigError.
+    """
     import transformers
+    from check import ConfigError
     from dataset import load_tokenizer
     from peft import PeftModel
 
@@ -206,8 +210,15 @@ def merge(run: dict[str, Any], base: Path, made_from: dict[str, Any]) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         base, dtype="auto", device_map="cpu", local_files_only=True
     )
-    model = PeftModel.from_pretrained(model, str(ROOT / run["adapter"])).merge_and_unload()
-    tokenizer = load_tokenizer(str(ROOT / run["adapter"]))
+    try:
+        model = PeftModel.from_pretrained(model, str(ROOT / run["adapter"])).merge_and_unload()
+        tokenizer = load_tokenizer(str(ROOT / run["adapter"]))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(": ")
+        raise ConfigError(
+            f"The adapter in {run['adapter']} is torn, or does not fit {run['base_model']} ({reason}): run "
+            "`python finetuning/invoke_olive.py --fresh`."
+        ) from error
     settings = model.generation_config
     settings.eos_token_id = ends_of_answer(run, tokenizer, settings.eos_token_id)
     settings.pad_token_id = tokenizer.pad_token_id

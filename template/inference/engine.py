@@ -29,7 +29,7 @@ for variable, value in {
 
 ENGINES = ("auto", "torch", "onnx")
 ROOT = Path(__file__).resolve().parents[1]
-TUNE = "Run `python finetuning/invoke_olive.py`"
+TUNE = "run `python finetuning/invoke_olive.py`"
 BASE = "or chat with the base model: --baseonly."
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -142,6 +142,8 @@ class Engine:
 
     def fit(self, messages: list[Message], max_new_tokens: int, notify: Callable[[str], None]) -> tuple[list[int], int]:
         """Return the prompt's tokens and how many the answer may have, without the oldest turns if need be."""
+        # a face may be given bytes that are no text, which tokenizers refuse
+        messages = [turn | {"content": turn["content"].encode(errors="replace").decode()} for turn in messages]
         given = [turn for turn in messages[:1] if turn["role"] == "system"]
         turns = messages[len(given) :]
         system = given or [{"role": "system", "content": self.source.system_prompt}]
@@ -270,10 +272,10 @@ def tuned_source(root: Path) -> Source:
             run=run,
         )
     except FileNotFoundError:
-        raise ChatError(f"No tuned model yet: models/run.json is missing. {TUNE}, {BASE}") from None
+        raise ChatError(f"No tuned model yet: models/run.json is missing: {TUNE}, {BASE}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ChatError(f"models/run.json is torn or incomplete ({reason}). {TUNE} again, {BASE}") from error
+        raise ChatError(f"models/run.json is torn or incomplete ({reason}): {TUNE} again, {BASE}") from error
 
 
 def base_source(root: Path) -> Source:
@@ -302,7 +304,7 @@ def read_yaml(root: Path, file: str) -> dict[str, Any]:
         return dict(yaml.safe_load((root / file).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ChatError(f"{file} cannot be read: {reason}. Restore it with git or `copier recopy --trust`.") from error
+        raise ChatError(f"{file} cannot be read ({reason}): restore it with git or `copier recopy --trust`.") from error
 
 
 def check_adapter(source: Source, root: Path) -> None:
@@ -317,13 +319,13 @@ def check_adapter(source: Source, root: Path) -> None:
             weights.keys()  # a torn file is noticed on opening
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ChatError(
-            f"The adapter in {source.adapter} is missing or torn ({error}). {TUNE} again, {BASE}"
+            f"The adapter in {source.adapter} is missing or torn ({error}): {TUNE} again, {BASE}"
         ) from error
     # A folder may have moved with the workspace, and a downloaded model lies in the hub's cache: compare the ends.
     path = f"/{trained_on or source.base}".replace("\\", "/")
     if not path.endswith("/" + source.base.lstrip("./")) and "/models--" + source.base.replace("/", "--") not in path:
         raise ChatError(
-            f"The adapter in {source.adapter} was trained on {trained_on}, but models/run.json names {source.base}. "
+            f"The adapter in {source.adapter} was trained on {trained_on}, but models/run.json names {source.base}: "
             f"{TUNE} again, {BASE}"
         )
 
@@ -338,7 +340,7 @@ def check_base(source: Source, root: Path) -> None:
     with contextlib.suppress(HFValidationError):  # a path is no hub id
         if isinstance(try_to_load_from_cache(source.base, "config.json", revision=source.revision), str):
             return
-    repair = "Run `python setup/get_model.py`."
+    repair = "run `python setup/get_model.py`."
     if source.base != "models/demo" and source.base.startswith(("models/", ".", "/")):
-        repair = "Put the folder back, or change input_model.model_path in finetuning/olive-config.yaml."
-    raise ChatError(f"The base model {source.base} is not on this machine. {repair}")
+        repair = "put the folder back, or change input_model.model_path in finetuning/olive-config.yaml."
+    raise ChatError(f"The base model {source.base} is not on this machine: {repair}")

@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, listen, load the model, serve until Ctrl-C. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseonly", action="store_true", help="the base model, without what was fine-tuned")
-    parser.add_argument("--engine", choices=ENGINES, default="auto", help="what computes the answers (default: auto)")
+    parser.add_argument(
+        "--engine", default="auto", metavar="NAME", help=f"what computes: {', '.join(ENGINES)} (default: auto)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
     parser.add_argument(
         "--port", type=int, default=7860, help="0: any free one; if it is taken, the next is (default: 7860)"

@@ -111,7 +111,9 @@ def torn(folder: Path, root: Path, error: Exception) -> ChatError:
     """Say that an ONNX folder is not whole, and what to do."""
     where = folder.relative_to(root).as_posix()
     again = "finetuning/export.py" if folder.name == "onnx" else "setup/get_model.py --onnx"
-    return ChatError(f"The ONNX model in {where} is torn ({error}): delete it and run `python {again}` again.")
+    return ChatError(
+        f"The ONNX model in {where} is torn ({error}): delete it and run `python {again}` again, or use --engine torch."
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

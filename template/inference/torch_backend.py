@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import ChatError, Generation, Message, Source, read_yaml
+from engine import BASE, TUNE, ChatError, Generation, Message, Source, read_yaml
 from jinja2 import TemplateError
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -24,6 +24,7 @@ from transformers.utils import logging
 warnings.filterwarnings(
     "ignore", category=FutureWarning
 )  # what the libraries tell each other about their next versions
+TORN = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what transformers raises of files not whole
 
 
 class TorchBackend:
@@ -57,10 +58,16 @@ class TorchBackend:
                 quantization_config=quantization,
                 local_files_only=True,
             )
+        except torch.OutOfMemoryError as error:
+            raise ChatError(f"The GPU's memory is too small for {source.base}: close what else uses it.") from error
+        except TORN as error:
+            raise torn(source, root, error) from error
+        try:
             tokenizer = AutoTokenizer.from_pretrained(**words, local_files_only=True)
-        except (OSError, SafetensorError) as error:
-            again = "Build or copy the folder again." if is_folder else "Run `python setup/get_model.py` again."
-            raise ChatError(f"The base model {source.base} is torn or only partly there. {again}") from error
+        except TORN as error:
+            if not source.adapter:
+                raise torn(source, root, error) from error
+            raise ChatError(f"The tokenizer in {source.adapter} is missing or torn: {TUNE} again, {BASE}") from error
         if not tokenizer.chat_template:  # a base model's tokenizer
             tokenizer.chat_template = read_yaml(root, "setup/model.yaml")["chat_template"]
         self.tokenizer = tokenizer
@@ -170,6 +177,15 @@ class TokenStreamer:
         return torch.full((ids.shape[0],), self.cancelled.is_set(), device=ids.device)
 
 
+def torn(source: Source, root: Path, error: Exception) -> ChatError:
+    """Say that the base model's files are not whole, and what to do."""
+    again = "run `python setup/get_model.py` again"
+    if (root / source.base).is_dir():
+        again = f"delete it and {again}" if source.base == "models/demo" else "copy the folder again"
+    reason = str(error).strip().partition("\n")[0][:200].rstrip(".!:")
+    return ChatError(f"The base model {source.base} is torn or only partly there ({reason}): {again}.")
+
+
 def with_adapter(model: Any, source: Source, root: Path) -> Any:
     """Put the adapter on the model. Raises ChatError when it does not fit in every weight."""
     try:
@@ -180,7 +196,7 @@ def with_adapter(model: Any, source: Source, root: Path) -> Any:
     except (RuntimeError, ValueError, KeyError, UserWarning) as error:
         reason = str(error).splitlines()[0][:200]
         raise ChatError(
-            f"The adapter in {source.adapter} does not fit the base model {source.base} ({reason}). Run `python "
+            f"The adapter in {source.adapter} does not fit the base model {source.base} ({reason}): run `python "
             "finetuning/invoke_olive.py --fresh`, or chat with the base model: --baseonly."
         ) from error
 
