@@ -1,4 +1,8 @@
-"""Chat with the tuned model in a terminal, or ask it one question: `--prompt TEXT`, or the question through a pipe."""
+"""Chat with the tuned model in a terminal, or in a script.
+
+--prompt TEXT asks one question. Through a pipe each line is a message of one chat, or a command as in the terminal
+(/system TEXT, /clear, #end). Either way the answers alone are printed.
+"""
 
 from __future__ import annotations
 
@@ -7,44 +11,62 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from engine import ENGINES, ChatError, Engine, Generation, Message, load
 
 END_KEY = "Ctrl-Z Enter" if os.name == "nt" else "Ctrl-D"
-HELP = f"""#end or {END_KEY}: end · Ctrl-C: stop an answer
-/clear: start over · /system TEXT: set the system prompt (no TEXT: none)"""
+HELP = f"""/system TEXT  set the system prompt; without TEXT there is none
+/clear        start over; the system prompt stays
+/help         show this
+#end          end, as do Ctrl-C and {END_KEY}
+Ctrl-C        stop an answer"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, load the model, answer. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseonly", action="store_true", help="the base model, without what was fine-tuned")
-    parser.add_argument("--engine", choices=ENGINES, default="auto", help="what computes the answers (default: auto)")
+    parser.add_argument(
+        "--engine", default="auto", metavar="NAME", help=f"what computes: {', '.join(ENGINES)} (default: auto)"
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="ask this, print the answer alone, and stop")
     parser.add_argument("--max-new-tokens", type=at_least_one, default=256, metavar="N", help="(default: 256)")
     parser.add_argument(
         "--temperature", type=temperature, default=0.0, metavar="T", help="0: always the likeliest words (default)"
     )
+    parser.add_argument(
+        "--history",
+        type=Path,
+        metavar="FILE",
+        help="keep what is typed in the terminal, for the arrow keys of the next chat (default: it is not kept)",
+    )
     parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     options = parser.parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ? instead
     generation = Generation(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
     try:
-        question = options.prompt
-        if question is None and not sys.stdin.isatty():
-            question = sys.stdin.read()
-        if question is not None and not question.strip():
+        text = options.prompt
+        if text is None and not sys.stdin.isatty():
+            text = sys.stdin.read()
+        if text is not None and not text.strip():
             raise ChatError("The question is empty: write it behind --prompt, or send it through the pipe.")
-        say("Loading the model …")
+        if text is None and options.history:
+            recall(options.history)
+        if sys.stderr.isatty():
+            say("Loading the model …")
         engine = load(options.baseonly, options.engine)
         for notice in engine.backend.notices:
             say(notice)
-        if question is None:
-            chat(engine, generation)
+        if text is None:
+            chat(engine, generation, typed(options.history), in_terminal=True)
+        elif options.prompt is None:
+            chat(engine, generation, text.splitlines(), in_terminal=False)
         else:
-            answer(engine, [{"role": "user", "content": question.strip()}], generation, [])
+            answer(engine, [{"role": "user", "content": text.strip()}], generation, [])
     except ChatError as error:
         if options.debug:
             raise
@@ -58,46 +80,82 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def chat(engine: Engine, generation: Generation) -> None:
-    """Talk until the user ends it, on the terminal."""
+def recall(history: Path) -> None:
+    """Give the lines of a file to the arrow keys; it is made when it is missing. Raises ChatError."""
+    try:
+        history.touch(mode=0o600)  # for nobody else to read
+        lines = history.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise ChatError(f"The history cannot be kept in {history} ({error.strerror}): name another file.") from error
+    with contextlib.suppress(ImportError):  # Windows has no readline
+        import readline
+
+        for line in lines:
+            readline.add_history(line)
+
+
+def typed(history: Path | None) -> Iterator[str]:
+    """Yield each line that is typed, until Ctrl-C or the end key, and add it to the file `history`."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() its arrow keys; Windows has its own)
-    source = engine.source
-    print(f"\nModel    {source.base} · {engine.backend.description}")
-    print(f"Adapter  {f'{source.adapter} · {source.method}' if source.adapter else 'none: the base model alone'}")
-    print(f"{HELP}\n")
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            line = input("You: ").strip()
+            if history and line:
+                with history.open("a", encoding="utf-8", errors="replace") as file:
+                    file.write(" ".join(line.splitlines()) + "\n")
+            yield line
+    print()
+
+
+def chat(engine: Engine, generation: Generation, lines: Iterable[str], in_terminal: bool) -> None:
+    """Answer each line of one chat until `#end`, or do what it commands. Raises ChatError, but not in a terminal."""
+    if in_terminal:
+        source = engine.source
+        print(f"\nModel    {source.base} · {engine.backend.description}")
+        print(f"Adapter  {f'{source.adapter} · {source.method}' if source.adapter else 'none: the base model alone'}")
+        print("#end ends the chat, /help shows what else there is\n")
     system: list[Message] = []
     turns: list[Message] = []
-    while True:
+    for line in map(str.strip, lines):
+        command, _, text = line.partition(" ")
+        done = ""
+        if line == "#end":
+            return
+        if line == "/help":
+            done = HELP
+        elif line == "/clear":
+            turns, done = [], "(a new chat)"
+        elif command == "/system":
+            system = [{"role": "system", "content": text.strip()}]
+            done = "(the system prompt is set)" if text.strip() else "(no system prompt)"
+        elif in_terminal and command[:1] == "/" and command[1:].isalpha() and not text:
+            done = f"(there is no {command}: /help shows what there is)"
+        elif line:
+            turns += converse(engine, system + turns, line, generation, in_terminal)
+        if done and in_terminal:
+            print(f"{done}\n")
+
+
+def converse(
+    engine: Engine, before: list[Message], question: str, generation: Generation, in_terminal: bool
+) -> list[Message]:
+    """Print the answer to a question; return both, or nothing where there is no answer. Raises ChatError in a pipe."""
+    asked = {"role": "user", "content": question}
+    said: list[str] = []
+    if not in_terminal:
+        answer(engine, [*before, asked], generation, said)
+    else:
+        print("Model: ", end="", flush=True)
         try:
-            question = input("You: ").strip()
-        except EOFError:
-            print()
-            return
+            answer(engine, [*before, asked], generation, said)
+        except ChatError as error:
+            print(f"({error})")
         except KeyboardInterrupt:
-            print(f"\n(#end or {END_KEY} ends the chat)")
-            continue
-        if question == "#end":
-            return
-        if question == "/clear":
-            turns = []
-            print("(a new chat)\n")
-        elif question.split(" ")[0] == "/system":
-            system = [{"role": "system", "content": question.removeprefix("/system").strip()}]
-            print("(the system prompt is set)\n" if system[0]["content"] else "(no system prompt)\n")
-        elif question:
-            turns.append({"role": "user", "content": question})
-            print("Model: ", end="", flush=True)
-            said: list[str] = []
-            try:
-                answer(engine, system + turns, generation, said)
-            except ChatError as error:
-                print(f"({error})")
-            except KeyboardInterrupt:
-                print("\n(stopped)")
-            print()
-            # A question without an answer would leave two user turns in a row, which many chat templates refuse.
-            turns = [*turns, {"role": "assistant", "content": "".join(said)}] if any(said) else turns[:-1]
+            print("\n(stopped)")
+        print()
+    # A question without an answer would leave two user turns in a row, which many chat templates refuse.
+    return [asked, {"role": "assistant", "content": "".join(said)}] if any(said) else []
 
 
 def answer(engine: Engine, messages: list[Message], generation: Generation, said: list[str]) -> None:

@@ -419,7 +419,7 @@ finally:
     done = subprocess.run(command, env=watch.environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, row[-1]["content"] + "\n"), done.stderr
     says = "The int4 model in models/onnx answers; --engine torch takes the adapter itself, and is slower."
-    assert done.stderr.splitlines() == ["Loading the model …", says, "[]"]
+    assert done.stderr.splitlines() == [says, "[]"]
     assert watch.hosts() == set()
     if not cannot_trace():
         assert watch.calls() == []

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import socket
 import subprocess
@@ -21,6 +18,7 @@ from typing import Any
 
 import pytest
 from served import served
+from terminal import Terminal
 
 INFERENCE = Path(__file__).resolve().parents[2] / "template" / "inference"
 HUB_ID, REVISION = "someone/some-model", "0" * 40
@@ -148,7 +146,7 @@ def not_downloaded(root: Path) -> None:
     [
         (
             no_run,
-            r"No tuned model yet: models/run.json is missing. Run `python finetuning/invoke_olive.py`, or .*--baseonly",
+            r"No tuned model yet: models/run.json is missing: run `python finetuning/invoke_olive.py`, or .*--baseonly",
         ),
         (torn_run, r"models/run.json is torn or incomplete .*invoke_olive.py` again, or .*--baseonly"),
         (incomplete_run, r"models/run.json is torn or incomplete \(KeyError: 'revision'\)"),
@@ -160,9 +158,9 @@ def not_downloaded(root: Path) -> None:
             other_base,
             r"The adapter in models/adapter was trained on models/other, but models/run.json names models/demo",
         ),
-        (no_base, r"The base model models/demo is not on this machine. Run `python setup/get_model.py`"),
-        (no_folder, r"The base model ../mine is not on this machine. Put the folder back"),
-        (not_downloaded, r"The base model someone/some-model is not on this machine. Run `python setup/get_model.py`"),
+        (no_base, r"The base model models/demo is not on this machine: run `python setup/get_model.py`"),
+        (no_folder, r"The base model ../mine is not on this machine: put the folder back"),
+        (not_downloaded, r"The base model someone/some-model is not on this machine: run `python setup/get_model.py`"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -202,7 +200,7 @@ def test_an_empty_question_is_an_error(workspace: Path) -> None:
         assert done.stderr.startswith("error: The question is empty")
 
 
-@pytest.mark.parametrize("arguments", [["--temperature", "3"], ["--max-new-tokens", "0"], ["--engine", "abacus"]])
+@pytest.mark.parametrize("arguments", [["--temperature", "3"], ["--max-new-tokens", "0"]])
 def test_a_wrong_option_is_a_usage_error(workspace: Path, arguments: list[str]) -> None:
     assert start(workspace, "console_chat.py", *arguments).returncode == 2
 
@@ -365,6 +363,12 @@ def test_a_conversation_longer_than_the_context_loses_its_oldest_turns_and_says_
     assert bytes(prompt).decode() == "[system]Rule[user]u2[assistant]a2[user]now?"
     assert room == 16
     assert notices == ["The model reads 64 tokens: the oldest 4 messages of this chat were left out."]
+
+
+@pytest.mark.usefixtures("modules")
+def test_bytes_that_are_no_text_are_asked_as_question_marks() -> None:
+    prompt, _ = recorded("yes").fit([{"role": "user", "content": "gr\udcfc?"}], 16, print)
+    assert bytes(prompt).decode() == "[user]gr??"
 
 
 @pytest.mark.usefixtures("modules")
@@ -576,14 +580,41 @@ def test_prompt_prints_the_answer_alone(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.usefixtures("tuned")
-def test_a_question_through_a_pipe_is_answered_alone(
+def test_each_line_through_a_pipe_is_a_message_or_a_command_and_the_answers_alone_are_printed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import console_chat
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    seen = []
+    answer = console_chat.answer
+
+    def watch(engine: Any, messages: list[dict[str, str]], *rest: Any) -> None:
+        seen.append([turn["content"] for turn in messages])
+        answer(engine, messages, *rest)
+
+    monkeypatch.setattr(console_chat, "answer", watch)
+    lines = "hello\n\npoem\n/clear\n/help\n/system Be kind.\nhello\n/system\nhello\n#end\nhello\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     assert console_chat.main([]) == 0
-    assert capsys.readouterr().out == "joy\n"
+    out, err = capsys.readouterr()
+    assert (out.splitlines()[0], err) == ("joy", "")
+    assert [asked[-1] for asked in seen] == ["hello", "poem", "hello", "hello"]
+    assert seen[1] == ["hello", "joy", "poem"]
+    assert seen[2] == ["Be kind.", "hello"]
+    assert seen[3] == ["", "hello", "joy", "hello"]
+
+
+@pytest.mark.usefixtures("tuned")
+def test_a_message_in_a_pipe_that_cannot_be_answered_ends_it_with_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import console_chat
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"hello\n{'x' * 900}\nhello\n"))
+    assert console_chat.main([]) == 1
+    out, err = capsys.readouterr()
+    assert out == "joy\n"
+    assert re.fullmatch(r"error: The message comes to \d+ tokens, .*\n", err)
 
 
 # ---- the page
@@ -660,59 +691,31 @@ def test_loading_chatting_and_serving_connect_to_this_machine_only(connections: 
 # ---- a start of its own, with a terminal
 
 
-def test_a_chat_in_a_terminal_keeps_going_after_ctrl_c_and_stops_at_end(tuned: Path) -> None:
-    keyboard, screen = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-B", str(tuned / "inference/console_chat.py"), "--max-new-tokens", "300"],
-        stdin=screen,
-        stdout=screen,
-        stderr=screen,
-        start_new_session=True,
-        close_fds=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-    )
-    os.close(screen)
-    seen = ""
+# For so slow a model that an answer is still under way when the test stops it.
+SLOWLY = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import console_chat, torch_backend
+from torch.nn.modules.module import register_module_forward_pre_hook
+register_module_forward_pre_hook(lambda *_: time.sleep(0.001))
+sys.exit(console_chat.main(sys.argv[2:]))
+"""
 
-    def wait_for(text: str) -> str:
-        """Read until the text appears; return what came with it."""
-        nonlocal seen
-        while text not in seen:
-            assert select.select([keyboard], [], [], 60)[0], f"waited for {text!r}, and there is {seen!r}"
-            seen += os.read(keyboard, 1024).decode(errors="replace").replace("\r\n", "\n")
-        before, seen = seen.split(text, 1)
-        return before + text
 
-    def type_line(text: str) -> None:
-        os.write(keyboard, text.encode())
-
-    try:
-        banner = wait_for("You: ")
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on_until_ctrl_c_at_its_prompt(tuned: Path) -> None:
+    with Terminal([sys.executable, "-B", "-c", SLOWLY, str(tuned / "inference")]) as terminal:
+        banner = terminal.wait_for("You: ")
         assert "models/adapter · lora" in banner
         assert "#end" in banner
         assert max(map(len, banner.splitlines())) <= 80
-        for _ in range(5):  # on a busy machine the answer may end before it is stopped
-            type_line("count\n")
-            wait_for("Model: 0 1")
-            type_line("\x03")
-            stopped = wait_for("You: ")
-            if "(stopped)" in stopped:
-                break
-            type_line("\n")  # a Ctrl-C that comes as the prompt does may wait for the next key
-            while select.select([keyboard], [], [], 1)[0]:
-                os.read(keyboard, 1024)
-            seen = ""
-        assert "(stopped)" in stopped
-        type_line("/clear\n")
-        wait_for("a new chat")
-        wait_for("You: ")
-        type_line("hello\n")
-        wait_for("Model: joy\n")
-        wait_for("You: ")
-        type_line("#end\n")
-        assert process.wait(timeout=60) == 0
-    finally:
-        process.kill()
-        process.wait()
-        with contextlib.suppress(OSError):
-            os.close(keyboard)
+        terminal.type("count\n")
+        terminal.wait_for("Model: 0 1")
+        terminal.type("\x03")
+        assert "(stopped)" in terminal.wait_for("You: ")
+        terminal.type("/clear\n")
+        terminal.wait_for("a new chat")
+        terminal.wait_for("You: ")
+        terminal.type("hello\n")
+        terminal.wait_for("Model: joy\n")
+        terminal.wait_for("You: ")
+        assert terminal.end("\x03") == 0
