@@ -131,8 +131,9 @@ def build_page(line: Line) -> Any:
         message: str, history: list[Any], system: str, longest: int, temperature: float, top_p: float
     ) -> AsyncIterator[str]:
         messages: list[Message] = [{"role": "system", "content": system}]
-        for turn in history:  # whose content comes in parts
-            messages.append({"role": turn["role"], "content": "".join(part["text"] for part in turn["content"])})
+        for turn in history:  # whose content comes in parts from the page, and as a text from gradio's clients
+            parts = [{"text": turn["content"]}] if isinstance(turn["content"], str) else turn["content"]
+            messages.append({"role": turn["role"], "content": "".join(part["text"] for part in parts)})
         messages += [{"role": "user", "content": message.strip()}]
         said = ""
         try:

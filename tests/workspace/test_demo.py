@@ -26,7 +26,7 @@ from conftest import RENDERED
 # What a machine of a user's does not set, and what would hide a connection that the product makes.
 FOREIGN = re.compile(
     r"CI|GITHUB_.*|TF_BUILD|.*_PROXY|XDG_.*|HF_.*|TRANSFORMERS_.*|.*TELEMETRY.*|DO_NOT_TRACK|GRADIO_.*|OMP_.*"
-    r"|COLUMNS|LINES|TERM|NO_COLOR|FORCE_COLOR|PYTEST_.*|PYTHON.*",
+    r"|DISPLAY|WAYLAND_DISPLAY|BROWSER|COLUMNS|LINES|TERM|NO_COLOR|FORCE_COLOR|PYTEST_.*|PYTHON.*",
     re.IGNORECASE,
 )
 STRACE = ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "signal=none"]
@@ -47,6 +47,8 @@ def watch(event, arguments):
         record(str(arguments[0][0]))
     elif event in ("socket.connect", "socket.sendto", "socket.sendmsg") and isinstance(arguments[1], tuple):
         record(str(arguments[1][0]))
+    elif event == "webbrowser.open":
+        record("a browser, for " + arguments[0])
 
 sys.addaudithook(watch)
 record("{WATCHED}")

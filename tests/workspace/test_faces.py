@@ -1,0 +1,438 @@
+"""One engine, three faces: console, page and API say the same, and refuse in the same words. For torch and for ONNX."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+from served import served
+from terminal import Terminal
+from test_export import held_out, tune
+
+sys.path.append(str(REPOSITORY / ".cache" / "openai"))  # at the end: what a workspace has comes first
+import openai
+
+ENGINES = ("torch", "onnx")
+# Their words tell the tiny model a tone: one of them changes what it answers to a question.
+SYSTEMS = ("She was terrified and scared.", "We were gleeful, jubilant.", "He was mournful and gloomy.", "Startled!")
+MODULES = ("engine", "onnx_backend", "torch_backend", "console_chat", "gradio_chat", "server", "api", "line")
+
+
+@pytest.fixture(scope="module")
+def tuned(workspace: Path) -> Iterator[Path]:
+    """The workspace with an adapter that knows the task, and its int4 export; afterwards with the demo alone."""
+    sys.path.insert(0, str(workspace / "inference"))
+    os.chdir(workspace)
+    tune(workspace, "lora", steps=150)
+    import export
+
+    export.quiet()
+    export.export("onnx", 0.95, debug=False)
+    yield workspace
+    for path in (workspace / "models").iterdir():
+        if path.name != "demo":
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    sys.path.remove(str(workspace / "inference"))
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def engines(tuned: Path) -> dict[str, Any]:
+    from engine import load
+
+    return {name: load(engine=name, root=tuned) for name in ENGINES}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def engine(engines: dict[str, Any], name: str) -> Any:
+    return engines[name]
+
+
+@pytest.fixture(scope="module")
+def address(engine: Any) -> Iterator[str]:
+    """Page and API, served."""
+    with served(lambda: engine) as (address, _):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def api(address: str) -> Callable[[list[dict[str, str]]], str]:
+    client = openai.OpenAI(base_url=f"{address}v1", api_key="none", max_retries=0, timeout=60)
+
+    def ask(messages: list[dict[str, str]]) -> str:
+        answer = client.chat.completions.create(model="tuned", messages=messages)  # type: ignore[arg-type]
+        return str(answer.choices[0].message.content)
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def page(address: str) -> Any:
+    from gradio_client import Client
+
+    return Client(address, verbose=False)
+
+
+@pytest.fixture
+def pipe(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Start the console with lines in its pipe; return its status, what it prints, and its errors."""
+
+    def talk(*lines: str, options: tuple[str, ...] = ()) -> tuple[int, str, str]:
+        import console_chat
+
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        capsys.readouterr()
+        status = console_chat.main(["--engine", name, *options])
+        return status, *capsys.readouterr()
+
+    return talk
+
+
+def say(engine: Any, messages: list[dict[str, str]], **settings: Any) -> str:
+    """Ask the engine itself."""
+    from engine import Generation
+
+    return "".join(engine.stream(messages, Generation(**settings), lambda _: None))
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def conversation(engine: Any, questions: list[str], system: str | None) -> list[str]:
+    """Return the engine's answers to questions that follow each other."""
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    answers = []
+    for question in questions:
+        turns.append(user(question))
+        answers.append(say(engine, turns))
+        turns.append({"role": "assistant", "content": answers[-1]})
+    return answers
+
+
+def telling(engine: Any, questions: list[str]) -> tuple[str, list[str], list[str]]:
+    """Return a conversation whose answers are others without its system prompt, and without its history."""
+    for start in range(0, len(questions), 2):
+        asked = questions[start : start + 2]
+        without = conversation(engine, asked, None), [say(engine, [user(question)]) for question in asked]
+        for system in SYSTEMS:
+            if (answers := conversation(engine, asked, system)) not in without:
+                return system, asked, answers
+    raise AssertionError("system prompt and history are without effect")
+
+
+# ---- the same answers
+
+
+def test_twenty_questions_have_the_same_answers_in_every_face(
+    engine: Any, pipe: Any, page: Any, api: Any, twenty_questions: list[str]
+) -> None:
+    assert len(set(twenty_questions)) == 20
+    expected = [say(engine, [user(question)]) for question in twenty_questions]
+    assert len(set(expected)) >= 4
+    assert [api([user(question)]) for question in twenty_questions] == expected
+    for question, answer in zip(twenty_questions, expected, strict=True):
+        assert page.predict(question, api_name="/chat") == answer
+        page.reset_session()
+        assert pipe(options=("--prompt", question))[:2] == (0, f"{answer}\n")
+    lines = [line for question in twenty_questions for line in (question, "/clear")]
+    assert pipe(*lines)[:2] == (0, "".join(f"{answer}\n" for answer in expected))
+
+
+def test_a_conversation_with_a_system_prompt_has_the_same_answers_in_every_face(
+    engine: Any, pipe: Any, page: Any, api: Any, twenty_questions: list[str]
+) -> None:
+    system, questions, expected = telling(engine, twenty_questions)
+    assert pipe(f"/system {system}", *questions)[:2] == (0, "".join(f"{answer}\n" for answer in expected))
+    assert [page.predict(question, system=system, api_name="/chat") for question in questions] == expected
+    page.reset_session()
+    turns = [{"role": "system", "content": system}]
+    for question, answer in zip(questions, expected, strict=True):
+        turns.append(user(question))
+        assert api(turns) == answer
+        turns.append({"role": "assistant", "content": answer})
+
+
+def test_the_engines_give_the_same_answer_to_95_of_100_held_out_rows(engines: dict[str, Any], tuned: Path) -> None:
+    rows = held_out(tuned / "models")
+    same = sum(say(engines["torch"], row[:-1]) == say(engines["onnx"], row[:-1]) for row in rows)
+    print(f"the engines agree on {same} of {len(rows)} held-out rows")
+    assert len(rows) == 160
+    assert same >= 0.95 * len(rows)
+
+
+# ---- the engine, with either library
+
+
+QUESTION = [{"role": "user", "content": "the the the"}]
+
+
+def test_settings_change_the_answer_as_they_should(engine: Any) -> None:
+    hot = {"max_new_tokens": 12, "temperature": 2.0}
+    assert say(engine, QUESTION, **hot, seed=1) == say(engine, QUESTION, **hot, seed=1)
+    assert len({say(engine, QUESTION, **hot, seed=seed) for seed in (1, 2, 3, 2**40)}) > 1
+    assert say(engine, QUESTION, **hot, top_k=10**6, seed=1)  # more than the vocabulary, which would crash ONNX Runtime
+    greedy = say(engine, QUESTION)
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}):
+        assert {say(engine, QUESTION, **hot, **narrow, seed=seed) for seed in (1, 2)} == {greedy}
+    # the end of turn stands in the prompt: punished for that, the answer goes on, and says nothing twice
+    words = say(engine, QUESTION, max_new_tokens=12, repetition_penalty=5.0)
+    assert words.startswith(greedy)
+    assert len(words) > len(greedy)
+
+
+def test_an_answer_ends_before_a_stop_text(engine: Any) -> None:
+    from engine import Generation, Usage
+
+    whole = say(engine, QUESTION)
+    usage = Usage()
+    stopped = "".join(engine.stream(QUESTION, Generation(stop=("never said", whole[-3:])), print, usage))
+    assert (stopped, usage.finish_reason) == (whole[:-3], "stop")
+
+
+def test_a_stream_that_is_closed_computes_no_further(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine import Generation
+
+    steps: list[int] = []
+    long = Generation(200, repetition_penalty=50.0)  # which lets no answer end
+    if hasattr(engine.backend.model, "get_base_model"):
+        hook = engine.backend.model.get_base_model().register_forward_pre_hook(lambda *_: steps.append(1))
+    else:
+        import onnx_backend
+
+        class Counting(onnx_backend.onnxruntime_genai.Generator):  # type: ignore[misc]
+            def generate_next_token(self) -> None:
+                steps.append(1)
+                super().generate_next_token()
+
+        hook = None
+        monkeypatch.setattr(onnx_backend.onnxruntime_genai, "Generator", Counting)
+    try:
+        say(engine, QUESTION, max_new_tokens=200, repetition_penalty=50.0)
+        assert len(steps) >= 50
+        steps.clear()
+        stream = engine.stream(QUESTION, long, print)
+        next(stream)
+        stream.close()
+        taken = len(steps)
+        assert taken < 50
+        assert not engine.lock.locked()
+        assert say(engine, QUESTION) == say(engine, QUESTION, max_new_tokens=8)
+    finally:
+        if hook:
+            hook.remove()
+
+
+def test_a_conversation_that_is_too_long_loses_its_oldest_turns_and_every_face_says_so(
+    engine: Any, pipe: Any, page: Any, api: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import console_chat
+    import gradio
+
+    monkeypatch.setattr(engine.backend, "context", 64)
+    monkeypatch.setattr(console_chat, "load", lambda *_: engine)
+    told: list[str] = []
+    monkeypatch.setattr(gradio, "Info", told.append)
+    questions = ["It was a long, long day in the market, and then another one.", "Who was jubilant?"] * 2
+    notice = r"The model reads 64 tokens: the oldest \d messages of this chat were left out\."
+    status, out, err = pipe("/system", *questions, options=("--max-new-tokens", "16"))
+    assert status == 0
+    assert re.search(f"^{notice}$", err, re.MULTILINE), err
+    settings = {"system": "", "longest": 16, "api_name": "/chat"}
+    assert "".join(f"{page.predict(question, **settings)}\n" for question in questions) == out
+    page.reset_session()
+    assert re.fullmatch(notice, told[-1])
+    with pytest.raises(openai.BadRequestError, match="longer than what the model reads"):
+        api([turn for question in questions for turn in (user(question), {"role": "assistant", "content": "joy"})])
+
+
+# ---- the same refusals
+
+
+def no_adapter(models: Path) -> None:
+    shutil.rmtree(models / "adapter")
+
+
+def torn_adapter(models: Path) -> None:
+    cut(models / "adapter/adapter_model.safetensors")
+
+
+def torn_tokenizer(models: Path) -> None:
+    cut(models / "adapter/tokenizer.json")
+
+
+def adapter_of_another_base(models: Path) -> None:
+    change(models / "adapter/adapter_config.json", base_model_name_or_path="some/other")
+
+
+def adapter_of_another_rank(models: Path) -> None:
+    change(models / "adapter/adapter_config.json", r=4)
+
+
+def no_base(models: Path) -> None:
+    shutil.rmtree(models / "demo")
+
+
+def torn_base(models: Path) -> None:
+    cut(models / "demo/model.safetensors")
+
+
+def torn_base_settings(models: Path) -> None:
+    cut(models / "demo/config.json")
+
+
+def no_export(models: Path) -> None:
+    shutil.rmtree(models / "onnx")
+
+
+def stale_export(models: Path) -> None:
+    change(models / "onnx/export.json", adapter_sha256="0")
+
+
+def torn_export(models: Path) -> None:
+    cut(models / "onnx/model.onnx.data")
+
+
+def overwritten_export(models: Path) -> None:
+    file = models / "onnx/model.onnx"
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def change(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+TUNE, EXPORT = (
+    "run `python finetuning/invoke_olive.py",
+    "run `python finetuning/export.py` again, or use --engine torch",
+)
+GET = "run `python setup/get_model.py`"
+REFUSED = [
+    (no_adapter, "torch", rf"The adapter in models/adapter is missing or torn \(.*\): {TUNE}` again"),
+    (torn_adapter, "torch", rf"The adapter in models/adapter is missing or torn \(.*\): {TUNE}` again"),
+    (torn_tokenizer, "torch", rf"The (tokenizer|adapter) in models/adapter is (missing or )?torn\b.*: {TUNE}"),
+    (
+        adapter_of_another_base,
+        "torch",
+        f"The adapter in models/adapter was trained on some/other, but .*: {TUNE}` again",
+    ),
+    (
+        adapter_of_another_rank,
+        "torch",
+        f"The adapter in models/adapter .*does not fit .*models/demo.*: {TUNE} --fresh`",
+    ),
+    (no_base, "torch", rf"The base model models/demo is (not on this machine|missing): {GET}"),
+    (torn_base, "torch", rf"The (base )?model .*\(.*\): delete .* and {GET}"),
+    (torn_base_settings, "torch", rf"The (base )?model .*\(.*config.json.*\): delete .* and {GET}"),
+    (
+        no_export,
+        "onnx",
+        "There is no ONNX model in models/onnx yet: run `python finetuning/export.py`, or use --engine t",
+    ),
+    (
+        stale_export,
+        "onnx",
+        f"The ONNX model in models/onnx was made from another adapter than models/adapter: {EXPORT}",
+    ),
+    (torn_export, "onnx", rf"The ONNX model in models/onnx is torn \(model.onnx.data\): {EXPORT}"),
+    (overwritten_export, "onnx", rf"The ONNX model in models/onnx is torn \(.*\): delete it and {EXPORT}"),
+    (bool, "abacus", "There is no engine 'abacus': choose one of auto, torch, onnx"),
+]
+
+
+@pytest.mark.parametrize(("damage", "library", "words"), REFUSED, ids=lambda value: getattr(value, "__name__", ""))
+def test_what_keeps_a_face_from_its_work_is_one_sentence_and_status_1(
+    tuned: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
+    library: str,
+    words: str,
+) -> None:
+    import console_chat
+    import export
+    import gradio_chat
+
+    faces = {
+        "console": lambda: console_chat.main(["--engine", library, "--prompt", "hi"]),
+        "page": lambda: gradio_chat.main(["--engine", library, "--port", "0"]),
+    }
+    if library == "torch":  # what concerns base and adapter concerns the export
+        faces["export"] = export.main
+    models = tuned / "models"
+    shutil.copytree(models, tmp_path / "models")
+    try:
+        damage(models)
+        if library == "torch":
+            shutil.rmtree(models / "merged")  # or it would be used again
+        monkeypatch.setattr(sys, "argv", ["export.py"])
+        for face, start in faces.items():
+            capsys.readouterr()
+            assert start() == 1, face
+            err = capsys.readouterr().err
+            assert re.fullmatch(rf"error: {words}[^\n]*\.\n", err), (face, err)
+            assert not re.search(r"\. [A-Z]", err), (face, err)
+    finally:
+        shutil.rmtree(models)
+        shutil.copytree(tmp_path / "models", models)
+
+
+# ---- the console in a terminal
+
+
+def test_what_is_typed_is_kept_only_where_it_is_asked_for_and_the_arrow_keys_find_it(
+    tuned: Path, tmp_path: Path
+) -> None:
+    history = tmp_path / "history"
+    command = [sys.executable, "-B", str(tuned / "inference/console_chat.py"), "--history", str(history)]
+    row = held_out(tuned / "models")[0]
+    question, answer = row[-2]["content"], row[-1]["content"]
+    with Terminal(command) as terminal:
+        assert "ONNX Runtime, int4" in terminal.wait_for("You: ")
+        terminal.type("/help\n")
+        screen = terminal.wait_for("You: ")
+        for command_ in ("/system TEXT", "/clear", "/help", "#end", "Ctrl-C"):
+            assert command_ in screen
+        assert max(map(len, screen.splitlines())) <= 80
+        terminal.type("/claer\n")
+        terminal.wait_for("(there is no /claer: /help shows what there is)")
+        terminal.wait_for("You: ")
+        terminal.type(f"{question}\n")
+        terminal.wait_for(f"Model: {answer}\n")
+        terminal.wait_for("You: ")
+        terminal.type("#end\n")
+        assert terminal.process.wait(timeout=60) == 0
+    assert history.read_text() == f"/help\n/claer\n{question}\n#end\n"
+    assert history.stat().st_mode & 0o777 == 0o600
+    with Terminal(command) as terminal:
+        terminal.wait_for("You: ")
+        terminal.type("\x1b[A\x1b[A\n")  # twice up
+        terminal.wait_for(f"Model: {answer}\n")
+        terminal.wait_for("You: ")
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=60) == 0
+    with Terminal([*command[:-1], str(tmp_path / "missing" / "history")]) as terminal:
+        terminal.wait_for("error: The history cannot be kept in ")
+        assert terminal.process.wait(timeout=60) == 1
