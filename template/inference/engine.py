@@ -272,7 +272,7 @@ def tuned_source(root: Path) -> Source:
             run=run,
         )
     except FileNotFoundError:
-        raise ChatError(f"No tuned model yet: models/run.json is missing: {TUNE}, {BASE}") from None
+        raise ChatError(f"No tuned model yet (models/run.json is missing): {TUNE}, {BASE}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ChatError(f"models/run.json is torn or incomplete ({reason}): {TUNE} again, {BASE}") from error

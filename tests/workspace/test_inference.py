@@ -146,7 +146,7 @@ def not_downloaded(root: Path) -> None:
     [
         (
             no_run,
-            r"No tuned model yet: models/run.json is missing: run `python finetuning/invoke_olive.py`, or .*--baseonly",
+            r"No tuned model yet \(models/run.json is missing\): run `python finetuning/invoke.*`, or .*--baseonly",
         ),
         (torn_run, r"models/run.json is torn or incomplete .*invoke_olive.py` again, or .*--baseonly"),
         (incomplete_run, r"models/run.json is torn or incomplete \(KeyError: 'revision'\)"),
