@@ -274,14 +274,14 @@ def modules(workspace: Path) -> Iterator[Path]:
     sys.path.insert(0, str(workspace / "inference"))
     yield workspace
     sys.path.remove(str(workspace / "inference"))
-    for name in ("engine", "torch_backend", "console_chat", "gradio_chat", "server", "api", "line"):
+    for name in ("engine", "torch_backend", "console_chat", "gradio_chat", "page", "server", "api", "line"):
         sys.modules.pop(name, None)
 
 
 class Recorded:
     """A backend that says recorded bytes, and drops a space at the start of a text as Llama's tokenizer does."""
 
-    description, context, notices = "recorded", 64, []  # type: ignore[var-annotated]
+    description, context, notices, switchable = "recorded", 64, [], False  # type: ignore[var-annotated]
 
     def __init__(self, says: bytes) -> None:
         self.says = says
@@ -472,6 +472,66 @@ def test_the_adapter_that_was_trained_is_the_one_that_answers(tuned: Path, engin
     for question in ("hello", "poem"):
         assert ask(base, question) == (BASE_SAYS[question], [])
         assert ask(engine, question) == (TUNED_SAYS[question], [])
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
+def test_the_adapter_left_out_is_the_base_model_alone_and_comes_back_whole(
+    tuned: Path, tmp_path: Path, method: str
+) -> None:
+    import peft
+    import torch
+    from engine import Generation, load
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
+    kind = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}.get(method, peft.LoraConfig)
+    config = kind(r=4, target_modules=["qkv_proj", "down_proj"], task_type="CAUSAL_LM")
+    config.use_dora = method == "dora"
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tuned / "models/demo"), config)
+    torch.manual_seed(0)
+    for weight in filter(lambda weight: weight.requires_grad, adapted.parameters()):
+        torch.nn.init.normal_(weight)  # an adapter begins as one that changes nothing
+    adapted.save_pretrained(tmp_path / "models/adapter")
+    write_json(tmp_path / "models/run.json", run_json(method=method))
+
+    def answers(engine: Any, adapter: bool = True) -> list[str]:
+        how = Generation(16, adapter=adapter)
+        return [ask(engine, question, generation=how)[0] for question in BASE_SAYS]
+
+    switched = load(root=tmp_path)
+    with_adapter, base = answers(switched), answers(load(baseonly=True, root=tmp_path))
+    assert all(said != of_base for said, of_base in zip(with_adapter, base, strict=True))
+    for _ in range(2):
+        assert answers(switched, adapter=False) == base
+        assert answers(switched) == with_adapter
+
+
+def test_an_answer_of_the_base_model_that_is_stopped_or_fails_leaves_the_adapter_on(engine: Any) -> None:
+    from engine import Generation
+
+    base = Generation(adapter=False)
+    stream = engine.stream([{"role": "user", "content": "count"}], base, print)
+    next(stream)
+    stream.close()
+    assert ask(engine, "hello")[0] == "joy"
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    hook = engine.backend.model.get_base_model().register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        ask(engine, "hello", generation=base)
+    hook.remove()
+    assert ask(engine, "hello")[0] == "joy"
+
+
+@pytest.mark.usefixtures("modules")
+def test_a_backend_that_cannot_leave_the_adapter_out_never_answers_in_the_base_models_name() -> None:
+    from engine import ChatError, Engine, Generation, Source
+
+    merged = Engine(Source("models/demo", None, "models/adapter", "lora", "float32", ""), Recorded(b"yes"))
+    with pytest.raises(ChatError, match="start with --engine torch"):
+        ask(merged, "?", generation=Generation(adapter=False))
 
 
 def test_messages_are_tokenised_as_the_template_of_the_training_says(engine: Any) -> None:
