@@ -694,8 +694,30 @@ def test_stopping_an_answer_on_the_page_stops_the_computing(client: Any, engine:
 def test_the_page_names_model_adapter_engine_and_metrics(url: str) -> None:
     config = json.loads(fetch(f"{url}config"))
     texts = "\n".join(str(part["props"].get("value")) for part in config["components"])
-    for expected in ("models/demo", "models/adapter", "torch, float32 on", "| exact answers | 0.27 | 0.98 |"):
+    for expected in ("models/demo", "models/adapter", "torch, float32 on", "| exact answers | 27.0% | 98.0% |"):
         assert expected in texts
+
+
+@pytest.mark.usefixtures("modules")
+@pytest.mark.parametrize(
+    ("adapter", "switchable"), [("models/adapter", True), ("models/adapter", False), (None, False)]
+)
+def test_the_page_offers_to_compare_where_it_can_and_says_how_where_it_cannot(
+    adapter: str | None, switchable: bool
+) -> None:
+    from engine import Engine, Source
+    from line import Line
+    from page import build_page
+
+    backend = Recorded(b"yes")
+    backend.switchable = switchable  # type: ignore[misc]
+    engine = Engine(Source("models/demo", None, adapter, "lora", "float32", ""), backend)
+    parts = build_page(Line(engine)).get_config_file()["components"]
+    (switch,) = [part["props"] for part in parts if part["props"].get("elem_id") == "compare"]
+    texts = "\n".join(str(part["props"].get("value")) for part in parts)
+    assert switch["visible"] == switchable
+    assert ("start with --engine torch" in texts) == bool(adapter and not switchable)
+    assert ("the base model alone" in texts) == (adapter is None)
 
 
 def test_the_page_lets_the_browser_load_nothing_from_elsewhere(url: str) -> None:
