@@ -14,12 +14,13 @@ from api import failure
 from engine import COMPARE, Generation, Message
 from line import Line
 
-# The columns stand side by side where there is room, share what height is left, and scroll by themselves. Gradio's own
-# buttons to clear would clear one column alone, and its sliders' knobs are white on white.
+# The columns stand side by side where there is room, share what height is left, and scroll by themselves, below their
+# names. Gradio's own buttons to clear would clear one column alone, and its sliders' knobs are white on white.
 STYLE = """
 .columns { flex: 1 1 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));
-  grid-auto-rows: minmax(15rem, 1fr); align-items: stretch; }
+  grid-auto-rows: minmax(16rem, 1fr); align-items: stretch; }
 .columns > .block { contain: size; }
+.columns label { position: static; align-self: start; }
 .columns .top-panel { display: none; }
 input[type=range]::-webkit-slider-thumb { background: var(--primary-600); }
 input[type=range]::-moz-range-thumb { background: var(--primary-600); }

@@ -349,7 +349,7 @@ def everything(browser: BrowserContext, address: str, steps: list[int]) -> Itera
     page.close()
 
 
-def test_every_control_has_a_name_of_its_own(everything: Page) -> None:
+def test_every_control_has_a_name(everything: Page) -> None:
     tree = everything.context.new_cdp_session(everything).send("Accessibility.getFullAXTree")
     controls = {"button", "checkbox", "log", "slider", "spinbutton", "textbox"}
     found = [
