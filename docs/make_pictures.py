@@ -22,6 +22,7 @@ PICTURES = Path(__file__).resolve().parent / "pictures"
 COMMAND = "python finetuning/invoke_olive.py"
 WIDTH = 100
 QUESTION = "The surgeon came to the door, which left Dad jubilant."
+CHROMIUM = shutil.which("chromium")
 PLAYWRIGHT = PICTURES.parents[1] / ".cache" / "playwright"
 
 
@@ -32,6 +33,9 @@ def main() -> int:
     script = parser.parse_args().workspace / COMMAND.split()[1]
     if not script.is_file():
         print(f"{script} is not there: name the folder of a workspace; `make demo` makes one.", file=sys.stderr)
+        return 1
+    if not (CHROMIUM and PLAYWRIGHT.is_dir()):
+        print(f"Chromium and {PLAYWRIGHT} are needed for the page; `make test` fetches the latter.", file=sys.stderr)
         return 1
     terminal = os.environ | {"COLUMNS": str(WIDTH), "FORCE_COLOR": "1", "PYTHONUTF8": "1"}
     done = subprocess.run([sys.executable, str(script)], env=terminal, stdout=subprocess.PIPE, check=False)
@@ -79,7 +83,7 @@ def photograph(address: str) -> None:
     from playwright.sync_api import expect, sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         for name, width, height, scheme in (("page", 860, 800, "light"), ("phone", 360, 740, "dark")):
             page = browser.new_page(
                 viewport={"width": width, "height": height}, color_scheme=scheme, device_scale_factor=2

@@ -146,7 +146,7 @@ def build_page(line: Line) -> gr.Blocks:
                 async for _ in chat.answer(line, comparing, system, generation(*how), gr.Info):
                     yield [gr.skip(), *chat.columns(), *[gr.skip()] * len(controls)]
             except Exception as error:  # gr.Error would write "Error" over both columns
-                gr.Warning(str(failure(error)), duration=None, title="No answer")
+                gr.Warning(str(failure(error)), duration=None)
 
         answering = gr.on(
             [question.submit, send.click, retry.click, compare.input],
@@ -173,8 +173,11 @@ def build_page(line: Line) -> gr.Blocks:
         ) -> AsyncIterator[str]:
             """Answer one question, for programs that use Gradio's client."""
             chat = Chat([question], {True: []})
-            async for _ in chat.answer(line, False, system, generation(longest, temperature, top_p), gr.Info):
-                yield chat.answers[True][0]
+            try:
+                async for _ in chat.answer(line, False, system, generation(longest, temperature, top_p), gr.Info):
+                    yield chat.answers[True][0]
+            except Exception as error:
+                raise gr.Error(str(failure(error)), print_exception=False) from error
 
         gr.api(ask, api_name="chat", concurrency_limit=None)
     return page
@@ -195,9 +198,8 @@ def draw_settings(system_prompt: str, most: int) -> list[Any]:
 
 def usable(answering: bool = False) -> list[Any]:
     """Return what Send, Stop, Retry and the switch are while an answer is made, and while none is."""
-    return [
-        gr.update(interactive=interactive) for interactive in (not answering, answering, not answering, not answering)
-    ]
+    resting = not answering
+    return [gr.update(interactive=interactive) for interactive in (resting, answering, resting, resting)]
 
 
 def generation(

@@ -682,6 +682,13 @@ def test_the_settings_of_the_page_reach_the_model(client: Any) -> None:
     client.reset_session()
 
 
+def test_a_program_is_told_in_a_sentence_why_it_gets_no_answer(client: Any) -> None:
+    from gradio_client.exceptions import AppError
+
+    with pytest.raises(AppError, match="shorten the message or ask for a shorter answer"):
+        client.predict("count " * 200, api_name="/chat")
+
+
 def test_stopping_an_answer_on_the_page_stops_the_computing(client: Any, engine: Any, steps: list[int]) -> None:
     job = client.submit("count", api_name="/chat")
     next(iter(job))
@@ -718,6 +725,16 @@ def test_the_page_offers_to_compare_where_it_can_and_says_how_where_it_cannot(
     assert switch["visible"] == switchable
     assert ("start with --engine torch" in texts) == bool(adapter and not switchable)
     assert ("the base model alone" in texts) == (adapter is None)
+
+
+@pytest.mark.usefixtures("modules")
+def test_a_model_goes_on_from_what_it_said_to_the_space() -> None:
+    import gradio
+    from page import Chat
+
+    chat = Chat(["  first\n    second"], {True: [TUNED_SAYS["poem"]], False: []})
+    column = gradio.Chatbot(render=False)
+    assert Chat.shown(*(column.preprocess(column.postprocess(turns)) for turns in chat.columns())) == chat
 
 
 def test_the_page_lets_the_browser_load_nothing_from_elsewhere(url: str) -> None:
