@@ -60,7 +60,13 @@ $(WORKSPACE)/.venv/ready: template/setup/requirements-cpu.txt
 	  openai==3.57.0 jiter==0.19.0 sniffio==1.3.1
 	@touch $@
 
-test: lint workspace .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready
+# The page is looked at in the browser that is installed; playwright downloads none by itself.
+.cache/playwright/ready: .venv/ready
+	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/playwright \
+	  playwright==1.65.2 greenlet==3.5.6 pyee==13.0.1
+	@touch $@
+
+test: lint workspace .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready .cache/playwright/ready
 	pytest -n 2 tests/unit tests/render tests/update --ignore tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace

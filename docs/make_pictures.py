@@ -1,4 +1,6 @@
-"""Draw docs/pictures/run.svg: what a terminal shows of a run. Run it with the Python of a workspace, on that workspace:
+"""Draw docs/pictures/: what a terminal shows of a run, and what a browser does of the chat page.
+
+Run it with the Python of a workspace, on that workspace, when `make test` has fetched playwright:
 
 demo/.venv/bin/python docs/make_pictures.py demo
 """
@@ -9,22 +11,31 @@ import argparse
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PICTURES = Path(__file__).resolve().parent / "pictures"
 COMMAND = "python finetuning/invoke_olive.py"
 WIDTH = 100
+QUESTION = "The surgeon came to the door, which left Dad jubilant."
+CHROMIUM = shutil.which("chromium")
+PLAYWRIGHT = PICTURES.parents[1] / ".cache" / "playwright"
 
 
 def main() -> int:
-    """Do the run, and draw what it printed."""
+    """Do the run and draw what it printed, then ask the tuned and the base model on the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workspace", type=Path, help="a workspace whose model can be trained in a minute")
     script = parser.parse_args().workspace / COMMAND.split()[1]
     if not script.is_file():
         print(f"{script} is not there: name the folder of a workspace; `make demo` makes one.", file=sys.stderr)
+        return 1
+    if not (CHROMIUM and PLAYWRIGHT.is_dir()):
+        print(f"Chromium and {PLAYWRIGHT} are needed for the page; `make test` fetches the latter.", file=sys.stderr)
         return 1
     terminal = os.environ | {"COLUMNS": str(WIDTH), "FORCE_COLOR": "1", "PYTHONUTF8": "1"}
     done = subprocess.run([sys.executable, str(script)], env=terminal, stdout=subprocess.PIPE, check=False)
@@ -33,7 +44,9 @@ def main() -> int:
         return 1
     PICTURES.mkdir(exist_ok=True)
     (PICTURES / "run.svg").write_text(draw(done.stdout.decode()), encoding="utf-8")
-    print("Written: docs/pictures/run.svg")
+    with served(script.parents[1] / "inference" / "gradio_chat.py") as address:
+        photograph(address)
+    print(f"Written: {', '.join(sorted(path.name for path in PICTURES.iterdir()))}, in docs/pictures")
     return 0
 
 
@@ -50,6 +63,45 @@ def draw(output: str) -> str:
     # rich names a font on a server; the one that the reader has does as well, and is asked of nobody
     svg = re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)
     return svg.replace("Fira Code, monospace", "'Fira Code', Menlo, Consolas, 'DejaVu Sans Mono', monospace") + "\n"
+
+
+@contextmanager
+def served(script: Path) -> Iterator[str]:
+    """Serve the page; yield its address."""
+    command = [sys.executable, str(script), "--port", "0", "--engine", "torch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout
+            yield next(line.split()[2] for line in server.stdout if line.startswith("Chat at "))
+        finally:
+            server.terminate()
+
+
+def photograph(address: str) -> None:
+    """Compare the models on the page: in a window with the table of the run, and on a phone in the dark."""
+    sys.path.append(str(PLAYWRIGHT))  # at the end: what the workspace has comes first
+    from playwright.sync_api import expect, sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for name, width, height, scheme in (("page", 860, 800, "light"), ("phone", 360, 740, "dark")):
+            page = browser.new_page(
+                viewport={"width": width, "height": height}, color_scheme=scheme, device_scale_factor=2
+            )
+            page.goto(address)
+            page.add_style_tag(content="* { transition: none !important }")
+            page.get_by_label("Compare with the base model").check()
+            expect(page.get_by_role("log")).to_have_count(2)
+            page.get_by_label("Your message").fill(QUESTION)
+            page.get_by_label("Your message").press("Enter")
+            expect(page.locator(".bot.message")).to_have_count(2)
+            expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+            if name == "page":
+                page.get_by_role("button", name="Before and after").click()
+                expect(page.get_by_role("table")).to_be_visible()
+            page.mouse.click(1, 1)  # nothing is focused
+            page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
+        browser.close()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible API for the one model of this workspace.
+"""An OpenAI-compatible API for the model of this workspace, tuned or as it was.
 
 /v1/models and /v1/chat/completions answer as OpenAI's do, errors included; what would change the answer and cannot be
 done is refused, never ignored. /health says whether the model is there yet, and how many requests it has.
@@ -135,6 +135,7 @@ class ChatRequest(Fields):
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
             stop=self.stop,
+            adapter=self.model == "tuned",
         )
 
 
@@ -165,8 +166,8 @@ async def health(line: Annotated[Line, Depends(open_line)]) -> dict[str, Any]:
 
 @router.get("/v1/models")
 async def models(line: Annotated[Line, Depends(open_line)]) -> dict[str, Any]:
-    """List the one model."""
-    return {"object": "list", "data": [await model(line.name, line)]}
+    """List what answers: the tuned model, and the base model where there is no other or the adapter can be left out."""
+    return {"object": "list", "data": [await model(name, line) for name in line.models]}
 
 
 @router.get("/v1/models/{name:path}")
@@ -179,8 +180,8 @@ async def model(name: str, line: Annotated[Line, Depends(open_line)]) -> dict[st
 
 def check_name(name: str, line: Line) -> None:
     """Raise ApiError for a model that is not here."""
-    if name != line.name:
-        message = f"There is no model {name!r} here: the one that answers is {line.name!r}."
+    if name not in line.models:
+        message = f"There is no model {name!r} here: ask for {' or '.join(map(repr, line.models))}."
         raise ApiError(404, message, "model_not_found", "model")
 
 
@@ -202,7 +203,7 @@ async def complete(wanted: ChatRequest, request: Request, place: Annotated[Place
     except ChatError as error:
         code = "context_length_exceeded" if isinstance(error, TooLongError) else None
         raise ApiError(400, str(error), code, "messages") from error
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": line.name}
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": wanted.model}
     pieces = place.stream(messages, generation, lambda _: None, usage)  # the cut is told by finish_reason
     if wanted.stream:
         return EventSourceResponse(events(head, pieces, usage, wanted.stream_options.include_usage))

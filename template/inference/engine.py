@@ -31,6 +31,7 @@ ENGINES = ("auto", "torch", "onnx")
 ROOT = Path(__file__).resolve().parents[1]
 TUNE = "run `python finetuning/invoke_olive.py`"
 BASE = "or chat with the base model: --baseonly."
+COMPARE = "the int4 model has the adapter merged in: to compare with the base model, start with --engine torch"
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
@@ -54,6 +55,7 @@ class Generation:
     repetition_penalty: float = 1.0  # above 1, what was said is less likely to be said again
     seed: int | None = None  # the same seed draws the same tokens; None: others each time
     stop: tuple[str, ...] = ()  # texts at which the answer ends; they are no part of it
+    adapter: bool = True  # False: the base model answers, as it was before fine-tuning
 
 
 @dataclass
@@ -84,6 +86,7 @@ class Backend(Protocol):
     description: str  # for example "torch, float32 on cpu"
     context: int  # how many tokens prompt and answer may have together
     notices: list[str]  # what the user should know about the way the model was loaded
+    switchable: bool  # whether it has an adapter that can be left out of an answer
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Render messages with the chat template, up to where the answer begins, and tokenise them."""
@@ -116,6 +119,8 @@ class Engine:
         without a system message gets the training's system prompt; an empty one means none at all. `notify` is called
         with a sentence when old messages are left out or the answer is cut, and `usage` is filled on the way.
         """
+        if self.source.adapter and not (generation.adapter or self.backend.switchable):
+            raise ChatError(f"The base model cannot answer here, as {COMPARE}.")
         usage = usage or Usage()
         prompt, room = self.fit(messages, generation.max_new_tokens, notify)
         usage.prompt_tokens = len(prompt)

@@ -10,10 +10,9 @@ import argparse
 import os
 import secrets
 import sys
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from engine import ENGINES, ChatError, Engine, Generation, Message, load, not_installed
+from engine import ENGINES, ChatError, Engine, load, not_installed
 
 if TYPE_CHECKING:
     from line import Line
@@ -100,6 +99,7 @@ def open_page(line: Line, key: str) -> Any:
     """Return the page as an application: nothing of it is recorded, and nothing comes from elsewhere."""
     import gradio as gr
     from fastapi import FastAPI
+    from page import STYLE, THEME, build_page
 
     def is_key(_: str, password: str) -> bool:
         return secrets.compare_digest(password.encode(), key.encode())
@@ -110,72 +110,14 @@ def open_page(line: Line, key: str) -> Any:
         "/",
         auth=is_key if key else None,
         auth_message="The password is the API key; the user name may be any.",
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"]),
+        theme=THEME,
+        css=STYLE,
         head=f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         run_history=False,
         footer_links=[],
         ssr_mode=False,
         mcp_server=False,
     )
-
-
-def build_page(line: Line) -> Any:
-    """Build the page: what answers, the chat, its settings, and what fine-tuning has changed."""
-    import gradio as gr
-
-    engine = line.engine
-    source, most = engine.source, min(4096, engine.backend.context)
-    adapter = f"adapter **{source.adapter}** ({source.method})" if source.adapter else "**the base model alone**"
-
-    async def answer(
-        message: str, history: list[Any], system: str, longest: int, temperature: float, top_p: float
-    ) -> AsyncIterator[str]:
-        messages: list[Message] = [{"role": "system", "content": system}]
-        for turn in history:  # whose content comes in parts from the page, and as a text from gradio's clients
-            parts = [{"text": turn["content"]}] if isinstance(turn["content"], str) else turn["content"]
-            messages.append({"role": turn["role"], "content": "".join(part["text"] for part in parts)})
-        messages += [{"role": "user", "content": message.strip()}]
-        said = ""
-        try:
-            with line.place() as place:
-                async for piece in place.stream(messages, Generation(int(longest), temperature, top_p), gr.Info):
-                    said += piece
-                    yield said
-        except ChatError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    # Made outside the page: the chat puts them in their place.
-    accordion = gr.Accordion("Settings", open=False)
-    settings = [
-        gr.Textbox(source.system_prompt, label="System prompt", info="Empty: none."),
-        gr.Slider(1, most, min(256, most), step=1, label="Longest answer", info="In tokens."),
-        gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: always the likeliest words."),
-        gr.Slider(0.05, 1, 1, step=0.05, label="Top p", info="The share of the likeliest words to draw from."),
-    ]
-    with gr.Blocks(title=f"Chat with {source.base}", fill_height=True, analytics_enabled=False) as page:
-        gr.Markdown(f"## {source.base}\n{adapter} · {engine.backend.description}")
-        gr.ChatInterface(
-            answer,
-            chatbot=gr.Chatbot(show_label=False, scale=1, min_height=240, buttons=["copy"]),
-            additional_inputs=settings,
-            additional_inputs_accordion=accordion,
-            concurrency_limit=None,  # all wait in the same line as the API's requests
-            api_name="chat",
-        )
-        if table := metrics_table(source.run):
-            with gr.Accordion("Before and after fine-tuning", open=False):
-                gr.Markdown(table)
-    return page
-
-
-def metrics_table(run: dict[str, Any]) -> str:
-    """Return the metrics of models/run.json as a Markdown table, empty when it has none."""
-    before, after = (run.get("metrics", {}).get(when, {}) for when in ("before", "after"))
-    names = {"accuracy": "exact answers", "eval_loss": "loss", "perplexity": "perplexity"}
-    rows = [
-        f"| {names[key]} | {before[key]:.4g} | {after[key]:.4g} |" for key in names if key in before and key in after
-    ]
-    return "\n".join(["| held-out rows | before | after |", "|---|--:|--:|", *rows]) if rows else ""
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ class Line:
     def __init__(self, engine: Engine) -> None:
         """Open the line."""
         self.engine, self.turn, self.places = engine, asyncio.Lock(), 0
-        self.name, self.since = "tuned" if engine.source.adapter else "base", int(time.time())
+        self.since = int(time.time())
+        self.models = ["tuned"] if engine.source.adapter else ["base"]  # those that can answer
+        if engine.backend.switchable:
+            self.models = ["tuned", "base"]
 
     @contextlib.contextmanager
     def place(self) -> Iterator[Place]:

@@ -27,6 +27,8 @@ MARKS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 class OnnxBackend:
     """An ONNX Runtime GenAI model."""
 
+    switchable = False  # the adapter is merged into the weights
+
     def __init__(self, folder: Path, root: Path) -> None:
         """Load model, tokenizer and chat template from a folder of the workspace `root`. Raises ChatError."""
         self.words = ChatTokenizer(folder, root)

@@ -5,6 +5,7 @@ engine.py imports this file when it loads a model; it is the only one here that 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import queue
 import threading
@@ -77,6 +78,7 @@ class TorchBackend:
         model.generation_config = GenerationConfig(eos_token_id=self.stops, pad_token_id=pad)
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
         self.description = f"torch, {'4-bit weights, ' if quantization else ''}{dtype} on {device}"
+        self.switchable = bool(source.adapter)
         self.model = (with_adapter(model, source, root) if source.adapter else model).eval()
 
     def end_of_answer(self, end_of_text: int | list[int] | None) -> list[int]:
@@ -119,18 +121,21 @@ class TorchBackend:
             settings |= {"do_sample": True, "temperature": generation.temperature}
             settings |= {"top_p": generation.top_p, "top_k": generation.top_k}
 
+        without = self.switchable and not generation.adapter
+
         def compute() -> None:
             try:
                 if generation.seed is not None:
                     torch.manual_seed(generation.seed)
-                self.model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    use_cache=True,
-                    streamer=streamer,
-                    stopping_criteria=[streamer.is_cancelled],
-                    **settings,
-                )
+                with self.model.disable_adapter() if without else contextlib.nullcontext():
+                    self.model.generate(
+                        input_ids=ids,
+                        attention_mask=torch.ones_like(ids),
+                        use_cache=True,
+                        streamer=streamer,
+                        stopping_criteria=[streamer.is_cancelled],
+                        **settings,
+                    )
             except Exception as error:
                 streamer.made.put(error)
 

@@ -40,7 +40,7 @@ def modules(workspace: Path) -> Iterator[None]:
     sys.path.insert(0, str(workspace / "inference"))
     yield
     sys.path.remove(str(workspace / "inference"))
-    for name in ("engine", "torch_backend", "gradio_chat", "server", "api", "line"):
+    for name in ("engine", "torch_backend", "gradio_chat", "page", "server", "api", "line"):
         sys.modules.pop(name, None)
 
 
@@ -258,7 +258,7 @@ def post(address: str, fields: dict[str, Any]) -> http.client.HTTPConnection:
 class Echo:
     """Says the prompt, a letter a token, once the gate is open; keeps what it is asked in the order of the answers."""
 
-    description, context, notices = "echo", 600, []  # type: ignore[var-annotated]
+    description, context, notices, switchable = "echo", 600, [], False  # type: ignore[var-annotated]
 
     def __init__(self) -> None:
         self.gate, self.asked = threading.Event(), []  # type: ignore[var-annotated]
@@ -330,8 +330,8 @@ def test_settings_reach_the_model_and_what_is_not_said_is_as_on_the_page(echo: E
     more = {"top_k": 5, "repetition_penalty": 1.25}
     ask(parrot, temperature=0.5, top_p=0.75, seed=7, stop="x", max_tokens=9, extra_body=more)
     (_, as_it_is), (_, changed) = echo.asked
-    assert as_it_is == Generation()
-    assert changed == Generation(9, 0.5, 0.75, 5, 1.25, 7, ("x",))
+    assert as_it_is == Generation(adapter=False)
+    assert changed == Generation(9, 0.5, 0.75, 5, 1.25, 7, ("x",), adapter=False)
 
 
 @pytest.mark.usefixtures("echo")
@@ -399,7 +399,7 @@ def test_other_mistakes_have_their_status_in_openais_shape(parrot: openai.OpenAI
     with pytest.raises(openai.NotFoundError) as caught:
         parrot.chat.completions.create(model="gpt-5", messages=HELLO)
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
-    with pytest.raises(openai.NotFoundError, match="There is no model 'a/b' here: the one that answers is 'base'"):
+    with pytest.raises(openai.NotFoundError, match="There is no model 'a/b' here: ask for 'base'"):
         parrot.models.retrieve("a/b")
     with pytest.raises(openai.NotFoundError, match="There is nothing at POST /v1/embeddings"):
         parrot.embeddings.create(model="base", input="x")
@@ -417,6 +417,28 @@ def test_other_mistakes_have_their_status_in_openais_shape(parrot: openai.OpenAI
         assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")
     status, _, text = fetch(address, "/v1/chat/completions", iter([large.encode()]), Content_Type="application/json")  # type: ignore[arg-type]  # in pieces, without its length
     assert (status, json.loads(text)["error"]["code"]) == (413, "too_large")
+
+
+def test_the_base_model_can_be_asked_too_where_the_adapter_can_be_left_out() -> None:
+    from engine import Engine, Source
+    from fastapi import FastAPI
+
+    tuned = Source("models/demo", None, "models/adapter", "lora", "float32", "")
+    for switchable, names in ((True, ["tuned", "base"]), (False, ["tuned"])):
+        backend = Echo()
+        backend.switchable = switchable
+        engine = Engine(tuned, backend)
+        with serving(lambda engine=engine: engine, lambda _: FastAPI()) as (address, _, ready):
+            assert ready.wait(60)
+            client = client_of(address)
+            assert [model.id for model in client.models.list().data] == names
+            for name in names:
+                answer = client.chat.completions.create(model=name, messages=HELLO)
+                assert answer.model == name
+            assert [generation.adapter for _, generation in backend.asked] == [name == "tuned" for name in names]
+            if not switchable:
+                with pytest.raises(openai.NotFoundError, match="ask for 'tuned'"):
+                    client.chat.completions.create(model="base", messages=HELLO)
 
 
 def test_an_answer_that_fails_says_so_and_the_next_is_given(parrot: openai.OpenAI, echo: Echo) -> None:

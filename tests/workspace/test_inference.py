@@ -272,14 +272,14 @@ def modules(workspace: Path) -> Iterator[Path]:
     sys.path.insert(0, str(workspace / "inference"))
     yield workspace
     sys.path.remove(str(workspace / "inference"))
-    for name in ("engine", "torch_backend", "console_chat", "gradio_chat", "server", "api", "line"):
+    for name in ("engine", "torch_backend", "console_chat", "gradio_chat", "page", "server", "api", "line"):
         sys.modules.pop(name, None)
 
 
 class Recorded:
     """A backend that says recorded bytes, and drops a space at the start of a text as Llama's tokenizer does."""
 
-    description, context, notices = "recorded", 64, []  # type: ignore[var-annotated]
+    description, context, notices, switchable = "recorded", 64, [], False  # type: ignore[var-annotated]
 
     def __init__(self, says: bytes) -> None:
         self.says = says
@@ -478,6 +478,66 @@ def test_the_adapter_that_was_trained_is_the_one_that_answers(tuned: Path, engin
         assert ask(engine, question) == (TUNED_SAYS[question], [])
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
+def test_the_adapter_left_out_is_the_base_model_alone_and_comes_back_whole(
+    tuned: Path, tmp_path: Path, method: str
+) -> None:
+    import peft
+    import torch
+    from engine import Generation, load
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
+    kind = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}.get(method, peft.LoraConfig)
+    config = kind(r=4, target_modules=["qkv_proj", "down_proj"], task_type="CAUSAL_LM")
+    config.use_dora = method == "dora"
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tuned / "models/demo"), config)
+    torch.manual_seed(0)
+    for weight in filter(lambda weight: weight.requires_grad, adapted.parameters()):
+        torch.nn.init.normal_(weight)  # an adapter begins as one that changes nothing
+    adapted.save_pretrained(tmp_path / "models/adapter")
+    write_json(tmp_path / "models/run.json", run_json(method=method))
+
+    def answers(engine: Any, adapter: bool = True) -> list[str]:
+        how = Generation(16, adapter=adapter)
+        return [ask(engine, question, generation=how)[0] for question in BASE_SAYS]
+
+    switched = load(root=tmp_path)
+    with_adapter, base = answers(switched), answers(load(baseonly=True, root=tmp_path))
+    assert all(said != of_base for said, of_base in zip(with_adapter, base, strict=True))
+    for _ in range(2):
+        assert answers(switched, adapter=False) == base
+        assert answers(switched) == with_adapter
+
+
+def test_an_answer_of_the_base_model_that_is_stopped_or_fails_leaves_the_adapter_on(engine: Any) -> None:
+    from engine import Generation
+
+    base = Generation(adapter=False)
+    stream = engine.stream([{"role": "user", "content": "count"}], base, print)
+    next(stream)
+    stream.close()
+    assert ask(engine, "hello")[0] == "joy"
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    hook = engine.backend.model.get_base_model().register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        ask(engine, "hello", generation=base)
+    hook.remove()
+    assert ask(engine, "hello")[0] == "joy"
+
+
+@pytest.mark.usefixtures("modules")
+def test_a_backend_that_cannot_leave_the_adapter_out_never_answers_in_the_base_models_name() -> None:
+    from engine import ChatError, Engine, Generation, Source
+
+    merged = Engine(Source("models/demo", None, "models/adapter", "lora", "float32", ""), Recorded(b"yes"))
+    with pytest.raises(ChatError, match="start with --engine torch"):
+        ask(merged, "?", generation=Generation(adapter=False))
+
+
 def test_messages_are_tokenised_as_the_template_of_the_training_says(engine: Any) -> None:
     prompt, _ = engine.fit([{"role": "user", "content": "hello"}], 16, print)
     text = engine.backend.tokenizer.decode(prompt)
@@ -653,6 +713,13 @@ def test_the_settings_of_the_page_reach_the_model(client: Any) -> None:
     client.reset_session()
 
 
+def test_a_program_is_told_in_a_sentence_why_it_gets_no_answer(client: Any) -> None:
+    from gradio_client.exceptions import AppError
+
+    with pytest.raises(AppError, match="shorten the message or ask for a shorter answer"):
+        client.predict("count " * 200, api_name="/chat")
+
+
 def test_stopping_an_answer_on_the_page_stops_the_computing(client: Any, engine: Any, steps: list[int]) -> None:
     job = client.submit("count", api_name="/chat")
     next(iter(job))
@@ -665,8 +732,40 @@ def test_stopping_an_answer_on_the_page_stops_the_computing(client: Any, engine:
 def test_the_page_names_model_adapter_engine_and_metrics(url: str) -> None:
     config = json.loads(fetch(f"{url}config"))
     texts = "\n".join(str(part["props"].get("value")) for part in config["components"])
-    for expected in ("models/demo", "models/adapter", "torch, float32 on", "| exact answers | 0.27 | 0.98 |"):
+    for expected in ("models/demo", "models/adapter", "torch, float32 on", "| exact answers | 27.0% | 98.0% |"):
         assert expected in texts
+
+
+@pytest.mark.usefixtures("modules")
+@pytest.mark.parametrize(
+    ("adapter", "switchable"), [("models/adapter", True), ("models/adapter", False), (None, False)]
+)
+def test_the_page_offers_to_compare_where_it_can_and_says_how_where_it_cannot(
+    adapter: str | None, switchable: bool
+) -> None:
+    from engine import Engine, Source
+    from line import Line
+    from page import build_page
+
+    backend = Recorded(b"yes")
+    backend.switchable = switchable  # type: ignore[misc]
+    engine = Engine(Source("models/demo", None, adapter, "lora", "float32", ""), backend)
+    parts = build_page(Line(engine)).get_config_file()["components"]
+    (switch,) = [part["props"] for part in parts if part["props"].get("elem_id") == "compare"]
+    texts = "\n".join(str(part["props"].get("value")) for part in parts)
+    assert switch["visible"] == switchable
+    assert ("start with --engine torch" in texts) == bool(adapter and not switchable)
+    assert ("the base model alone" in texts) == (adapter is None)
+
+
+@pytest.mark.usefixtures("modules")
+def test_a_model_goes_on_from_what_it_said_to_the_space() -> None:
+    import gradio
+    from page import Chat
+
+    chat = Chat(["  first\n    second"], {True: [TUNED_SAYS["poem"]], False: []})
+    column = gradio.Chatbot(render=False)
+    assert Chat.shown(*(column.preprocess(column.postprocess(turns)) for turns in chat.columns())) == chat
 
 
 def test_the_page_lets_the_browser_load_nothing_from_elsewhere(url: str) -> None:
