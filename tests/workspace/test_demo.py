@@ -198,7 +198,7 @@ def ask_the_page(demo: Demo) -> None:
 def ask(address: str, question: str) -> Any:
     """Ask the page's chat with the settings that it suggests; return the answer that it ends with."""
     call = f"{address}gradio_api/call/chat"
-    body = json.dumps({"data": [question, "", 256, 0, 1]}).encode()
+    body = json.dumps({"data": [question, "", 256, 0, 1, None]}).encode()
     request = urllib.request.Request(call, body, {"Content-Type": "application/json"})
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(request, timeout=60) as response:
