@@ -3,7 +3,8 @@
 // `python infra/azure.py provision finetuning` deploys it with the values of finetuning.parameters.json, which is where
 // to change them. A resource whose name is given there must exist, and is used as it is. Where the name is empty, the
 // resource is made; its name stays the same from one deployment to the next, so that deploying again changes it.
-// inference.bicep makes or uses the same account, share and environment: what both have is the same, word for word.
+// inference.bicep makes or uses the same share and logs, word for word, and an environment of its own: so each can have
+// another GPU, and deploying the one never disturbs the other.
 
 // ---- What is asked for
 
@@ -52,7 +53,7 @@ param fileShareName string
 @description('An existing Container Apps environment of this resource group. Empty: one is made.')
 param acaEnvironmentName string
 
-@description('An existing storage of that environment which mounts the share for writing. Empty: one is made.')
+@description('An existing storage of that environment, by which its containers write to the share. Empty: one is made.')
 param acaEnvironmentStorageName string
 
 @description('An existing Log Analytics workspace of this resource group, for the logs. Empty: one is made.')
@@ -106,10 +107,16 @@ var shortName = take(replace(projectName, '-', ''), 12)
 var uniqueName = '${shortName}-${take(uniqueString(resourceGroup().id, projectName), 6)}'
 var storageName = empty(storageAccountName) ? 'st${uniqueString(resourceGroup().id, projectName)}' : storageAccountName
 var shareName = empty(fileShareName) ? uniqueName : fileShareName
-var environmentName = empty(acaEnvironmentName) ? 'env-${uniqueName}' : acaEnvironmentName
+var environmentName = empty(acaEnvironmentName) ? 'env-job-${uniqueName}' : acaEnvironmentName
 var environmentStorageName = empty(acaEnvironmentStorageName) ? 'share-${uniqueName}' : acaEnvironmentStorageName
 var logsName = empty(acaLogAnalyticsName) ? 'log-${uniqueName}' : acaLogAnalyticsName
 var jobName = empty(acaJobName) ? 'job-${uniqueName}' : acaJobName
+
+var mountVariables = [
+  { name: 'WORKSPACE_MOUNT', value: '/mount' }
+  { name: 'HF_HOME', value: '/mount/.cache/huggingface' } // a model is downloaded once
+  { name: 'PYTHONUNBUFFERED', value: '1' }
+]
 
 var tokenSecret = empty(keyVaultName)
   ? { name: 'hf-token', value: hfToken }
@@ -235,7 +242,7 @@ resource newEnvironmentStorage 'Microsoft.App/managedEnvironments/storages@2025-
   dependsOn: [newEnvironment, newShare]
 }
 
-// ---- Who the job is to Azure, and what it may read: one secret of the key vault, if there is one
+// ---- Who the containers are to Azure, and what they may read: the secrets of the key vault, if there is one
 
 resource identity 'Microsoft.ManagedIdentity/userAssignedIdentities@2024-11-30' = {
   name: 'id-${uniqueName}'
@@ -279,7 +286,7 @@ resource job 'Microsoft.App/jobs@2025-07-01' = {
       replicaTimeout: timeout
       replicaRetryLimit: 0 // what fails once would mostly fail again, and be billed again
       secrets: hasToken ? [tokenSecret] : []
-      // For Azure, which reads the key vault with it; what runs in the container cannot use it.
+      // Azure reads the key vault with it; what runs in a container cannot use it.
       identitySettings: [{ identity: identity.id, lifecycle: 'None' }]
     }
     template: {
@@ -289,14 +296,7 @@ resource job 'Microsoft.App/jobs@2025-07-01' = {
           image: image
           command: ['bash', '-euo', 'pipefail', '-c']
           args: ['cd "$WORKSPACE_MOUNT" && ${join(defaultCommands, ' && ')}']
-          env: concat(
-            [
-              { name: 'WORKSPACE_MOUNT', value: '/mount' }
-              { name: 'HF_HOME', value: '/mount/.cache/huggingface' } // a model is downloaded once
-              { name: 'PYTHONUNBUFFERED', value: '1' }
-            ],
-            hasToken ? [{ name: 'HF_TOKEN', secretRef: 'hf-token' }] : []
-          )
+          env: concat(mountVariables, hasToken ? [{ name: 'HF_TOKEN', secretRef: 'hf-token' }] : [])
           resources: { cpu: size.cpu, memory: size.memory }
           volumeMounts: [{ volumeName: 'workspace', mountPath: '/mount' }]
         }
