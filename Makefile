@@ -60,8 +60,15 @@ $(WORKSPACE)/.venv/ready: template/setup/requirements-cpu.txt
 	  openai==3.57.0 jiter==0.19.0 sniffio==1.3.1
 	@touch $@
 
-test: lint workspace .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready
+# Bicep is read by a parser: its compiler is on no package registry.
+.cache/bicep-tools/ready: .venv/ready
+	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/bicep-tools \
+	  tree-sitter==0.26.1 tree-sitter-bicep==1.1.0
+	@touch $@
+
+test: lint workspace .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready .cache/bicep-tools/ready
 	pytest -n 2 tests/unit tests/render tests/update --ignore tests/unit/test_get_model.py
+	pytest tests/azure
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / ".cache" / "bicep-tools"))  # made by the Makefile
+
 import tree_sitter_bicep
 from tree_sitter import Language, Node, Parser
 
@@ -106,7 +108,12 @@ class Bicep:
             "resource_declaration": self.resources,
             "output_declaration": self.outputs,
         }.get(node.type, {})
-        if node.type not in ("parameter_declaration", "variable_declaration", "resource_declaration", "output_declaration"):
+        if node.type not in (
+            "parameter_declaration",
+            "variable_declaration",
+            "resource_declaration",
+            "output_declaration",
+        ):
             raise self.error(node, f"not known here: {node.type}")
         known = {**self.parameters, **self.variables, **self.resources}
         if name in place or (place is not self.outputs and name in known):
@@ -127,7 +134,11 @@ class Bicep:
             condition, last = last.named_children[0], last.named_children[-1]
         if last.type != "object":
             raise self.error(last, f"not known here: {last.type}")
-        body = {self.text(entry.named_children[0]): entry.named_children[1] for entry in last.named_children if entry.type == "object_property"}
+        body = {
+            self.text(entry.named_children[0]): entry.named_children[1]
+            for entry in last.named_children
+            if entry.type == "object_property"
+        }
         existing = any(child.type == "existing" for child in node.children)
         return Resource(name, kind, api_version, existing, body, condition, node)
 
@@ -291,7 +302,11 @@ class Bicep:
                 return self.mentioned(self.variables[name].named_children[-1], seen | {name})
             return set()
         # The key of an object and the name of a property are no symbols.
-        children = node.named_children[1:] if node.type == "object_property" and node.named_children[0].type != "string" else node.named_children
+        children = (
+            node.named_children[1:]
+            if node.type == "object_property" and node.named_children[0].type != "string"
+            else node.named_children
+        )
         return {name for child in children for name in self.mentioned(child, seen)}
 
     def template_resource(self, resource: Resource) -> dict[str, Any]:
@@ -308,7 +323,11 @@ class Bicep:
         needed = {name for value in resource.body.values() for name in self.mentioned(value)}
         if "dependsOn" in resource.body:
             self.used |= self.mentioned(resource.body["dependsOn"])
-        ids = [f"[{self.id(self.resources[name])}]" for name in self.resources if name in needed and not self.resources[name].existing]
+        ids = [
+            f"[{self.id(self.resources[name])}]"
+            for name in self.resources
+            if name in needed and not self.resources[name].existing
+        ]
         return found | ({"dependsOn": ids} if ids else {})
 
     # ---- the whole
@@ -344,16 +363,26 @@ class Bicep:
                 for name, node in self.outputs.items()
             },
         }
-        for kind, part in (("variables", found["variables"]), ("resources", found["resources"]), ("outputs", found["outputs"])):
+        for kind, part in (
+            ("variables", found["variables"]),
+            ("resources", found["resources"]),
+            ("outputs", found["outputs"]),
+        ):
             for function in ONLY_DEFAULTS:
                 if f"{function}(" in json.dumps(part):
-                    raise BicepError(f"{self.file}(1,1) : Error: {function}() is in {kind}; only a parameter's default may call it")
+                    raise BicepError(
+                        f"{self.file}(1,1) : Error: {function}() is in {kind}; only a parameter's default may call it"
+                    )
         return found
 
     def warnings(self) -> list[str]:
         """Return what the compiler's linter would say of names that nothing uses; for after template()."""
         declared = [*self.parameters, *self.variables, *(name for name, one in self.resources.items() if one.existing)]
-        return [f"{self.file}(1,1) : Warning no-unused: {name} is declared but never used" for name in declared if name not in self.used]
+        return [
+            f"{self.file}(1,1) : Warning no-unused: {name} is declared but never used"
+            for name in declared
+            if name not in self.used
+        ]
 
 
 def main(arguments: list[str]) -> int:
