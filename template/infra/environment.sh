@@ -28,6 +28,6 @@ environment=$PWD/.cache/environments/$device-$hash
 
 # A share has no hard links. Compiled, Python starts in half the time.
 export UV_CACHE_DIR=$PWD/.cache/uv UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
-if [ "$device" = cpu ]; then export UV_TORCH_BACKEND=cpu; fi
+if [ "$device" = cpu ]; then export UV_TORCH_BACKEND="${UV_TORCH_BACKEND:-cpu}"; fi
 
 { [ -d "$environment" ] || make_environment; } && source "$environment/bin/activate"
