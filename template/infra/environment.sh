@@ -1,14 +1,14 @@
-# The Python environment of the job and of the app, in the folder .cache on the share: the first start makes it from the
-# lock, every later one finds it. It is sourced, in a workspace: `source infra/environment.sh`.
+# The Python environment of the job and of the app, in the folder .cache on the share: the first start makes it from
+# the lock, every later one finds it. It is sourced, in a workspace: `source infra/environment.sh`.
 #
-# A lock has an environment of its own, named by its hash: who runs while the lock changes, keeps what it has. It is made
-# under another name and renamed at the end, so that what was interrupted is never taken for complete.
+# A lock has an environment of its own, named by its hash: who runs while the lock changes, keeps what it has. It is
+# made under another name and renamed at the end, so that what was interrupted is never taken for complete.
 
 # `set -e` does nothing before a `&&`: each step has to say itself that it failed.
 make_environment() {
   local new=$environment.new.$HOSTNAME.$$
   if ! command -v uv >/dev/null; then
-    echo "infra/environment.sh: this image has no uv: set image in infra/provision/ to one that has, and provision again." >&2
+    echo "infra/environment.sh: this image has no uv: choose one that has in infra/provision, then provision again." >&2
     return 1
   fi
   echo "Installing $(grep -c == "$lock") locked packages; the next start finds them …"

@@ -6,10 +6,13 @@ What Azure makes of them is not tested here: docs/how-to/azure-resources.md says
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -394,8 +397,31 @@ def test_commands_run_in_one_shell_that_stops_at_the_first_failure(purpose: str,
     template = runs["properties"]["template"]
     for container in [*template["containers"], *template.get("initContainers", [])]:
         assert container["command"] == ["bash", "-euo", "pipefail", "-c"]
-        assert container["args"][0].startswith('cd "$WORKSPACE_MOUNT" && ') and ";" not in container["args"][0]
-    assert template["containers"][0]["args"] == ['cd "$WORKSPACE_MOUNT" && one && two']
+        (line,) = container["args"]
+        assert line.startswith('cd "$WORKSPACE_MOUNT" && ')
+        assert ";" not in re.sub(r"if \[ ! -e [\w./]+ \]; then [^;]+; fi && ", "", line)
+    assert template["containers"][0]["args"][0].endswith("&& one && two")
+
+
+def test_a_new_app_on_an_empty_share_answers_and_shows_nothing(make: Make, tmp_path: Path) -> None:
+    template = make("inference")["containerApps"][0]["properties"]["template"]
+    (prepare,), (app,) = template["initContainers"], template["containers"]
+    environment = {"PATH": os.environ["PATH"], "WORKSPACE_MOUNT": str(tmp_path)}
+    assert subprocess.run([*prepare["command"], *prepare["args"]], env=environment).returncode == 0
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    line = app["args"][0].replace("7860", f"{port} --bind 127.0.0.1").replace("/tmp/new", str(tmp_path / "new"))
+    environment["PYTHONUNBUFFERED"] = "1"
+    command = [*app["command"], line]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout and "Serving HTTP" in server.stdout.readline()
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+                assert answer.status == 200
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
+                assert re.findall('href="(.*?)"', answer.read().decode()) == ["health/"]
+        finally:
+            server.terminate()
 
 
 @for_both

@@ -3,8 +3,8 @@
 // `python infra/azure.py provision finetuning` deploys it with the values of finetuning.parameters.json, which is where
 // to change them. A resource whose name is given there must exist, and is used as it is. Where the name is empty, the
 // resource is made; its name stays the same from one deployment to the next, so that deploying again changes it.
-// inference.bicep makes or uses the same share and logs, word for word, and an environment of its own: so each can have
-// another GPU, and deploying the one never disturbs the other.
+// inference.bicep makes or uses the same share and logs, word for word, and an environment of its own: so each can
+// have another GPU, and deploying the one never disturbs the other.
 
 // ---- What is asked for
 
@@ -62,7 +62,7 @@ param acaLogAnalyticsName string
 @description('The name of the job, which is made or brought up to date. Empty: one is derived from projectName.')
 param acaJobName string
 
-@description('An existing key vault of this resource group (with Azure RBAC) that has the secret hf-token. Empty: none.')
+@description('An existing key vault of this resource group, with Azure RBAC and the secret hf-token. Empty: none.')
 param keyVaultName string
 
 @secure()
@@ -75,11 +75,12 @@ param hfToken string = ''
 @description('The container image, pinned by its digest. It must have bash, Python 3.11 to 3.13, and uv.')
 param image string = 'ghcr.io/astral-sh/uv@sha256:e5b65587bce7de595f299855d7385fe7fca39b8a74baa261ba1b7147afa78e58'
 
-@description('What you mean to spend in a month on this resource group, in your currency: at 80 % and when 100 % is forecast, its owners get a mail. 0: no budget. A budget warns, and stops nothing.')
+// At 80 %, and when 100 % is forecast, the owners of the resource group get a mail. Nothing is stopped.
+@description('What you mean to spend on this resource group in a month, in your currency. 0: no budget.')
 @minValue(0)
 param budgetAmount int
 
-@description('Who gets these mails, beside the owners of the resource group.')
+@description('Who gets the mails about the budget, beside the owners.')
 param budgetContactEmails array
 
 @description('The first month of the budget: Azure takes only the current one, and refuses to change it later.')
@@ -90,7 +91,7 @@ param tags object
 
 // ---- What follows from it
 
-// As large as the profile allows. Containers of a serverless profile have one GPU, those of a dedicated one all of them.
+// As large as the profile allows. A container of a serverless profile has one GPU, that of a dedicated one has all.
 var sizes = {
   Consumption: { cpu: 4, memory: '8Gi' }
   'Consumption-GPU-NC8as-T4': { cpu: 8, memory: '56Gi' }
@@ -143,8 +144,8 @@ resource newStorage 'Microsoft.Storage/storageAccounts@2025-06-01' = if (empty(s
     defaultToOAuthAuthentication: true
     // Container Apps mount a share over SMB with the account's key, and with nothing else.
     allowSharedKeyAccess: true
-    // Your machine sends the workspace here, and an environment without a network of its own has no fixed address: there
-    // is no range of addresses to restrict this to.
+    // Your machine sends the workspace here, and an environment without a network of its own has no fixed address:
+    // there is no range of addresses to restrict this to.
     publicNetworkAccess: 'Enabled'
   }
 }

@@ -1,10 +1,10 @@
 // What chatting needs in Azure: the file share that holds the tuned model, an environment with the GPU, and the app.
 //
-// `python infra/azure.py provision inference` deploys it with the values of inference.parameters.json, which is where to
-// change them. A resource whose name is given there must exist, and is used as it is. Where the name is empty, the
+// `python infra/azure.py provision inference` deploys it with the values of inference.parameters.json, which is where
+// to change them. A resource whose name is given there must exist, and is used as it is. Where the name is empty, the
 // resource is made; its name stays the same from one deployment to the next, so that deploying again changes it.
-// finetuning.bicep makes or uses the same share and logs, word for word, and an environment of its own: so each can have
-// another GPU, and deploying the one never disturbs the other.
+// finetuning.bicep makes or uses the same share and logs, word for word, and an environment of its own: so each can
+// have another GPU, and deploying the one never disturbs the other.
 
 // ---- What is asked for
 
@@ -57,17 +57,21 @@ param acaLogAnalyticsName string
 @description('The name of the app, which is made or brought up to date. Empty: one is derived from projectName.')
 param acaAppName string
 
-@description('The id of an Entra ID app registration: whoever opens the page has to log in with your organisation first. Programs use the API with the key. Empty: the key alone.')
+// Who opens the page then has to log in with your organisation first; programs use the API with the key.
+@description('The client id of an app registration in Entra ID. Empty: no login, the key alone.')
 param entraClientId string
 
-@description('Who may reach the app at all, for example [{ "name": "office", "action": "Allow", "ipAddressRange": "203.0.113.0/24" }]. Empty: everybody who has the key.')
+// For example [{ "name": "office", "action": "Allow", "ipAddressRange": "203.0.113.0/24" }]
+@description('The addresses from which the app can be reached. Empty: all, with the key.')
 param ipSecurityRestrictions array
 
+// `az containerapp secret show --secret-name chat-api-key` shows it.
 @secure()
-@description('What the page asks for as password and the API as bearer token; not needed with a key vault. Not given: one that nobody can guess, shown by `az containerapp secret show --secret-name chat-api-key`.')
+@description('The key to the app: password of the page, bearer token of the API. Not given: drawn by Azure.')
 param chatApiKey string = newGuid()
 
-@description('An existing key vault of this resource group (with Azure RBAC) that has the secrets hf-token and chat-api-key. Empty: none.')
+// It must have the secrets hf-token and chat-api-key, and be one with Azure RBAC.
+@description('An existing key vault of this resource group, for the secrets. Empty: none.')
 param keyVaultName string
 
 @secure()
@@ -80,11 +84,12 @@ param hfToken string = ''
 @description('The container image, pinned by its digest. It must have bash, Python 3.11 to 3.13, and uv.')
 param image string = 'ghcr.io/astral-sh/uv@sha256:e5b65587bce7de595f299855d7385fe7fca39b8a74baa261ba1b7147afa78e58'
 
-@description('What you mean to spend in a month on this resource group, in your currency: at 80 % and when 100 % is forecast, its owners get a mail. 0: no budget. A budget warns, and stops nothing.')
+// At 80 %, and when 100 % is forecast, the owners of the resource group get a mail. Nothing is stopped.
+@description('What you mean to spend on this resource group in a month, in your currency. 0: no budget.')
 @minValue(0)
 param budgetAmount int
 
-@description('Who gets these mails, beside the owners of the resource group.')
+@description('Who gets the mails about the budget, beside the owners.')
 param budgetContactEmails array
 
 @description('The first month of the budget: Azure takes only the current one, and refuses to change it later.')
@@ -95,7 +100,7 @@ param tags object
 
 // ---- What follows from it
 
-// As large as the profile allows. Containers of a serverless profile have one GPU, those of a dedicated one all of them.
+// As large as the profile allows. A container of a serverless profile has one GPU, that of a dedicated one has all.
 var sizes = {
   Consumption: { cpu: 4, memory: '8Gi' }
   'Consumption-GPU-NC8as-T4': { cpu: 8, memory: '56Gi' }
@@ -139,6 +144,11 @@ var keySecret = empty(keyVaultName)
       identity: identity.id
     }
 
+// A new share is empty, and Azure takes no app that never answers. Then this start answers /health and nothing else;
+// `deploy` sends the workspace, and starts the app anew.
+var answerHealth = 'mkdir -p /tmp/new/health && exec python3 -m http.server 7860 --directory /tmp/new'
+var isNew = '[ ! -e infra/environment.sh ]'
+
 // ---- The share that holds the workspace, the models and the Python environments
 
 resource newStorage 'Microsoft.Storage/storageAccounts@2025-06-01' = if (empty(storageAccountName)) {
@@ -155,8 +165,8 @@ resource newStorage 'Microsoft.Storage/storageAccounts@2025-06-01' = if (empty(s
     defaultToOAuthAuthentication: true
     // Container Apps mount a share over SMB with the account's key, and with nothing else.
     allowSharedKeyAccess: true
-    // Your machine sends the workspace here, and an environment without a network of its own has no fixed address: there
-    // is no range of addresses to restrict this to.
+    // Your machine sends the workspace here, and an environment without a network of its own has no fixed address:
+    // there is no range of addresses to restrict this to.
     publicNetworkAccess: 'Enabled'
   }
 }
@@ -325,7 +335,7 @@ resource app 'Microsoft.App/containerApps@2025-07-01' = {
           name: 'prepare'
           image: image
           command: ['bash', '-euo', 'pipefail', '-c']
-          args: ['cd "$WORKSPACE_MOUNT" && source infra/environment.sh && python setup/get_model.py']
+          args: ['cd "$WORKSPACE_MOUNT" && if ${isNew}; then exit; fi && source infra/environment.sh && python setup/get_model.py']
           env: concat(mountVariables, hasToken ? [{ name: 'HF_TOKEN', secretRef: 'hf-token' }] : [])
           resources: { cpu: 2, memory: '4Gi' }
           volumeMounts: [{ volumeName: 'workspace', mountPath: '/mount' }]
@@ -336,7 +346,7 @@ resource app 'Microsoft.App/containerApps@2025-07-01' = {
           name: 'inference'
           image: image
           command: ['bash', '-euo', 'pipefail', '-c']
-          args: ['cd "$WORKSPACE_MOUNT" && ${join(defaultCommands, ' && ')}']
+          args: ['cd "$WORKSPACE_MOUNT" && if ${isNew}; then ${answerHealth}; fi && ${join(defaultCommands, ' && ')}']
           env: concat(mountVariables, [
             { name: 'HF_HUB_OFFLINE', value: '1' }
             { name: 'CHAT_API_KEY', secretRef: 'chat-api-key' }
