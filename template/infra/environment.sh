@@ -14,10 +14,10 @@ make_environment() {
   echo "Installing $(grep -c == "$lock") locked packages; the next start finds them …"
   uv venv --quiet --relocatable --python "$(command -v python3)" "$new" &&
     uv pip install --quiet --python "$new" --requirement "$lock" &&
-    mv --no-target-directory "$new" "$environment" 2>/dev/null
+    { [ -d "$environment" ] || mv --no-target-directory "$new" "$environment"; }
   # It is there as well when another start was quicker; then what is left of unfinished ones can go.
-  if [ ! -d "$environment" ]; then rm -rf "$new" && return 1; fi
-  rm -rf "$environment".new.*
+  if [ ! -d "$environment" ]; then rm -rf "$new"; return 1; fi
+  rm -rf "$environment".new.* || true
   echo "Ready after $SECONDS s."
 }
 
