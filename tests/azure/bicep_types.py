@@ -78,7 +78,8 @@ class Checker:
         """Yield what is wrong with a resource."""
         given = {key: value for key, value in resource.body.items() if key not in DECLARED}
         known = {key: value for key, value in wanted["properties"].items() if key not in DECLARED}
-        yield from self.properties(resource.node, given, known, None)
+        yield from self.properties(given, known, None)
+        yield from self.missing(resource.node, set(given), known)
 
     def check(self, node: Node, wanted: dict[str, Any]) -> Iterator[str]:
         """Yield what is wrong with an expression that must have this type."""
@@ -109,9 +110,11 @@ class Checker:
     def value(self, node: Node, wanted: dict[str, Any]) -> Iterator[str]:
         """Yield what is wrong with a value that is neither condition nor variable."""
         kind = wanted["$type"]
-        if node.type == "call_expression" and self.text(node).startswith(("concat(", "union(")):
+        if node.type == "call_expression" and self.text(node).startswith("concat("):
             for argument in node.named_children[-1].named_children:
                 yield from self.check(argument, wanted)
+        elif node.type == "call_expression" and self.text(node).startswith("union(") and kind == "ObjectType":
+            yield from self.merged(node, wanted)
         elif kind == "UnionType":
             choices = [self.types.at(element) for element in wanted["elements"]]
             literals = [choice["value"] for choice in choices if choice["$type"] == "StringLiteralType"]
@@ -127,9 +130,9 @@ class Checker:
         elif node.type == "identifier":
             yield from self.parameter(node, wanted)
         elif kind == "ObjectType" and node.type == "object":
-            entries = [entry for entry in node.named_children if entry.type == "object_property"]
-            given = {self.bicep.key(entry.named_children[0]): entry.named_children[1] for entry in entries}
-            yield from self.properties(node, given, wanted["properties"], wanted.get("additionalProperties"))
+            given = self.given(node)
+            yield from self.properties(given, wanted["properties"], wanted.get("additionalProperties"))
+            yield from self.missing(node, set(given), wanted["properties"])
         elif kind == "ArrayType" and node.type == "array":
             for item in (child for child in node.named_children if child.type != "comment"):
                 yield from self.check(item, self.types.at(wanted["itemType"]))
@@ -138,10 +141,23 @@ class Checker:
         elif (kind, node.type) not in (("IntegerType", "number"), ("BooleanType", "boolean")):
             yield self.wrong(node, f"{self.text(node)[:60]} is no {kind}")
 
-    def properties(
-        self, node: Node, given: dict[str, Node], known: dict[str, Any], others: dict[str, str] | None
-    ) -> Iterator[str]:
-        """Yield what is wrong with the properties of an object."""
+    def given(self, node: Node) -> dict[str, Node]:
+        """Return the properties that an object has."""
+        entries = [entry for entry in node.named_children if entry.type == "object_property"]
+        return {self.bicep.key(entry.named_children[0]): entry.named_children[1] for entry in entries}
+
+    def merged(self, node: Node, wanted: dict[str, Any]) -> Iterator[str]:
+        """Yield what is wrong with an object that union() puts together."""
+        sure: set[str] = set()
+        for argument in node.named_children[-1].named_children:
+            parts = [self.given(part) for part in self.possible(argument) if part.type == "object"]
+            for part in parts:
+                yield from self.properties(part, wanted["properties"], wanted.get("additionalProperties"))
+            sure |= set.intersection(*map(set, parts)) if parts else set()
+        yield from self.missing(node, sure, wanted["properties"])
+
+    def properties(self, given: dict[str, Node], known: dict[str, Any], others: dict[str, str] | None) -> Iterator[str]:
+        """Yield what is wrong with the properties that an object has."""
         for name, value in given.items():
             if name in known and known[name]["flags"] & READ_ONLY:
                 yield self.wrong(value, f"{name} is set by Azure alone")
@@ -151,6 +167,9 @@ class Checker:
                 yield from self.check(value, self.types.at(others))
             else:
                 yield self.wrong(value, f"there is no property {name}")
+
+    def missing(self, node: Node, given: set[str], known: dict[str, Any]) -> Iterator[str]:
+        """Yield the properties that an object must have and has not."""
         for name, about in known.items():
             if about["flags"] & REQUIRED and name not in given:
                 yield self.wrong(node, f"{name} is missing")

@@ -9,8 +9,6 @@
 // ---- What is asked for
 
 @description('The name of the workspace. Names and tags of what is made are derived from it.')
-@minLength(3)
-@maxLength(32)
 param projectName string
 
 @description('The Azure region. It must offer the GPU, and is that of every named existing resource.')
@@ -25,15 +23,7 @@ param defaultCommands array
 @maxValue(2592000)
 param timeout int
 
-@description('The hardware to rent, a workload profile type. Consumption has no GPU: it does for the demo model.')
-@allowed([
-  'Consumption'
-  'Consumption-GPU-NC8as-T4'
-  'Consumption-GPU-NC24-A100'
-  'NC24-A100'
-  'NC48-A100'
-  'NC96-A100'
-])
+@description('The hardware to rent, one of `sizes` below. Consumption has no GPU: it does for the demo model.')
 param workloadProfileType string
 
 @description('The name of that profile in the environment. It matters only for an environment that exists already.')
@@ -41,22 +31,18 @@ param workloadProfileName string = workloadProfileType == 'Consumption' ? 'Consu
 
 @description('The most instances of a dedicated profile (NC…-A100): each is billed while anything runs on it.')
 @minValue(1)
-@maxValue(20)
 param maximumInstanceCount int
 
-@description('An existing storage account of this resource group, for the file share. Empty: one is made.')
+// Existing resources of this resource group, which are used as they are.
+@description('An existing storage account, for the file share. Empty: one is made.')
 param storageAccountName string
-
 @description('An existing file share in that account. Empty: one is made.')
 param fileShareName string
-
-@description('An existing Container Apps environment of this resource group. Empty: one is made.')
+@description('An existing Container Apps environment. Empty: one is made.')
 param acaEnvironmentName string
-
 @description('An existing storage of that environment, by which its containers write to the share. Empty: one is made.')
 param acaEnvironmentStorageName string
-
-@description('An existing Log Analytics workspace of this resource group, for the logs. Empty: one is made.')
+@description('An existing Log Analytics workspace, for the logs. Empty: one is made.')
 param acaLogAnalyticsName string
 
 @description('The name of the job, which is made or brought up to date. Empty: one is derived from projectName.')
@@ -113,19 +99,18 @@ var environmentStorageName = empty(acaEnvironmentStorageName) ? 'share-${uniqueN
 var logsName = empty(acaLogAnalyticsName) ? 'log-${uniqueName}' : acaLogAnalyticsName
 var jobName = empty(acaJobName) ? 'job-${uniqueName}' : acaJobName
 
+// Python environments have links; nobody else writes to a file that is locked.
+var mountOptions = 'mfsymlinks,nobrl'
 var mountVariables = [
   { name: 'WORKSPACE_MOUNT', value: '/mount' }
   { name: 'HF_HOME', value: '/mount/.cache/huggingface' } // a model is downloaded once
   { name: 'PYTHONUNBUFFERED', value: '1' }
 ]
 
+var vaultSecrets = 'https://${keyVaultName}${environment().suffixes.keyvaultDns}/secrets'
 var tokenSecret = empty(keyVaultName)
   ? { name: 'hf-token', value: hfToken }
-  : {
-      name: 'hf-token'
-      keyVaultUrl: 'https://${keyVaultName}${environment().suffixes.keyvaultDns}/secrets/hf-token'
-      identity: identity.id
-    }
+  : { name: 'hf-token', keyVaultUrl: '${vaultSecrets}/hf-token', identity: identity.id }
 var hasToken = !empty(hfToken) || !empty(keyVaultName)
 
 // ---- The share that holds the workspace, the models and the Python environments
@@ -141,7 +126,6 @@ resource newStorage 'Microsoft.Storage/storageAccounts@2025-06-01' = if (empty(s
     supportsHttpsTrafficOnly: true
     allowBlobPublicAccess: false
     allowCrossTenantReplication: false
-    defaultToOAuthAuthentication: true
     // Container Apps mount a share over SMB with the account's key, and with nothing else.
     allowSharedKeyAccess: true
     // Your machine sends the workspace here, and an environment without a network of its own has no fixed address:
@@ -161,9 +145,7 @@ resource newFileService 'Microsoft.Storage/storageAccounts/fileServices@2025-06-
   }
 }
 
-resource storage 'Microsoft.Storage/storageAccounts@2025-06-01' existing = {
-  name: storageName
-}
+resource storage 'Microsoft.Storage/storageAccounts@2025-06-01' existing = { name: storageName }
 
 resource fileService 'Microsoft.Storage/storageAccounts/fileServices@2025-06-01' existing = {
   parent: storage
@@ -193,20 +175,13 @@ resource newLogs 'Microsoft.OperationalInsights/workspaces@2025-07-01' = if (emp
   }
 }
 
-resource logs 'Microsoft.OperationalInsights/workspaces@2025-07-01' existing = {
-  name: logsName
-}
+resource log 'Microsoft.OperationalInsights/workspaces@2025-07-01' existing = { name: logsName }
 
 var consumptionProfile = { name: 'Consumption', workloadProfileType: 'Consumption' }
 // Azure refuses counts for a serverless profile; a dedicated one has no instance while nothing runs.
-var gpuProfile = startsWith(workloadProfileType, 'Consumption')
-  ? { name: workloadProfileName, workloadProfileType: workloadProfileType }
-  : {
-      name: workloadProfileName
-      workloadProfileType: workloadProfileType
-      minimumCount: 0
-      maximumCount: maximumInstanceCount
-    }
+var isServerless = startsWith(workloadProfileType, 'Consumption')
+var counts = isServerless ? {} : { minimumCount: 0, maximumCount: maximumInstanceCount }
+var gpuProfile = union({ name: workloadProfileName, workloadProfileType: workloadProfileType }, counts)
 
 resource newEnvironment 'Microsoft.App/managedEnvironments@2025-07-01' = if (empty(acaEnvironmentName)) {
   name: environmentName
@@ -216,18 +191,13 @@ resource newEnvironment 'Microsoft.App/managedEnvironments@2025-07-01' = if (emp
     workloadProfiles: workloadProfileType == 'Consumption' ? [consumptionProfile] : [consumptionProfile, gpuProfile]
     appLogsConfiguration: {
       destination: 'log-analytics'
-      logAnalyticsConfiguration: {
-        customerId: logs.properties.customerId
-        sharedKey: logs.listKeys().primarySharedKey
-      }
+      logAnalyticsConfiguration: { customerId: log.properties.customerId, sharedKey: log.listKeys().primarySharedKey }
     }
   }
   dependsOn: [newLogs]
 }
 
-resource containerEnvironment 'Microsoft.App/managedEnvironments@2025-07-01' existing = {
-  name: environmentName
-}
+resource containerEnvironment 'Microsoft.App/managedEnvironments@2025-07-01' existing = { name: environmentName }
 
 resource newEnvironmentStorage 'Microsoft.App/managedEnvironments/storages@2025-07-01' = if (empty(acaEnvironmentStorageName)) {
   parent: containerEnvironment
@@ -251,18 +221,14 @@ resource identity 'Microsoft.ManagedIdentity/userAssignedIdentities@2024-11-30' 
   tags: allTags
 }
 
-resource vault 'Microsoft.KeyVault/vaults@2025-05-01' existing = {
-  name: empty(keyVaultName) ? 'none' : keyVaultName
-}
+resource vault 'Microsoft.KeyVault/vaults@2025-05-01' existing = { name: empty(keyVaultName) ? 'none' : keyVaultName }
 
+var keyVaultSecretsUser = '4633458b-17de-408a-874b-0445c86b69e6' // the role, the same in every subscription
 resource vaultAccess 'Microsoft.Authorization/roleAssignments@2022-04-01' = if (!empty(keyVaultName)) {
   scope: vault
   name: guid(vault.id, identity.id)
   properties: {
-    roleDefinitionId: subscriptionResourceId(
-      'Microsoft.Authorization/roleDefinitions',
-      '4633458b-17de-408a-874b-0445c86b69e6' // Key Vault Secrets User
-    )
+    roleDefinitionId: subscriptionResourceId('Microsoft.Authorization/roleDefinitions', keyVaultSecretsUser)
     principalId: identity.properties.principalId
     principalType: 'ServicePrincipal'
   }
@@ -274,10 +240,7 @@ resource job 'Microsoft.App/jobs@2025-07-01' = {
   name: jobName
   location: location
   tags: allTags
-  identity: {
-    type: 'UserAssigned'
-    userAssignedIdentities: { '${identity.id}': {} }
-  }
+  identity: { type: 'UserAssigned', userAssignedIdentities: { '${identity.id}': {} } }
   properties: {
     environmentId: containerEnvironment.id
     workloadProfileName: workloadProfileName
@@ -303,12 +266,7 @@ resource job 'Microsoft.App/jobs@2025-07-01' = {
         }
       ]
       volumes: [
-        {
-          name: 'workspace'
-          storageType: 'AzureFile'
-          storageName: environmentStorageName
-          mountOptions: 'mfsymlinks,nobrl' // Python environments have links; files are locked in the container only
-        }
+        { name: 'workspace', storageType: 'AzureFile', storageName: environmentStorageName, mountOptions: mountOptions }
       ]
     }
   }
@@ -316,6 +274,13 @@ resource job 'Microsoft.App/jobs@2025-07-01' = {
 }
 
 // ---- A budget for the resource group
+
+var budgetMail = {
+  enabled: true
+  operator: 'GreaterThan'
+  contactEmails: budgetContactEmails
+  contactRoles: ['Owner']
+}
 
 resource budget 'Microsoft.Consumption/budgets@2024-08-01' = if (budgetAmount > 0) {
   name: '${uniqueName}-${budgetStart}'
@@ -325,22 +290,8 @@ resource budget 'Microsoft.Consumption/budgets@2024-08-01' = if (budgetAmount > 
     timeGrain: 'Monthly'
     timePeriod: { startDate: budgetStart }
     notifications: {
-      actual80: {
-        enabled: true
-        operator: 'GreaterThan'
-        threshold: 80
-        thresholdType: 'Actual'
-        contactEmails: budgetContactEmails
-        contactRoles: ['Owner']
-      }
-      forecast100: {
-        enabled: true
-        operator: 'GreaterThan'
-        threshold: 100
-        thresholdType: 'Forecasted'
-        contactEmails: budgetContactEmails
-        contactRoles: ['Owner']
-      }
+      actual80: union(budgetMail, { threshold: 80, thresholdType: 'Actual' })
+      forecast100: union(budgetMail, { threshold: 100, thresholdType: 'Forecasted' })
     }
   }
 }

@@ -9,8 +9,6 @@
 // ---- What is asked for
 
 @description('The name of the workspace. Names and tags of what is made are derived from it.')
-@minLength(3)
-@maxLength(32)
 param projectName string
 
 @description('The Azure region. It must offer the GPU, and is that of every named existing resource.')
@@ -20,15 +18,7 @@ param location string
 @minLength(1)
 param defaultCommands array
 
-@description('The hardware to rent, a workload profile type. Consumption has no GPU: it does for the demo model.')
-@allowed([
-  'Consumption'
-  'Consumption-GPU-NC8as-T4'
-  'Consumption-GPU-NC24-A100'
-  'NC24-A100'
-  'NC48-A100'
-  'NC96-A100'
-])
+@description('The hardware to rent, one of `sizes` below. Consumption has no GPU: it does for the demo model.')
 param workloadProfileType string
 
 @description('The name of that profile in the environment. It matters only for an environment that exists already.')
@@ -36,22 +26,18 @@ param workloadProfileName string = workloadProfileType == 'Consumption' ? 'Consu
 
 @description('The most instances of a dedicated profile (NC…-A100): each is billed while anything runs on it.')
 @minValue(1)
-@maxValue(20)
 param maximumInstanceCount int
 
-@description('An existing storage account of this resource group, for the file share. Empty: one is made.')
+// Existing resources of this resource group, which are used as they are.
+@description('An existing storage account, for the file share. Empty: one is made.')
 param storageAccountName string
-
 @description('An existing file share in that account. Empty: one is made.')
 param fileShareName string
-
-@description('An existing Container Apps environment of this resource group. Empty: one is made.')
+@description('An existing Container Apps environment. Empty: one is made.')
 param acaEnvironmentName string
-
 @description('An existing storage of that environment, by which its containers write to the share. Empty: one is made.')
 param acaEnvironmentStorageName string
-
-@description('An existing Log Analytics workspace of this resource group, for the logs. Empty: one is made.')
+@description('An existing Log Analytics workspace, for the logs. Empty: one is made.')
 param acaLogAnalyticsName string
 
 @description('The name of the app, which is made or brought up to date. Empty: one is derived from projectName.')
@@ -84,17 +70,6 @@ param hfToken string = ''
 @description('The container image, pinned by its digest. It must have bash, Python 3.11 to 3.13, and uv.')
 param image string = 'ghcr.io/astral-sh/uv@sha256:e5b65587bce7de595f299855d7385fe7fca39b8a74baa261ba1b7147afa78e58'
 
-// At 80 %, and when 100 % is forecast, the owners of the resource group get a mail. Nothing is stopped.
-@description('What you mean to spend on this resource group in a month, in your currency. 0: no budget.')
-@minValue(0)
-param budgetAmount int
-
-@description('Who gets the mails about the budget, beside the owners.')
-param budgetContactEmails array
-
-@description('The first month of the budget: Azure takes only the current one, and refuses to change it later.')
-param budgetStart string = utcNow('yyyy-MM-01')
-
 @description('Tags of everything that is made, beside `workspace`, by which infra/azure.py knows it again.')
 param tags object
 
@@ -122,31 +97,30 @@ var environmentStorageName = empty(acaEnvironmentStorageName) ? 'share-${uniqueN
 var logsName = empty(acaLogAnalyticsName) ? 'log-${uniqueName}' : acaLogAnalyticsName
 var appName = empty(acaAppName) ? 'app-${uniqueName}' : acaAppName
 
+// Python environments have links; nobody else writes to a file that is locked.
+var mountOptions = 'mfsymlinks,nobrl'
 var mountVariables = [
   { name: 'WORKSPACE_MOUNT', value: '/mount' }
   { name: 'HF_HOME', value: '/mount/.cache/huggingface' } // a model is downloaded once
   { name: 'PYTHONUNBUFFERED', value: '1' }
 ]
 
+var health = { path: '/health', port: 7860 }
+var issuer = '${environment().authentication.loginEndpoint}${tenant().tenantId}/v2.0'
+
+var vaultSecrets = 'https://${keyVaultName}${environment().suffixes.keyvaultDns}/secrets'
 var tokenSecret = empty(keyVaultName)
   ? { name: 'hf-token', value: hfToken }
-  : {
-      name: 'hf-token'
-      keyVaultUrl: 'https://${keyVaultName}${environment().suffixes.keyvaultDns}/secrets/hf-token'
-      identity: identity.id
-    }
+  : { name: 'hf-token', keyVaultUrl: '${vaultSecrets}/hf-token', identity: identity.id }
 var hasToken = !empty(hfToken) || !empty(keyVaultName)
 var keySecret = empty(keyVaultName)
   ? { name: 'chat-api-key', value: chatApiKey }
-  : {
-      name: 'chat-api-key'
-      keyVaultUrl: 'https://${keyVaultName}${environment().suffixes.keyvaultDns}/secrets/chat-api-key'
-      identity: identity.id
-    }
+  : { name: 'chat-api-key', keyVaultUrl: '${vaultSecrets}/chat-api-key', identity: identity.id }
 
 // A new share is empty, and Azure takes no app that never answers. Then this start answers /health and nothing else;
 // `deploy` sends the workspace, and starts the app anew.
 var answerHealth = 'mkdir -p /tmp/new/health && exec python3 -m http.server 7860 --directory /tmp/new'
+var prepare = 'source infra/environment.sh && python setup/get_model.py'
 var isNew = '[ ! -e infra/environment.sh ]'
 
 // ---- The share that holds the workspace, the models and the Python environments
@@ -162,7 +136,6 @@ resource newStorage 'Microsoft.Storage/storageAccounts@2025-06-01' = if (empty(s
     supportsHttpsTrafficOnly: true
     allowBlobPublicAccess: false
     allowCrossTenantReplication: false
-    defaultToOAuthAuthentication: true
     // Container Apps mount a share over SMB with the account's key, and with nothing else.
     allowSharedKeyAccess: true
     // Your machine sends the workspace here, and an environment without a network of its own has no fixed address:
@@ -182,9 +155,7 @@ resource newFileService 'Microsoft.Storage/storageAccounts/fileServices@2025-06-
   }
 }
 
-resource storage 'Microsoft.Storage/storageAccounts@2025-06-01' existing = {
-  name: storageName
-}
+resource storage 'Microsoft.Storage/storageAccounts@2025-06-01' existing = { name: storageName }
 
 resource fileService 'Microsoft.Storage/storageAccounts/fileServices@2025-06-01' existing = {
   parent: storage
@@ -214,20 +185,13 @@ resource newLogs 'Microsoft.OperationalInsights/workspaces@2025-07-01' = if (emp
   }
 }
 
-resource logs 'Microsoft.OperationalInsights/workspaces@2025-07-01' existing = {
-  name: logsName
-}
+resource log 'Microsoft.OperationalInsights/workspaces@2025-07-01' existing = { name: logsName }
 
 var consumptionProfile = { name: 'Consumption', workloadProfileType: 'Consumption' }
 // Azure refuses counts for a serverless profile; a dedicated one has no instance while nothing runs.
-var gpuProfile = startsWith(workloadProfileType, 'Consumption')
-  ? { name: workloadProfileName, workloadProfileType: workloadProfileType }
-  : {
-      name: workloadProfileName
-      workloadProfileType: workloadProfileType
-      minimumCount: 0
-      maximumCount: maximumInstanceCount
-    }
+var isServerless = startsWith(workloadProfileType, 'Consumption')
+var counts = isServerless ? {} : { minimumCount: 0, maximumCount: maximumInstanceCount }
+var gpuProfile = union({ name: workloadProfileName, workloadProfileType: workloadProfileType }, counts)
 
 resource newEnvironment 'Microsoft.App/managedEnvironments@2025-07-01' = if (empty(acaEnvironmentName)) {
   name: environmentName
@@ -237,18 +201,13 @@ resource newEnvironment 'Microsoft.App/managedEnvironments@2025-07-01' = if (emp
     workloadProfiles: workloadProfileType == 'Consumption' ? [consumptionProfile] : [consumptionProfile, gpuProfile]
     appLogsConfiguration: {
       destination: 'log-analytics'
-      logAnalyticsConfiguration: {
-        customerId: logs.properties.customerId
-        sharedKey: logs.listKeys().primarySharedKey
-      }
+      logAnalyticsConfiguration: { customerId: log.properties.customerId, sharedKey: log.listKeys().primarySharedKey }
     }
   }
   dependsOn: [newLogs]
 }
 
-resource containerEnvironment 'Microsoft.App/managedEnvironments@2025-07-01' existing = {
-  name: environmentName
-}
+resource containerEnvironment 'Microsoft.App/managedEnvironments@2025-07-01' existing = { name: environmentName }
 
 resource newEnvironmentStorage 'Microsoft.App/managedEnvironments/storages@2025-07-01' = if (empty(acaEnvironmentStorageName)) {
   parent: containerEnvironment
@@ -286,18 +245,14 @@ resource identity 'Microsoft.ManagedIdentity/userAssignedIdentities@2024-11-30' 
   tags: allTags
 }
 
-resource vault 'Microsoft.KeyVault/vaults@2025-05-01' existing = {
-  name: empty(keyVaultName) ? 'none' : keyVaultName
-}
+resource vault 'Microsoft.KeyVault/vaults@2025-05-01' existing = { name: empty(keyVaultName) ? 'none' : keyVaultName }
 
+var keyVaultSecretsUser = '4633458b-17de-408a-874b-0445c86b69e6' // the role, the same in every subscription
 resource vaultAccess 'Microsoft.Authorization/roleAssignments@2022-04-01' = if (!empty(keyVaultName)) {
   scope: vault
   name: guid(vault.id, identity.id)
   properties: {
-    roleDefinitionId: subscriptionResourceId(
-      'Microsoft.Authorization/roleDefinitions',
-      '4633458b-17de-408a-874b-0445c86b69e6' // Key Vault Secrets User
-    )
+    roleDefinitionId: subscriptionResourceId('Microsoft.Authorization/roleDefinitions', keyVaultSecretsUser)
     principalId: identity.properties.principalId
     principalType: 'ServicePrincipal'
   }
@@ -309,21 +264,14 @@ resource app 'Microsoft.App/containerApps@2025-07-01' = {
   name: appName
   location: location
   tags: allTags
-  identity: {
-    type: 'UserAssigned'
-    userAssignedIdentities: { '${identity.id}': {} }
-  }
+  identity: { type: 'UserAssigned', userAssignedIdentities: { '${identity.id}': {} } }
   properties: {
     environmentId: containerEnvironment.id
     workloadProfileName: workloadProfileName
     configuration: {
       activeRevisionsMode: 'Single'
-      ingress: {
-        external: true // inference/gradio_chat.py refuses to listen here without the key
-        targetPort: 7860
-        allowInsecure: false
-        ipSecurityRestrictions: ipSecurityRestrictions
-      }
+      // For everybody with the key: without one, inference/gradio_chat.py refuses to listen.
+      ingress: { external: true, targetPort: 7860, allowInsecure: false, ipSecurityRestrictions: ipSecurityRestrictions }
       secrets: hasToken ? [keySecret, tokenSecret] : [keySecret]
       // Azure reads the key vault with it; what runs in a container cannot use it.
       identitySettings: [{ identity: identity.id, lifecycle: 'None' }]
@@ -335,7 +283,7 @@ resource app 'Microsoft.App/containerApps@2025-07-01' = {
           name: 'prepare'
           image: image
           command: ['bash', '-euo', 'pipefail', '-c']
-          args: ['cd "$WORKSPACE_MOUNT" && if ${isNew}; then exit; fi && source infra/environment.sh && python setup/get_model.py']
+          args: ['cd "$WORKSPACE_MOUNT" && if ${isNew}; then exit; fi && ${prepare}']
           env: concat(mountVariables, hasToken ? [{ name: 'HF_TOKEN', secretRef: 'hf-token' }] : [])
           resources: { cpu: 2, memory: '4Gi' }
           volumeMounts: [{ volumeName: 'workspace', mountPath: '/mount' }]
@@ -355,39 +303,15 @@ resource app 'Microsoft.App/containerApps@2025-07-01' = {
           volumeMounts: [{ volumeName: 'read-only', mountPath: '/mount' }]
           probes: [
             // Ten times a minute: to load libraries and model from the share takes minutes.
-            {
-              type: 'Startup'
-              httpGet: { path: '/health', port: 7860 }
-              periodSeconds: 60
-              failureThreshold: 10
-            }
-            {
-              type: 'Readiness'
-              httpGet: { path: '/health', port: 7860 }
-              periodSeconds: 10
-            }
-            {
-              type: 'Liveness'
-              httpGet: { path: '/health', port: 7860 }
-              periodSeconds: 30
-              timeoutSeconds: 10
-            }
+            { type: 'Startup', httpGet: health, periodSeconds: 60, failureThreshold: 10 }
+            { type: 'Readiness', httpGet: health, periodSeconds: 10 }
+            { type: 'Liveness', httpGet: health, periodSeconds: 30, timeoutSeconds: 10 }
           ]
         }
       ]
       volumes: [
-        {
-          name: 'workspace'
-          storageType: 'AzureFile'
-          storageName: environmentStorageName
-          mountOptions: 'mfsymlinks,nobrl' // Python environments have links; files are locked in the container only
-        }
-        {
-          name: 'read-only'
-          storageType: 'AzureFile'
-          storageName: readOnlyStorage.name
-          mountOptions: 'mfsymlinks,nobrl'
-        }
+        { name: 'workspace', storageType: 'AzureFile', storageName: environmentStorageName, mountOptions: mountOptions }
+        { name: 'read-only', storageType: 'AzureFile', storageName: readOnlyStorage.name, mountOptions: mountOptions }
       ]
       // The first request starts the app, and five minutes after the last one it ends: until then the GPU is billed.
       scale: { minReplicas: 0, maxReplicas: 1, cooldownPeriod: 300 }
@@ -407,45 +331,11 @@ resource login 'Microsoft.App/containerApps/authConfigs@2025-07-01' = if (!empty
       // For programs, which have the key; /health says only whether the model is loaded.
       excludedPaths: ['/v1/models', '/v1/chat/completions', '/health']
     }
-    httpSettings: { requireHttps: true }
     identityProviders: {
       azureActiveDirectory: {
         enabled: true
-        registration: {
-          clientId: entraClientId
-          openIdIssuer: '${environment().authentication.loginEndpoint}${tenant().tenantId}/v2.0'
-        }
+        registration: { clientId: entraClientId, openIdIssuer: issuer }
         validation: { allowedAudiences: [entraClientId, 'api://${entraClientId}'] }
-      }
-    }
-  }
-}
-
-// ---- A budget for the resource group
-
-resource budget 'Microsoft.Consumption/budgets@2024-08-01' = if (budgetAmount > 0) {
-  name: '${uniqueName}-${budgetStart}'
-  properties: {
-    category: 'Cost'
-    amount: budgetAmount
-    timeGrain: 'Monthly'
-    timePeriod: { startDate: budgetStart }
-    notifications: {
-      actual80: {
-        enabled: true
-        operator: 'GreaterThan'
-        threshold: 80
-        thresholdType: 'Actual'
-        contactEmails: budgetContactEmails
-        contactRoles: ['Owner']
-      }
-      forecast100: {
-        enabled: true
-        operator: 'GreaterThan'
-        threshold: 100
-        thresholdType: 'Forecasted'
-        contactEmails: budgetContactEmails
-        contactRoles: ['Owner']
       }
     }
   }
