@@ -88,8 +88,7 @@ var size = sizes[workloadProfileType]
 
 var allTags = union(tags, { workspace: projectName })
 // Without hyphens, as a name may not hold two in a row.
-var shortName = take(replace(projectName, '-', ''), 12)
-var uniqueName = '${shortName}-${take(uniqueString(resourceGroup().id, projectName), 6)}'
+var uniqueName = '${take(replace(projectName, '-', ''), 12)}-${take(uniqueString(resourceGroup().id, projectName), 6)}'
 var storageName = empty(storageAccountName) ? 'st${uniqueString(resourceGroup().id, projectName)}' : storageAccountName
 var shareName = empty(fileShareName) ? uniqueName : fileShareName
 var environmentName = empty(acaEnvironmentName) ? 'env-app-${uniqueName}' : acaEnvironmentName
