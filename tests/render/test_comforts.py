@@ -138,6 +138,12 @@ def test_the_remote_steps_are_tasks_with_the_names_that_people_know(workspaces: 
         assert [one["id"] for one in tasks.get("inputs", [])] == (["secret"] if name == "azure" else [])
 
 
+def test_the_readme_has_every_step_in_azure_in_its_order(workspaces: dict[str, Path]) -> None:
+    named = [command[1] for command in commands(workspaces["azure"]) if command[0] == "infra/azure.py"]
+    steps = ["estimate", "provision", "run", "pull", "provision", "deploy", "endpoint", "destroy"]
+    assert [step for step in named if step in steps][:8] == steps
+
+
 @pytest.mark.parametrize("model", [model for model in CATALOGUE if model not in {"demo", "custom"}])
 def test_the_readme_says_what_the_model_is(render: Callable[..., Path], tmp_path: Path, model: str) -> None:
     entry = CATALOGUE[model]
