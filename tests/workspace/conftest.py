@@ -6,6 +6,7 @@ starting a Python for each case. The few tests that are about processes start on
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -42,6 +43,20 @@ def twenty_questions(workspace: Path) -> list[str]:
     lines = (workspace / "dataset" / "sample-heldout.jsonl").read_text(encoding="utf-8").splitlines()
     asked = dict.fromkeys(json.loads(line)["messages"][0]["content"] for line in lines)
     return list(asked)[:20]
+
+
+@contextlib.contextmanager
+def inference_of(workspace: Path) -> Iterator[None]:
+    """Let this process import inference/ of the workspace; afterwards all of it is forgotten."""
+    folder = str(workspace / "inference")
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        for name, module in list(sys.modules.items()):
+            if (getattr(module, "__file__", None) or "").startswith(folder):
+                del sys.modules[name]
 
 
 class Run:

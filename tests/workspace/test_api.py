@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, inference_of
 from served import served, serving
 
 sys.path.append(str(REPOSITORY / ".cache" / "openai"))  # at the end: what a workspace has comes first
@@ -37,11 +37,8 @@ def modules(workspace: Path) -> Iterator[None]:
     import tiny_model
 
     tiny_model.build_demo()
-    sys.path.insert(0, str(workspace / "inference"))
-    yield
-    sys.path.remove(str(workspace / "inference"))
-    for name in ("engine", "torch_backend", "gradio_chat", "page", "server", "api", "line"):
-        sys.modules.pop(name, None)
+    with inference_of(workspace):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, Run
+from conftest import REPOSITORY, Run, inference_of
 from test_demo import cannot_trace, watched
 
 METHODS = ("lora", "qlora", "dora", "loha", "lokr")
@@ -24,17 +24,14 @@ Export = Callable[..., Run]
 @pytest.fixture(scope="module")
 def models(workspace: Path) -> Iterator[Path]:
     """The workspace's models/ with the demo and a LoRA adapter that knows the task; afterwards the demo alone."""
-    sys.path.insert(0, str(workspace / "inference"))
     os.chdir(workspace)  # as export.py does: data files are named from there
     folder = workspace / "models"
     tune(workspace, "lora", steps=150)
-    yield folder
+    with inference_of(workspace):
+        yield folder
     for path in folder.iterdir():
         if path.name != "demo":
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-    sys.path.remove(str(workspace / "inference"))
-    for name in ("engine", "onnx_backend", "torch_backend", "console_chat"):
-        sys.modules.pop(name, None)
 
 
 def tune(workspace: Path, method: str, steps: int = 0) -> None:

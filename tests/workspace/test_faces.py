@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, inference_of
 from served import served
 from terminal import Terminal
 from test_export import held_out, tune
@@ -24,26 +24,22 @@ import openai
 ENGINES = ("torch", "onnx")
 # Their words tell the tiny model a tone: one of them changes what it answers to a question.
 SYSTEMS = ("She was terrified and scared.", "We were gleeful, jubilant.", "He was mournful and gloomy.", "Startled!")
-MODULES = ("engine", "onnx_backend", "torch_backend", "console_chat", "gradio_chat", "page", "server", "api", "line")
 
 
 @pytest.fixture(scope="module")
 def tuned(workspace: Path) -> Iterator[Path]:
     """The workspace with an adapter that knows the task, and its int4 export; afterwards with the demo alone."""
-    sys.path.insert(0, str(workspace / "inference"))
     os.chdir(workspace)
     tune(workspace, "lora", steps=150)
     import export
 
     export.quiet()
     export.export("onnx", None, 0.95, debug=False)
-    yield workspace
+    with inference_of(workspace):
+        yield workspace
     for path in (workspace / "models").iterdir():
         if path.name != "demo":
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-    sys.path.remove(str(workspace / "inference"))
-    for name in MODULES:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import inference_of
 from served import served
 from terminal import Terminal
 
@@ -269,11 +270,8 @@ def connections() -> list[str]:
 @pytest.fixture(scope="module")
 def modules(workspace: Path) -> Iterator[Path]:
     """The workspace whose inference/ this process imports."""
-    sys.path.insert(0, str(workspace / "inference"))
-    yield workspace
-    sys.path.remove(str(workspace / "inference"))
-    for name in ("engine", "torch_backend", "console_chat", "gradio_chat", "page", "server", "api", "line"):
-        sys.modules.pop(name, None)
+    with inference_of(workspace):
+        yield workspace
 
 
 class Recorded:

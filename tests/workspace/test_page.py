@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, inference_of
 from served import served
 
 sys.path.append(str(REPOSITORY / ".cache" / "playwright"))  # at the end: what a workspace has comes first
@@ -43,22 +43,19 @@ def engine(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         torch.nn.init.normal_(weight)
     adapted.save_pretrained(root / "models/adapter")
     AutoTokenizer.from_pretrained(root / "models/demo").save_pretrained(root / "models/adapter")
-    sys.path.insert(0, str(workspace / "inference"))
-    from engine import Engine, Source
-    from torch_backend import TorchBackend
-
     metrics = {"eval_loss": 1.5, "perplexity": 4.4817, "accuracy": 0.27}
     run = {"metrics": {"before": metrics, "after": metrics | {"accuracy": 0.98}}}
-    source = Source("models/demo", None, "models/adapter", "lora", "float32", "", run)
-    backend = TorchBackend(source, root)
-    words = [backend.decode([token]) for token in range(backend.model.config.vocab_size)]
-    settings = backend.model.generation_config
-    settings.suppress_tokens = [token for token, word in enumerate(words) if not re.fullmatch(r" ?[a-z]+", word)]
-    backend.stops, settings.eos_token_id = [], None
-    yield Engine(source, backend)
-    sys.path.remove(str(workspace / "inference"))
-    for name in ("engine", "torch_backend", "gradio_chat", "page", "server", "api", "line"):
-        sys.modules.pop(name, None)
+    with inference_of(workspace):
+        from engine import Engine, Source
+        from torch_backend import TorchBackend
+
+        source = Source("models/demo", None, "models/adapter", "lora", "float32", "", run)
+        backend = TorchBackend(source, root)
+        words = [backend.decode([token]) for token in range(backend.model.config.vocab_size)]
+        settings = backend.model.generation_config
+        settings.suppress_tokens = [token for token, word in enumerate(words) if not re.fullmatch(r" ?[a-z]+", word)]
+        backend.stops, settings.eos_token_id = [], None
+        yield Engine(source, backend)
 
 
 @pytest.fixture(scope="module")
