@@ -66,16 +66,32 @@ $(WORKSPACE)/.venv/ready: template/setup/requirements-cpu.txt
 	  playwright==1.65.2 greenlet==3.5.6 pyee==13.0.1
 	@touch $@
 
-test: lint workspace .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready .cache/playwright/ready
-	pytest -n 2 tests/unit tests/render tests/update --ignore tests/unit/test_get_model.py
+# The real az, apart from everything else: it brings 150 packages. trustme makes the emulator's certificates.
+.cache/azure-cli/ready: .venv/ready
+	$(PYTHON) -m venv --clear .cache/azure-cli
+	.cache/azure-cli/bin/python -m pip install --quiet --disable-pip-version-check azure-cli==2.91.0 trustme==1.2.1
+	@touch $@
+
+# Bicep is read by a parser: its compiler is on no package registry.
+.cache/bicep-tools/ready: .venv/ready
+	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/bicep-tools \
+	  tree-sitter==0.26.1 tree-sitter-bicep==1.1.0
+	@touch $@
+
+test: lint workspace .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready .cache/playwright/ready \
+  .cache/bicep-tools/ready .cache/azure-cli/ready
+	pytest -n 2 tests/unit tests/render tests/update tests/azure/test_bicep.py tests/azure/test_environment.py \
+	  --ignore tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace
+	$(WORKSPACE)/.venv/bin/python -m pytest tests/azure --ignore tests/azure/test_bicep.py --ignore tests/azure/test_environment.py
 
-bench: workspace
+bench: workspace .cache/azure-cli/ready
 	python benchmarks/copy_time.py
 	python benchmarks/demo_run.py
 	python benchmarks/throughput.py
 	python benchmarks/memory_estimate.py
+	$(WORKSPACE)/.venv/bin/python benchmarks/sync.py
 
 docs: .venv/ready
 	python docs/make_reference.py

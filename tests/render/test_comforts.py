@@ -46,16 +46,16 @@ def read_json(path: Path) -> Any:
     return json.loads(re.sub(r"^\s*//.*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
-def steps(workspace: Path) -> list[dict[str, Any]]:
-    workflow = yaml.safe_load((workspace / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))
-    return list(workflow["jobs"]["test"]["steps"])
+def steps(workspace: Path, name: str = "test") -> list[dict[str, Any]]:
+    workflow = yaml.safe_load((workspace / ".github" / "workflows" / f"{name}.yml").read_text(encoding="utf-8"))
+    return list(workflow["jobs"][name]["steps"])
 
 
 def commands(workspace: Path) -> list[list[str]]:
     """Return what README, tasks, launch configurations, dev container and CI run, behind the name of the Python."""
     spans = re.findall(r"`([^`\n]+)`", readme(workspace))
-    (block,) = re.findall(r"^```shell\n(.*?)^```", readme(workspace), flags=re.MULTILINE | re.DOTALL)
-    texts = [*spans, *block.splitlines(), *(step["run"] for step in steps(workspace) if "run" in step)]
+    blocks = re.findall(r"^```shell\n(.*?)^```", readme(workspace), flags=re.MULTILINE | re.DOTALL)
+    texts = [*spans, *"".join(blocks).splitlines(), *(step["run"] for step in steps(workspace) if "run" in step)]
     texts.append(read_json(workspace / ".devcontainer" / "devcontainer.json")["postCreateCommand"])
     found = [shlex.split(text, comments=True)[1:] for text in texts if re.match(r"(\.venv/bin/)?python3? ", text)]
     found += [task["args"] for task in read_json(workspace / ".vscode" / "tasks.json")["tasks"]]
@@ -65,9 +65,10 @@ def commands(workspace: Path) -> list[list[str]]:
 
 
 @cache
-def options(script: Path) -> set[str]:
-    """Return the options of a script, as its --help says."""
-    done = subprocess.run([sys.executable, "-B", script, "--help"], capture_output=True, text=True, check=True)
+def options(script: Path, *command: str) -> set[str]:
+    """Return the options of a script, or of a command that it has, as --help says."""
+    asked = [sys.executable, "-B", script, *command, "--help"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=True)
     return set(re.findall(r"--[a-z-]+", done.stdout))
 
 
@@ -79,17 +80,20 @@ def test_every_command_that_a_workspace_names_can_be_given(workspaces: dict[str,
             assert arguments == ["pytest"]
             continue
         used = {argument for argument in arguments if argument.startswith("--")}
-        assert used <= options(ROOT / "template" / first), (first, arguments)  # its file is the same everywhere
+        command = arguments[:1] if first == "infra/azure.py" else []
+        known = options(ROOT / "template" / first, *command)  # its file is the same everywhere
+        assert used <= known, (first, arguments)
     scripts = {"setup/create_env.py", "setup/get_model.py", "inference/console_chat.py", "inference/gradio_chat.py"}
-    scripts.add("finetuning/export.py")
+    scripts |= {"finetuning/export.py", *(["infra/azure.py"] if name == "azure" else [])}
     assert {command[0] for command in named} == {*scripts, "finetuning/invoke_olive.py", "-m"}
 
 
 @pytest.mark.parametrize("name", WORKSPACES)
 def test_every_file_that_the_readme_names_is_there_or_will_be_made(workspaces: dict[str, Path], name: str) -> None:
-    paths = re.findall(r"`((?:dataset|finetuning|inference|setup|tests|\.[a-z]+)/[^`\s]*)`", readme(workspaces[name]))
-    made = {"setup/create_env.log", "dataset/rows.jsonl"}
-    assert [path for path in paths if path not in made and not (workspaces[name] / path).exists()] == []
+    rooms = r"dataset|finetuning|inference|infra|setup|tests|\.[a-z]+"
+    paths = re.findall(rf"`((?:{rooms})/[^`\s]*)`", readme(workspaces[name]))
+    made = {"setup/create_env.log", "dataset/rows.jsonl", "infra/finetuning.config.json"}
+    assert [path for path in paths if path not in made and not list(workspaces[name].glob(path))] == []
     folders = {f"{path.name}/" for path in workspaces[name].iterdir() if path.is_dir()}
     assert folders <= set(paths)
 
@@ -112,9 +116,32 @@ def test_the_start_is_told_for_the_platform_and_the_environment(workspaces: dict
     assert {name for name, text in start.items() if "get_model.py" in text} == {"gated", "azure", "hub"}
 
 
-def test_azure_is_named_only_where_it_was_chosen_and_then_as_not_there_yet(workspaces: dict[str, Path]) -> None:
+def test_azure_is_named_only_where_it_was_chosen(workspaces: dict[str, Path]) -> None:
     assert {name for name, workspace in workspaces.items() if "Azure" in readme(workspace)} == {"azure"}
-    assert "This release has no commands for Azure yet." in readme(workspaces["azure"])
+    assert {name for name, workspace in workspaces.items() if (workspace / "infra").exists()} == {"azure"}
+
+
+def test_the_remote_steps_are_tasks_with_the_names_that_people_know(workspaces: dict[str, Path]) -> None:
+    remote = {
+        "Provision Azure Container Apps job for fine-tuning": ["provision", "finetuning"],
+        "Add Azure Container Apps Job secret for fine-tuning": ["secret", "set", "${input:secret}"],
+        "Run fine-tuning": ["run"],
+        "Show the running fine-tuning job streaming logs": ["logs", "--follow"],
+        "Provision Azure Container Apps for inference": ["provision", "inference"],
+        "Deploy for inference": ["deploy"],
+        "Open the inference endpoint": ["endpoint"],
+    }
+    for name, workspace in workspaces.items():
+        tasks = read_json(workspace / ".vscode" / "tasks.json")
+        found = {task["label"]: task["args"][1:] for task in tasks["tasks"] if task["args"][0] == "infra/azure.py"}
+        assert found == (remote if name == "azure" else {})
+        assert [one["id"] for one in tasks.get("inputs", [])] == (["secret"] if name == "azure" else [])
+
+
+def test_the_readme_has_every_step_in_azure_in_its_order(workspaces: dict[str, Path]) -> None:
+    named = [command[1] for command in commands(workspaces["azure"]) if command[0] == "infra/azure.py"]
+    steps = ["estimate", "provision", "run", "pull", "provision", "deploy", "endpoint", "destroy"]
+    assert [step for step in named if step in steps][:8] == steps
 
 
 @pytest.mark.parametrize("model", [model for model in CATALOGUE if model not in {"demo", "custom"}])
@@ -145,14 +172,23 @@ def test_git_ignores_what_is_made_and_keeps_the_rows(workspaces: dict[str, Path]
 
 @pytest.mark.parametrize("name", WORKSPACES)
 def test_ci_runs_pinned_actions_with_read_only_rights(workspaces: dict[str, Path], name: str) -> None:
-    text = (workspaces[name] / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
-    workflow = yaml.safe_load(text)
-    assert workflow["permissions"] == {"contents": "read"}
-    assert set(workflow[True]) == {"push", "pull_request"}  # YAML reads the key `on` as true
-    actions = re.findall(r"uses: (.*)", text)
-    assert len(actions) == 2
-    assert all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action) for action in actions)
-    assert "${{" not in text  # nothing of the event or of the secrets gets into a command
+    for file in (workspaces[name] / ".github" / "workflows").iterdir():
+        text = file.read_text(encoding="utf-8")
+        workflow = yaml.safe_load(text)
+        assert workflow["permissions"] == {"contents": "read"}
+        assert set(workflow[True]) == {"push", "pull_request"}  # YAML reads the key `on` as true
+        actions = re.findall(r"uses: (.*)", text)
+        assert len(actions) == {"test.yml": 2, "bicep.yml": 1}[file.name]
+        assert all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action) for action in actions)
+        assert "${{" not in text  # nothing of the event or of the secrets gets into a command
+
+
+def test_ci_compiles_and_lints_every_bicep_file_with_the_real_compiler(workspaces: dict[str, Path]) -> None:
+    files = [f"infra/provision/{path.name}" for path in (workspaces["azure"] / "infra/provision").glob("*.bicep")]
+    runs = [step["run"] for step in steps(workspaces["azure"], "bicep") if "run" in step]
+    for command in ("build", "lint"):
+        found = [run.split()[4] for run in runs if run.startswith(f"az bicep {command} --file ")]
+        assert sorted(found) == sorted(files)
 
 
 def test_the_container_has_the_extensions_of_the_editor_and_a_gpu_where_one_was_chosen(

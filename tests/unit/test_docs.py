@@ -27,6 +27,9 @@ FOREIGN = {
     "accelerate launch --multi_gpu --num_processes 2 finetuning/invoke_olive.py",
     "torchrun --nproc-per-node 2 finetuning/invoke_olive.py",
     "accelerate launch --config_file finetuning/fsdp.yaml --num_processes 2 finetuning/invoke_olive.py",
+    # tests/azure/ logs the real az in to the emulator; the live test is for whoever has a subscription
+    "az login",
+    "COPIER_FINETUNE_LIVE_AZURE=yes python -m pytest tests/azure/test_live.py",
     "cat models/run.json",
     "cd my-workspace",
     """export CHAT_API_KEY="$(python -c 'import secrets; print(secrets.token_urlsafe())')\"""",

@@ -1,0 +1,81 @@
+"""The inference app: send the model and the code, restart it, wait until it answers."""
+
+from __future__ import annotations
+
+import time
+
+import requests
+from az import AGAIN, UNREACHABLE, AzureError
+from provisioned import Provisioned
+from settings import INFRA
+from share import Share
+from sync import send, send_results
+
+POLL = 5.0  # seconds between two looks
+TRIES = 5  # connections that may fail while the app restarts
+PATIENCE = 1800.0  # seconds for a replica to start: the first one makes its environment
+
+
+def deploy() -> None:
+    """Send what changed, restart the app, and wait until the model answers. Raises AzureError."""
+    app = Provisioned("inference")
+    share = Share(app.config)
+    sent, gone = send(share)
+    print(f"Sent {sent} files, removed {gone}.", flush=True)
+    if send_results(share):
+        print("Sent the tuned model of this machine, as it is newer than the share's.")
+    elif share.read("models/run.json") is None:
+        print("There is no tuned model yet, here or there: only a command with --baseonly can answer without one.")
+    revision = app.az("show")["properties"]["latestRevisionName"]
+    app.az("revision", "restart", "--revision", revision)
+    print("Restarted; waiting until the model answers …", flush=True)
+    wait(app)
+    print("The model answers.")
+    endpoint()
+
+
+def wait(app: Provisioned) -> None:
+    """Return when the app's /health says that the model is loaded. Raises AzureError."""
+    deadline, refused = time.monotonic() + PATIENCE, 0
+    log = f"az containerapp logs show {' '.join(app.named)} --follow"
+    while time.monotonic() < deadline:
+        try:
+            answer = requests.get(f"{address(app)}/health", timeout=240, allow_redirects=False)
+        except requests.Timeout:
+            continue
+        except requests.RequestException as error:
+            refused += 1
+            if refused == TRIES:
+                raise AzureError(UNREACHABLE) from error
+            time.sleep(POLL)
+            continue
+        # Before there is a workspace, /health is an empty page. A refusal is of what stands before the app: it is up.
+        if (answer.ok and answer.text.startswith("{")) or answer.status_code in (302, 401, 403):
+            return
+        time.sleep(POLL)
+    raise AzureError(f"The model does not answer after {PATIENCE / 60:.0f} minutes: `{log}` shows why, {AGAIN}.")
+
+
+def address(app: Provisioned) -> str:
+    """Return the app's address, without a slash at the end."""
+    return str(app.config["ACA_APP_ENDPOINT"]).rstrip("/")
+
+
+def endpoint() -> None:
+    """Print where the app is, and how to get its key. Raises AzureError."""
+    app = Provisioned("inference")
+    print(f"Page: {address(app)}/")
+    print(f"API:  {address(app)}/v1")
+    secret = "--secret-name chat-api-key --query value --output tsv"
+    print(f"Key:  az containerapp secret show {' '.join(app.named)} {secret}")
+
+
+def status() -> None:
+    """Print how the app stands, if there is one. Raises AzureError."""
+    if not (INFRA / "inference.config.json").is_file():
+        print("No app: python infra/azure.py provision inference")
+        return
+    app = Provisioned("inference")
+    revisions = app.az("revision", "list") or []
+    replicas = sum(int(one["properties"].get("replicas") or 0) for one in revisions)
+    print(f"App {app.name}: {replicas} replicas ({'billed' if replicas else 'nothing is billed'}), {address(app)}/")

@@ -1,0 +1,132 @@
+"""The Azure CLI, through one function: it runs az, and makes one sentence of what az says when it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+LEAST = (2, 80, 0)  # older ones were not looked at; the tests run 2.91.0
+EMPTY: Mapping[str, str] = MappingProxyType({})
+AGAIN = "then run the same command again"
+NETWORK = (
+    r"Max retries exceeded|Failed to resolve|NameResolution|ConnectionError|Connection (?:aborted|refused|reset|broken)"
+    r"|ProxyError|RemoteDisconnected|Read timed out|ConnectTimeout"
+)
+UNREACHABLE = (
+    "Azure cannot be reached: see whether `curl -I https://management.azure.com` answers (HTTPS_PROXY names a proxy), "
+    f"{AGAIN}."
+)
+SIGNED_OUT = f"az is not logged in, or its login has expired: run `az login`, {AGAIN}."
+# What az prints → what it means and what to do. The first that matches is taken; {0} is what it caught.
+FAILURES = {
+    r"AADSTS\d+|az login|ExpiredAuthenticationToken|InvalidAuthenticationToken": SIGNED_OUT,
+    NETWORK: UNREACHABLE,
+    r"[Ss]ubscription(?: of)? '?([^' ]+)'? (?:not found|could not be found|doesn't exist)": (
+        "az's login has no subscription {0}: `az account list --output table` shows those it has; correct "
+        f"`subscription` in infra/azure.yaml, or log in where it is with `az login --tenant TENANT`, {AGAIN}."
+    ),
+    r"TooManyRequests|throttl": (
+        f"Azure asks for fewer requests: wait a minute, until `az group list --output table` answers, {AGAIN}."
+    ),
+    r"StorageAccountAlreadyTaken|[Ss]torage account (?:named )?\S+ is already taken": (
+        "The storage account's name, which comes from group and project, is taken by somebody else: take another group "
+        "with `copier update --trust --data azure_resource_group=…`, or name an account of yours as storageAccountName "
+        f"in infra/provision/{{purpose}}.parameters.json, {AGAIN}."
+    ),
+    r"perform action '([^']+)'": (
+        "This login may not do {0}: ask an owner of the subscription for the role Contributor (`az role assignment "
+        f"list --all --output table` shows what you have), {AGAIN}."
+    ),
+    r"RequestDisallowedByPolicy[^\n]*": (
+        "A policy of the subscription forbids it ({0}): `az policy assignment list --output table` names it; ask "
+        "whoever set it, or change in infra/provision/ what it forbids."
+    ),
+    r"MaxNumberOf\w*|[Qq]uota ?[Ee]xceeded|no quota": (
+        "The quota does not allow it: `az containerapp list-usages --location {location}` shows it, and the portal's "
+        f"page Quotas asks for more, {AGAIN}."
+    ),
+    r"MissingSubscriptionRegistration[^\n]*namespace '([^']+)'": (
+        f"The provider {{0}} is not registered: run `az provider register --namespace {{0}} --wait`, {AGAIN}."
+    ),
+    r"DeploymentActive": (
+        "A deployment to {group} is still under way: `az deployment group list --resource-group {group} --output "
+        f"table` shows when it has ended, {AGAIN}."
+    ),
+    r"ResourceGroupNotFound|ResourceNotFound|does not exist": (
+        "What infra/{purpose}.config.json names is not in Azure: run `python infra/azure.py provision {purpose}`."
+    ),
+    r"already consumed": (
+        "Azure refused the deployment, and az lost the reason: `az deployment group validate --resource-group {group} "
+        "--template-file infra/provision/{purpose}.bicep` may show it."
+    ),
+}
+
+
+class AzureError(Exception):
+    """What is wrong in Azure or with az, and the command that helps: one sentence."""
+
+
+def az(*words: str, stdin: str = "", show: bool = False, about: Mapping[str, str] = EMPTY) -> Any:
+    """Run az and return what it prints, as JSON where it is (None for nothing).
+
+    `stdin` goes to az's standard input: the place for a secret, as others can read a command line, and `@-` among the
+    words reads it. `show` lets az print to the terminal itself. `about` (purpose, group, location) is for the sentence.
+    Raises AzureError.
+    """
+    program = shutil.which("az")
+    if program is None:
+        raise AzureError("The Azure CLI is not installed: see https://aka.ms/installazurecli, then run `az login`.")
+    quiet = {"AZURE_CORE_COLLECT_TELEMETRY": "no", "AZURE_CORE_ONLY_SHOW_ERRORS": "yes", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        [program, *words, *([] if show else ["--output", "json"])],
+        env={**os.environ, **quiet},
+        input=stdin,
+        stdout=None if show else subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        raise AzureError(sentence(done.stderr, done.returncode, words, about))
+    try:
+        return json.loads(done.stdout) if done.stdout and done.stdout.strip() else None
+    except ValueError:
+        return done.stdout.strip()
+
+
+def sentence(errors: str, status: int, words: tuple[str, ...], about: Mapping[str, str]) -> str:
+    """Return what az's errors mean, in one sentence."""
+    if status == 2 or "is misspelled or not recognized" in errors:
+        require()  # an old az says no more than that it does not know an option
+    if known := explain(errors, about):
+        return known
+    said = [line.removeprefix("ERROR: ") for line in errors.splitlines() if line.strip() and "WARNING" not in line]
+    said = [line for line in said if re.match(r"(Message|\(\w+\))", line)] or said
+    command = " ".join(["az", *words[:4]])
+    return f"`{command} …` failed: {said[0].strip().rstrip('.') if said else f'exit status {status}'}."
+
+
+def explain(errors: str, about: Mapping[str, str]) -> str:
+    """Return the sentence for errors that are known, "" for others."""
+    names = {"purpose": "finetuning", "group": "GROUP", "location": "LOCATION", **about}
+    for pattern, meaning in FAILURES.items():
+        if match := re.search(pattern, errors):
+            caught = next((group for group in (*match.groups(), match[0]) if group), "")
+            return meaning.format(caught, **names)
+    return ""
+
+
+def require() -> None:
+    """Raise AzureError for an az that is too old."""
+    found = str((az("version") or {}).get("azure-cli", "0"))
+    version = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
+    if version < LEAST:
+        least = ".".join(map(str, LEAST))
+        raise AzureError(f"az is version {found}, and {least} or later is needed: run `az upgrade`, {AGAIN}.")

@@ -1,0 +1,115 @@
+"""Fine-tune and serve this workspace in Azure Container Apps, through the Azure CLI: `az login` first.
+
+provision finetuning        make the job, its share and its logs; shows it first (--dry-run: only) and asks (--yes: not)
+secret set HF_TOKEN         a secret for the job (--for inference: the app), from the terminal, a pipe or that variable
+run                         send what changed, start the job, follow its log (--no-wait: do not)
+logs --follow               the log of the newest run
+status                      how the runs and the app stand
+pull                        bring the results into models/: the tuned model chats here
+provision inference         make the app that serves the model
+deploy                      send what changed, restart the app, wait until the model answers
+endpoint                    the app's address
+estimate                    hours and money of a run
+destroy                     delete all of it, after a list and the group's name
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from az import AzureError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and run one command; a user's mistake is one sentence."""
+    options = parse(arguments)
+    try:
+        command(options)
+    except (AzureError, OSError) as error:
+        if options.debug:
+            raise
+        return say(error)
+    except ModuleNotFoundError as error:
+        return say(
+            f"{error.name} is not installed in {sys.prefix}: run `python setup/create_env.py`, then use its Python."
+        )
+    except KeyboardInterrupt:
+        print("\nStopped here; what runs in Azure goes on. The same command takes it up again.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def say(error: object) -> int:
+    """Print an error; return the exit status."""
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the command and its options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    provision = commands.add_parser("provision", help="make what fine-tuning or inference needs")
+    provision.add_argument("purpose", choices=("finetuning", "inference"))
+    provision.add_argument("--yes", action="store_true", help="do not ask")
+    provision.add_argument("--dry-run", action="store_true", help="only say what would be made")
+    secret = commands.add_parser("secret", help="give the job a secret")
+    secret.add_argument("action", choices=("set",))
+    secret.add_argument("name", help="the variable that the job sees, for example HF_TOKEN")
+    secret.add_argument(
+        "--for",
+        choices=("finetuning", "inference"),
+        default="finetuning",
+        dest="purpose",
+        help="the job's or the app's",
+    )
+    run = commands.add_parser("run", help="send what changed and start the job")
+    run.add_argument("--no-wait", action="store_true", help="do not follow the log")
+    logs = commands.add_parser("logs", help="the log of the newest run")
+    logs.add_argument("--follow", action="store_true", help="until the run ends")
+    for name, text in {
+        "status": "how the runs and the app stand",
+        "pull": "bring the results into models/",
+        "deploy": "send what changed, restart the app, wait until the model answers",
+        "endpoint": "the app's address",
+        "estimate": "hours and money of a run",
+        "destroy": "delete all that was made",
+    }.items():
+        commands.add_parser(name, help=text)
+    return parser.parse_args(arguments)
+
+
+def command(options: argparse.Namespace) -> None:
+    """Run a command. Raises AzureError."""
+    import app
+    import deployment
+    import destroy
+    import logs
+    import price
+    import run
+    import secret
+
+    def status() -> None:
+        run.status()
+        app.status()
+
+    commands: dict[str, Callable[[], None]] = {
+        "provision": lambda: deployment.provision(options.purpose, options.yes, options.dry_run),
+        "secret": lambda: secret.set_secret(options.name, options.purpose),
+        "run": lambda: run.run(wait=not options.no_wait),
+        "logs": lambda: logs.logs(options.follow),
+        "status": status,
+        "pull": run.pull,
+        "deploy": app.deploy,
+        "endpoint": app.endpoint,
+        "estimate": price.estimate,
+        "destroy": destroy.destroy,
+    }
+    commands[options.command]()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

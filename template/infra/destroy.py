@@ -1,0 +1,61 @@
+"""Delete from Azure what was made for this workspace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from az import AzureError, az
+from settings import INFRA, Settings
+
+# what runs, then what it runs in, then the rest
+ORDER = {"microsoft.app/jobs": 0, "microsoft.app/containerapps": 0, "microsoft.app/managedenvironments": 1}
+
+
+def destroy() -> None:
+    """Delete what was made, after a list of it and the group's name as consent. Raises AzureError."""
+    settings = Settings.read()
+    here = settings.here
+    if not az("group", "exists", "--name", settings.group, *here):
+        print(f"There is no group {settings.group}: nothing to delete.")
+        return forget()
+    group = az("group", "show", "--name", settings.group, *here)
+    found = az("resource", "list", "--resource-group", settings.group, *here)
+    ours = sorted((one for one in found if settings.made(one)), key=lambda one: ORDER.get(one["type"].lower(), 2))
+    whole = settings.made(group) and len(ours) == len(found)
+    if not ours and not whole:
+        look = f"az resource list --resource-group {settings.group} --output table"
+        raise AzureError(
+            f"Nothing in {settings.group} has the tag workspace={settings.project}: `{look}` shows what is there."
+        )
+    show(settings, ours, whole, len(found) - len(ours))
+    try:
+        answer = input(f"To delete it, type the group's name ({settings.group}): ").strip()
+    except EOFError:
+        answer = ""
+    if answer != settings.group:
+        raise AzureError(
+            f"Nothing was deleted: the answer was not {settings.group}; `python infra/azure.py destroy` asks again."
+        )
+    if whole:
+        az("group", "delete", "--name", settings.group, "--yes", *here)
+    else:
+        for one in ours:
+            az("resource", "delete", "--ids", one["id"])
+    return forget()
+
+
+def show(settings: Settings, ours: list[dict[str, Any]], whole: bool, others: int) -> None:
+    """Print what would be deleted."""
+    print(f"This deletes, for good, {'the group ' + settings.group + ' with' if whole else 'from ' + settings.group}:")
+    for one in ours:
+        print(f"  {one['type']} {one['name']}")
+    if others:
+        print(f"{others} other resources of the group stay.")
+    print("What the job made and `pull` did not fetch goes with the share.")
+
+
+def forget() -> None:
+    """Delete the files that name what is no longer there."""
+    for purpose in ("finetuning", "inference"):
+        (INFRA / f"{purpose}.config.json").unlink(missing_ok=True)
+    print("Deleted. The workspace and its models/ are as they were.")

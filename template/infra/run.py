@@ -1,0 +1,73 @@
+"""A run in Azure: send the workspace, start the job, follow it; then how it stands, and its results."""
+
+from __future__ import annotations
+
+from az import AzureError
+from logs import OVER, follow
+from provisioned import Provisioned
+from share import Share
+from sync import fetch, send
+
+MOUNTED = 'cd "$WORKSPACE_MOUNT" && '  # what finetuning.bicep begins the commands with
+
+
+def run(wait: bool) -> None:
+    """Send the workspace, start the job and, unless told otherwise, follow it to its end. Raises AzureError."""
+    job = Provisioned("finetuning")
+    running = [one["name"] for one in job.executions() if one["properties"]["status"] not in OVER]
+    if running:
+        stop = f"az containerapp job stop {' '.join(job.named)} --job-execution-name {running[0]}"
+        print(f"{running[0]} is still running, so nothing is sent and none is started; `{stop}` ends it.", flush=True)
+        execution = running[0]
+    else:
+        execution = start(job)
+    if not wait:
+        print("Next: python infra/azure.py logs --follow")
+        return
+    follow(job, execution)
+    print("Next: python infra/azure.py pull")
+
+
+def start(job: Provisioned) -> str:
+    """Send the workspace and start the job; return the execution's name. Raises AzureError."""
+    set_commands(job)
+    sent, gone = send(Share(job.config))
+    print(f"Sent {sent} files, removed {gone}.")
+    execution = str(job.az("start")["name"])
+    print(f"Started {execution}: https://portal.azure.com/#resource{job.id}/executionHistory", flush=True)
+    return execution
+
+
+def set_commands(job: Provisioned) -> None:
+    """Give the job the COMMANDS of infra/finetuning.config.json, where they differ from what it runs."""
+    commands = job.config.get("COMMANDS")
+    if not commands or not isinstance(commands, list):
+        raise AzureError(
+            "infra/finetuning.config.json has no COMMANDS: run `python infra/azure.py provision finetuning`."
+        )
+    template = job.az("show")["properties"]["template"]
+    container = template["containers"][0]
+    wanted = MOUNTED + " && ".join(commands)
+    if container["args"][-1] != wanted:
+        container["args"] = [*container["args"][:-1], wanted]
+        job.rest("patch", "", body={"properties": {"template": template}})
+        print("The job runs the COMMANDS of infra/finetuning.config.json from now on.")
+
+
+def status() -> None:
+    """Print the last executions of the job. Raises AzureError."""
+    job = Provisioned("finetuning")
+    print(f"Job {job.name}: https://portal.azure.com/#resource{job.id}/executionHistory")
+    for execution in job.executions()[:5]:
+        properties = execution["properties"]
+        began, ended = properties.get("startTime"), properties.get("endTime") or "now"
+        print(f"  {execution['name']}  {properties['status']:10} {began} to {ended}")
+
+
+def pull() -> None:
+    """Bring adapter, report and run.json of the newest complete run into models/. Raises AzureError."""
+    finished = fetch(Share(Provisioned("finetuning").config))
+    if finished is None:
+        raise AzureError("The job has left no result yet: `python infra/azure.py status` says how it stands.")
+    print(f"models/ has the results of the run that finished at {finished}.")
+    print("Next: python setup/get_model.py, then python inference/console_chat.py")

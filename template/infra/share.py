@@ -1,0 +1,141 @@
+"""A file share of Azure Files, by its REST API: folders, files and their ranges, with a signature that az makes.
+
+az takes 0.4 seconds to start, for every file. So az makes a signature for this share that holds for some hours, with
+the account's key, which stays with az; the files then go over a few connections that stay open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import parse_qsl, quote, urlencode
+
+import requests
+from az import AGAIN, UNREACHABLE, AzureError, az
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
+CONNECTIONS = 16
+RANGE = 4 * 2**20  # bytes that go in one request, at most
+HOURS = 12  # that the signature holds
+BACKOFF = 0.5  # seconds, doubled with each try
+BUSY = (408, 429, 500, 502, 503, 504)
+FULL = (
+    "The file share is full: `az storage share-rm update --storage-account {0} --name {1} --quota GIB` makes it larger "
+    f"(the quota in GiB), {AGAIN}."
+)
+REFUSED = (
+    "The file share refuses what az signed ({0}): see whether this login may use it with `az storage share list "
+    f"--account-name {{1}}`, {AGAIN}."
+)
+
+
+class Share:
+    """The share of a workspace. Every method raises AzureError."""
+
+    def __init__(self, config: dict[str, str]) -> None:
+        """Ask az for a signature; `config` is infra/*.config.json."""
+        self.account, self.name = config["STORAGE_ACCOUNT_NAME"], config["FILE_SHARE_NAME"]
+        until = f"{datetime.now(UTC) + timedelta(hours=HOURS):%Y-%m-%dT%H:%MZ}"
+        options = ["--account-name", self.account, "--name", self.name, "--permissions", "rcwdl", "--expiry", until]
+        options += ["--https-only", "--subscription", config["SUBSCRIPTION_ID"]]
+        self.signature = dict(parse_qsl(str(az("storage", "share", "generate-sas", *options))))
+        self.url = f"https://{self.account}.file.core.windows.net/{quote(self.name)}"
+        self.session = requests.Session()
+        retries = Retry(
+            5, connect=2, backoff_factor=BACKOFF, status_forcelist=BUSY, allowed_methods=None, raise_on_status=False
+        )
+        self.session.mount("https://", HTTPAdapter(pool_maxsize=CONNECTIONS, max_retries=retries))
+        # the proxy and the certificates that the variables name, looked up once and not for every request
+        found = self.session.merge_environment_settings(self.url, {}, None, None, None)
+        self.session.proxies, self.session.verify = found["proxies"], found["verify"]
+        self.session.trust_env = False
+        self.session.headers["x-ms-version"] = "2024-11-04"
+
+    def ask(self, method: str, path: str, accept: tuple[int, ...] = (), **options: Any) -> requests.Response:
+        """Send a request for a path of the share; answers with the status of an error are taken when `accept`ed."""
+        query = urlencode({**options.pop("query", {}), **self.signature})
+        try:
+            answer = self.session.request(method, f"{self.url}/{quote(path)}?{query}", timeout=60, **options)
+        except requests.RequestException as error:
+            raise AzureError(UNREACHABLE) from error
+        if answer.ok or answer.status_code in accept:
+            return answer
+        code = answer.headers.get("x-ms-error-code", str(answer.status_code))
+        if code == "ShareSizeLimitReached":
+            raise AzureError(FULL.format(self.account, self.name))
+        if code in ("AuthenticationFailed", "AuthorizationFailure", "InvalidAuthenticationInfo"):
+            raise AzureError(REFUSED.format(code, self.account))
+        if answer.status_code in BUSY:
+            raise AzureError(
+                f"The file share is busy ({code}): wait a minute, `az storage account show --name {self.account}` "
+                f"tells how it is, {AGAIN}."
+            )
+        if code in ("ShareNotFound", "AccountNotFound"):
+            raise AzureError(f"The share {self.name} is gone: run `python infra/azure.py provision finetuning`.")
+        raise AzureError(f"The file share refuses {method} {path} ({code}): `az storage file list --help` looks at it.")
+
+    def make_folder(self, path: str) -> None:
+        """Make a folder whose parent is there, unless it is there."""
+        self.ask("PUT", path, (409,), query={"restype": "directory"})
+
+    def write(self, path: str, source: BinaryIO, size: int, note: Callable[[int], object] = int) -> str:
+        """Write a file of that many bytes, in the place of one of that name; return the SHA-256 of what was written.
+
+        `note` is told the bytes of each piece.
+        """
+        digest = hashlib.sha256()
+        self.ask("PUT", path, headers={"x-ms-type": "file", "x-ms-content-length": str(size)})
+        for start in range(0, size, RANGE):
+            piece = source.read(min(RANGE, size - start))
+            digest.update(piece)
+            headers = {"x-ms-write": "update", "x-ms-range": f"bytes={start}-{start + len(piece) - 1}"}
+            self.ask("PUT", path, query={"comp": "range"}, headers=headers, data=piece)
+            note(len(piece))
+        return digest.hexdigest()
+
+    def send(self, path: str, file: Path, note: Callable[[int], object] = int) -> str:
+        """Send a file; return the SHA-256 of what was sent."""
+        with file.open("rb") as source:
+            return self.write(path, source, os.fstat(source.fileno()).st_size, note)
+
+    def read(self, path: str) -> bytes | None:
+        """Return a file's bytes, None when it is not there."""
+        answer = self.ask("GET", path, (404,))
+        return answer.content if answer.ok else None
+
+    def fetch(self, path: str, target: Path, note: Callable[[int], object] = int) -> None:
+        """Download a file, piece by piece."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self.ask("GET", path, stream=True) as answer, target.open("wb") as file:
+                for piece in answer.iter_content(RANGE):
+                    note(file.write(piece))
+        except requests.RequestException as error:
+            raise AzureError(UNREACHABLE) from error
+
+    def remove(self, path: str) -> None:
+        """Remove a file, if it is there."""
+        self.ask("DELETE", path, (404,))
+
+    def files(self, folder: str) -> Iterator[tuple[str, int]]:
+        """Yield path and size in bytes of every file below a folder; nothing where there is no such folder."""
+        marker = ""
+        while True:
+            query = {"restype": "directory", "comp": "list", "marker": marker}
+            answer = self.ask("GET", folder, (404,), query=query)
+            if not answer.ok:
+                return
+            page = ElementTree.fromstring(answer.content)
+            for entry in page.findall("Entries/File"):
+                yield f"{folder}/{entry.findtext('Name')}", int(entry.findtext("Properties/Content-Length") or 0)
+            for entry in page.findall("Entries/Directory"):
+                yield from self.files(f"{folder}/{entry.findtext('Name')}")
+            marker = page.findtext("NextMarker") or ""
+            if not marker:
+                return

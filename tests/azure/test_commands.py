@@ -1,0 +1,100 @@
+"""What a command does beside the story: in a group that was there before, without az, without an answer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import arm
+import pytest
+from conftest import RENDERED, Azure
+from emulator import SUBSCRIPTION, Emulator
+
+GROUP = f"/subscriptions/{SUBSCRIPTION}/resourceGroups/rg-shared"
+
+
+def test_destroying_in_a_shared_group_deletes_only_what_is_tagged(
+    azure: Azure, workspace: Path, emulator: Emulator
+) -> None:
+    settings = workspace / "infra" / "azure.yaml"
+    text = settings.read_text(encoding="utf-8")
+    settings.write_text(text.replace("rg-my-ft", "rg-shared"), encoding="utf-8")
+    group = {"id": GROUP, "name": "rg-shared", "type": "Microsoft.Resources/resourceGroups", "location": "westus3"}
+    emulator.resources[GROUP.lower()] = group | {"properties": {"provisioningState": "Succeeded"}}
+    for name, tags in (("ours", {"workspace": "my-ft"}), ("theirs", {"workspace": "another"}), ("untagged", None)):
+        kind = "Microsoft.OperationalInsights/workspaces"
+        arm.store(emulator, {"id": f"{GROUP}/providers/{kind}/{name}", "name": name, "type": kind, "tags": tags})
+    try:
+        done = azure("destroy", stdin="rg-shared\n")
+    finally:
+        settings.write_text(text, encoding="utf-8")
+    assert (done.status, done.err) == (0, "")
+    assert "2 other resources of the group stay." in done.out
+    left = {one["name"] for one in emulator.resources.values() if one["id"].startswith(GROUP)}
+    assert left == {"rg-shared", "theirs", "untagged"}
+
+
+def test_the_estimate_tells_time_and_what_is_not_in_it(azure: Azure) -> None:
+    done = azure("estimate")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.startswith("A run of 250 steps:\n  about ")
+    assert "Waiting for a GPU costs nothing." in done.out
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        (
+            "(DeploymentActive) The deployment is still active.",
+            "A deployment to rg-x is still under way: `az deployment ",
+        ),
+        (
+            "(RequestDisallowedByPolicy) Resource 'st' was disallowed by policy 'no-public-access'.",
+            "A policy of the subscription forbids it (RequestDisallowedByPolicy) Resource 'st' was disallowed",
+        ),
+        (
+            "(MissingSubscriptionRegistration) The subscription is not registered to use namespace 'Microsoft.App'.",
+            "The provider Microsoft.App is not registered: run `az provider register --namespace Microsoft.App --wait`",
+        ),
+        ("The content for this response was already consumed", "`az deployment group validate --resource-group rg-x "),
+    ],
+)
+def test_what_az_says_of_rarer_failures_is_one_sentence_too(azure: Azure, said: str, sentence: str) -> None:
+    from az import explain
+
+    found = explain(f"ERROR: {said}\nCode: X", {"group": "rg-x", "purpose": "inference"})
+    assert sentence in found
+    assert "\n" not in found
+
+
+def test_a_torn_configuration_is_said_in_one_sentence(azure: Azure, workspace: Path) -> None:
+    file = workspace / "infra" / "inference.config.json"
+    file.write_text('{"ACA_APP_NAME": ', encoding="utf-8")
+    done = azure("endpoint")
+    file.unlink()
+    assert done.status == 1
+    assert "infra/inference.config.json is torn" in done.err
+    assert "delete it, and run `python infra/azure.py provision inference`." in done.err
+
+
+@pytest.mark.parametrize("words", [[], ["provision"], ["secret", "set"], ["launch"]])
+def test_a_wrong_command_line_shows_how_it_is_meant(workspace: Path, words: list[str]) -> None:
+    command = [sys.executable, workspace / "infra" / "azure.py", *words]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: azure.py")
+
+
+def test_help_is_there_at_once_and_names_every_command(workspace: Path) -> None:
+    started = time.monotonic()
+    command = [sys.executable, workspace / "infra" / "azure.py", "--help"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+    assert time.monotonic() - started < 1
+    for name in ("provision", "secret", "run", "logs", "status", "pull", "deploy", "endpoint", "estimate", "destroy"):
+        assert f"\n{name} " in done.stdout
+
+
+def test_a_workspace_for_this_machine_has_nothing_of_azure() -> None:
+    assert not (RENDERED / "infra").exists()

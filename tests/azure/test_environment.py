@@ -1,0 +1,149 @@
+"""infra/environment.sh, run as the containers run it: by bash, in a folder that stands in for the share, with real uv.
+
+The lock names one tiny wheel, which lies beside it, so that nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "template" / "infra" / "environment.sh"
+BIN = Path(sys.executable).parent
+TELL = "python -c 'import tiny; print(tiny.version, tiny.__file__)'"
+
+
+@pytest.fixture
+def share(tmp_path: Path) -> Path:
+    """A share with as much of a workspace as the script reads, and wheels of two versions beside it."""
+    share = tmp_path / "my share"
+    (share / "setup").mkdir(parents=True)
+    (share / "infra").mkdir()
+    (share / "infra" / "environment.sh").write_bytes(SCRIPT.read_bytes())
+    (share / "setup" / "environment.toml").write_text(
+        'manager = "venv"\ndevice = "cpu"  # cpu | gpu\npython = "3.11"\n'
+    )
+    lock(share, "1.0")
+    for version in ("1.0", "2.0"):
+        with zipfile.ZipFile(tmp_path / f"tiny-{version}-py3-none-any.whl", "w") as wheel:
+            about = f"tiny-{version}.dist-info"
+            wheel.writestr("tiny.py", f"version = '{version}'\n")
+            wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: tiny\nVersion: {version}\n")
+            wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{about}/RECORD", f"tiny.py,,\n{about}/METADATA,,\n{about}/WHEEL,,\n{about}/RECORD,,\n")
+    return share
+
+
+def lock(share: Path, version: str) -> None:
+    (share / "setup" / "requirements-cpu.txt").write_text(f"# made by make lock\ntiny=={version}\n")
+
+
+def command(*commands: str) -> list[str]:
+    """Return what a container runs; test_bicep.py shows that it is this."""
+    joined = " && ".join(['cd "$WORKSPACE_MOUNT"', "source infra/environment.sh", *commands])
+    return ["bash", "-euo", "pipefail", "-c", joined]
+
+
+def variables(share: Path, tools: Path = BIN) -> dict[str, str]:
+    """Return the variables of a container: nothing of this environment, and uv from `tools`."""
+    own = {"WORKSPACE_MOUNT": str(share), "HOSTNAME": "replica", "HOME": str(share.parent / "home")}
+    offline = {"UV_OFFLINE": "1", "UV_FIND_LINKS": str(share.parent)}
+    return {"PATH": f"{tools}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}", **own, **offline}
+
+
+def start(share: Path, *commands: str, tools: Path = BIN) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*commands), env=variables(share, tools), capture_output=True, text=True, cwd="/")
+
+
+def environments(share: Path) -> list[Path]:
+    return sorted((share / ".cache" / "environments").iterdir())
+
+
+def uv_that(tmp_path: Path, does: str) -> Path:
+    """Return a folder with a `uv` that does something else; $REAL is uv itself."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "uv").write_text(f"#!/bin/sh\nREAL={BIN / 'uv'}\n{does}\n")
+    (tools / "uv").chmod(0o755)
+    return tools
+
+
+def test_the_first_start_makes_the_environment_and_the_second_installs_nothing(share: Path, tmp_path: Path) -> None:
+    first = start(share, TELL)
+    (environment,) = environments(share)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[0] == "Installing 1 locked packages; the next start finds them …"
+    assert first.stdout.splitlines()[-1].startswith(f"1.0 {environment}/lib/")
+    assert list(environment.rglob("__pycache__/tiny.*.pyc"))  # compiled, so that later starts are quick
+    written = {path: path.lstat().st_mtime_ns for path in environment.rglob("*")}
+    second = start(share, TELL, tools=uv_that(tmp_path, "echo uv was called >&2; exit 1"))
+    assert (second.returncode, second.stderr) == (0, "")
+    assert second.stdout == first.stdout.splitlines()[-1] + "\n"
+    assert {path: path.lstat().st_mtime_ns for path in environment.rglob("*")} == written
+
+
+def test_a_changed_lock_makes_an_environment_of_its_own_and_keeps_the_other_for_who_runs_in_it(share: Path) -> None:
+    start(share)
+    (old,) = environments(share)
+    lock(share, "2.0")
+    assert start(share, TELL).stdout.splitlines()[-1].startswith("2.0 ")
+    assert len(environments(share)) == 2
+    lock(share, "1.0")
+    assert start(share, TELL).stdout.startswith(f"1.0 {old}/lib/")
+
+
+def test_an_interrupted_start_leaves_nothing_that_the_next_one_takes_for_complete(share: Path, tmp_path: Path) -> None:
+    killed = uv_that(tmp_path, 'case $1 in pip) kill -9 $PPID;; esac; exec "$REAL" "$@"')
+    assert start(share, TELL, tools=killed).returncode != 0
+    (half,) = environments(share)
+    assert ".new." in half.name
+    assert start(share, TELL).stdout.splitlines()[-1].startswith("1.0 ")
+    assert [path.name for path in environments(share)] == [half.name.partition(".new.")[0]]
+
+
+def test_nothing_runs_after_a_failed_installation(share: Path) -> None:
+    lock(share, "3.0")
+    failed = start(share, "echo trained with nothing")
+    assert failed.returncode != 0
+    assert "trained" not in failed.stdout
+    assert "tiny==3.0" in failed.stderr  # uv says what is wrong
+    assert environments(share) == []
+
+
+def test_an_image_without_uv_is_named_as_the_reason(share: Path, tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "sed", "sha256sum", "cut", "cat"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    (tools / "python3").symlink_to(sys.executable)
+    done = subprocess.run(command(), env={**variables(share), "PATH": str(tools)}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.startswith("infra/environment.sh: this image has no uv")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_workspace_without_a_lock_is_refused(share: Path) -> None:
+    (share / "setup" / "requirements-cpu.txt").unlink()
+    failed = start(share, "echo went on")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert "requirements-cpu.txt" in failed.stderr
+    assert not (share / ".cache").exists()
+
+
+def test_two_that_start_at_once_both_get_a_whole_environment(share: Path) -> None:
+    both = [
+        subprocess.Popen(command(TELL), env=variables(share), stdout=subprocess.PIPE, text=True, cwd="/")
+        for _ in range(2)
+    ]
+    for process in both:
+        said, _ = process.communicate()
+        assert process.returncode == 0
+        assert said.splitlines()[-1].startswith("1.0 ")
+    assert len(environments(share)) == 1

@@ -1,0 +1,240 @@
+"""What is sent to the share, and what is not; and that whatever interrupts it, the next time sends the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import arm
+import pytest
+from conftest import Azure
+from emulator import SUBSCRIPTION, Emulator, Request
+
+SETTINGS = """\
+input_model: {model_path: owner/name}
+data_configs:
+- name: train
+  load_dataset_config: {train_file: dataset/rows.jsonl, held_out_file: null}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(emulator: Emulator) -> dict[str, str]:
+    """The configuration of a share that is there."""
+    account = f"/subscriptions/{SUBSCRIPTION}/resourceGroups/rg-sync/providers/Microsoft.Storage/storageAccounts/sync"
+    arm.store(emulator, {"id": account, "name": "sync", "type": "Microsoft.Storage/storageAccounts"})
+    emulator.share("sync", "share").mkdir(parents=True)
+    return {"SUBSCRIPTION_ID": SUBSCRIPTION, "STORAGE_ACCOUNT_NAME": "sync", "FILE_SHARE_NAME": "share"}
+
+
+@pytest.fixture
+def folder(emulator: Emulator) -> Path:
+    """The folder that stands in for the share, empty."""
+    folder = emulator.share("sync", "share")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def share(azure: Azure, environment: dict[str, str], config: dict[str, str]) -> Any:
+    """The share, as a command opens it."""
+    from share import Share
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(os, "environ", environment)
+        return Share(config)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A small workspace."""
+    files = {
+        ".gitignore": "/models/\n.env\n/dataset/rows.jsonl\n/secret.txt\n.venv/\n",
+        "finetuning/olive-config.yaml": SETTINGS,
+        "finetuning/run.py": "print()\n",
+        "dataset/rows.jsonl": "{}\n",
+        "dataset/odd näme #1 100%.md": "odd\n",
+        "empty.txt": "",
+        "secret.txt": "ignored\n",
+        ".env": "HF_TOKEN=hf_x\n",
+        ".env.local": "not ignored, and a secret all the same\n",
+        "models/adapter/adapter_model.safetensors": "here\n",
+        "infra/finetuning.config.json": "{}",
+        ".venv/bin/python": "",
+        "finetuning/__pycache__/run.pyc": "",
+    }
+    for name, text in files.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+SENDER = """
+import json, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import share, sync
+sync.send(share.Share(json.loads(sys.argv[2])), pathlib.Path(sys.argv[3]))
+"""
+SENT = {".gitignore", "finetuning/olive-config.yaml", "finetuning/run.py", "dataset/rows.jsonl", "empty.txt"}
+SENT |= {"dataset/odd näme #1 100%.md"}
+
+
+def there(folder: Path) -> set[str]:
+    """Return the files on the share, but for the manifest."""
+    found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    return found - {".azure-sync.json"}
+
+
+def test_what_git_ignores_stays_here_but_for_the_rows_to_train_on(root: Path, share: Any, folder: Path) -> None:
+    from sync import send
+
+    assert send(share, root) == (len(SENT), 0)
+    assert there(folder) == SENT
+    assert all((folder / name).read_bytes() == (root / name).read_bytes() for name in SENT)
+
+
+def test_a_repository_sends_the_same(root: Path, share: Any, folder: Path) -> None:
+    from sync import send
+
+    subprocess.run(["git", "init", "--quiet", root], check=True)
+    assert send(share, root) == (len(SENT), 0)
+    assert there(folder) == SENT
+
+
+def test_only_what_changed_is_sent_and_what_is_gone_is_removed(root: Path, share: Any, folder: Path) -> None:
+    from sync import send
+
+    send(share, root)
+    assert send(share, root) == (0, 0)
+    (root / "finetuning/run.py").write_text("print(1)\n", encoding="utf-8")
+    (root / "empty.txt").unlink()
+    assert send(share, root) == (1, 1)
+    assert there(folder) == SENT - {"empty.txt"}
+    assert (folder / "finetuning/run.py").read_text() == "print(1)\n"
+
+
+def test_what_the_job_made_on_the_share_stays(root: Path, share: Any, folder: Path) -> None:
+    from sync import send
+
+    (folder / "models/adapter").mkdir(parents=True)
+    (folder / "models/adapter/README.md").write_text("made there")
+    send(share, root)
+    assert (folder / "models/adapter/README.md").read_text() == "made there"
+
+
+def test_a_large_file_goes_in_ranges(root: Path, share: Any, folder: Path) -> None:
+    from sync import send
+
+    (root / "large.bin").write_bytes(os.urandom(9 * 2**20 + 7))
+    send(share, root)
+    assert (folder / "large.bin").read_bytes() == (root / "large.bin").read_bytes()
+
+
+def test_a_torn_manifest_means_that_all_is_sent_again(root: Path, share: Any, folder: Path) -> None:
+    from sync import send
+
+    send(share, root)
+    (folder / ".azure-sync.json").write_text('{"empty.txt": "')
+    assert send(share, root) == (len(SENT), 0)
+
+
+def test_a_process_that_is_killed_in_the_middle_leaves_little_to_do_again(
+    root: Path, share: Any, folder: Path, emulator: Emulator, environment: dict[str, str], config: dict[str, str]
+) -> None:
+    from sync import send
+
+    for number in range(250):
+        (root / f"file-{number}.txt").write_text(str(number))
+    infra = Path(sys.modules["sync"].__file__ or "").parent
+    process = subprocess.Popen([sys.executable, "-c", SENDER, infra, json.dumps(config), root], env=environment)
+    made: list[str] = []
+
+    def kill_after(request: Request) -> None:
+        if request.headers.get("x-ms-type") == "file":
+            made.append(request.path)
+            if len(made) == 200:
+                os.kill(process.pid, signal.SIGKILL)
+
+    emulator.watch = kill_after
+    process.wait()
+    emulator.watch = lambda request: None
+    assert process.returncode == -signal.SIGKILL
+    rest, _ = send(share, root)
+    assert 250 + len(SENT) - 200 <= rest <= 250 + len(SENT) - 100
+    assert all((folder / f"file-{number}.txt").read_text() == str(number) for number in range(250))
+
+
+def test_an_edit_that_broke_off_and_was_taken_back_is_sent_again(
+    root: Path, share: Any, folder: Path, emulator: Emulator
+) -> None:
+    from az import AzureError
+    from sync import send
+
+    send(share, root)
+    original = (root / "finetuning/run.py").read_text()
+    (root / "finetuning/run.py").write_text("x" * 9000)
+    emulator.room = 5000
+    with pytest.raises(AzureError, match="full"):
+        send(share, root)
+    emulator.room = None
+    (root / "finetuning/run.py").write_text(original)
+    assert send(share, root) == (1, 0)
+    assert (folder / "finetuning/run.py").read_text() == original
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            SETTINGS.replace("dataset/rows.jsonl", "../rows.jsonl"),
+            "lies outside of the workspace: `cp` it to dataset/.",
+        ),
+        (
+            SETTINGS.replace("owner/name", "../my-model"),
+            "The model is the folder ../my-model, which the job cannot see",
+        ),
+    ],
+)
+def test_what_the_job_could_not_see_is_refused(root: Path, share: Any, settings: str, sentence: str) -> None:
+    from az import AzureError
+    from sync import send
+
+    (root / "finetuning/olive-config.yaml").write_text(settings)
+    with pytest.raises(AzureError) as refused:
+        send(share, root)
+    assert sentence in str(refused.value)
+
+
+def test_results_are_fetched_whole_and_replace_what_was_here(root: Path, share: Any, folder: Path) -> None:
+    from sync import fetch
+
+    assert fetch(share, root) is None
+    (folder / "models/adapter/deep").mkdir(parents=True)
+    for number in range(210):  # more than a page of the emulator's
+        (folder / f"models/adapter/deep/{number}.txt").write_text(str(number))
+    (folder / "models/run.json").write_text('{"finished": "2026-11-01T00:00:00+00:00"}')
+    assert fetch(share, root) == "2026-11-01T00:00:00+00:00"
+    assert len(list((root / "models/adapter/deep").iterdir())) == 210
+    assert not (root / "models/adapter/adapter_model.safetensors").exists()
+    assert sorted(path.name for path in (root / "models").iterdir()) == ["adapter", "run.json"]
+
+
+def test_a_model_that_was_trained_here_is_sent_unless_the_share_has_a_newer_one(
+    root: Path, share: Any, folder: Path
+) -> None:
+    from sync import send_results
+
+    assert send_results(share, root) is False
+    (root / "models/run.json").write_text('{"finished": "2026-11-02"}')
+    assert send_results(share, root) is True
+    assert (folder / "models/adapter/adapter_model.safetensors").read_text() == "here\n"
+    (folder / "models/run.json").write_text('{"finished": "2026-11-03"}')
+    assert send_results(share, root) is False
