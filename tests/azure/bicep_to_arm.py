@@ -28,6 +28,8 @@ OPERATORS |= {"<=": "lessOrEquals", "+": "add", "-": "sub", "*": "mul", "/": "di
 CONSTRAINTS = {"minLength", "maxLength", "minValue", "maxValue"}
 # Functions that only a parameter's default may call, as their value differs from one deployment to the next.
 ONLY_DEFAULTS = {"newGuid", "utcNow"}
+FUNCTIONS = {"concat", "empty", "environment", "guid", "join", "replace", "resourceGroup", "startsWith", "subscription"}
+FUNCTIONS |= {"subscriptionResourceId", "take", "tenant", "union", "uniqueString", *ONLY_DEFAULTS}
 ESCAPES = {"\\\\": "\\", "\\'": "'", "\\n": "\n", "\\r": "\r", "\\t": "\t", "\\$": "$"}
 
 
@@ -102,19 +104,15 @@ class Bicep:
     def declare(self, node: Node, decorators: Node | None) -> None:
         """Note a declaration."""
         name = self.text(node.named_children[0])
-        place: dict[str, Any] = {
+        places: dict[str, dict[str, Any]] = {
             "parameter_declaration": self.parameters,
             "variable_declaration": self.variables,
             "resource_declaration": self.resources,
             "output_declaration": self.outputs,
-        }.get(node.type, {})
-        if node.type not in (
-            "parameter_declaration",
-            "variable_declaration",
-            "resource_declaration",
-            "output_declaration",
-        ):
+        }
+        if node.type not in places:
             raise self.error(node, f"not known here: {node.type}")
+        place = places[node.type]
         known = {**self.parameters, **self.variables, **self.resources}
         if name in place or (place is not self.outputs and name in known):
             raise self.error(node, f'"{name}" is declared twice')
@@ -267,8 +265,12 @@ class Bicep:
         if function.type == "member_expression":
             resource = self.symbol(function.named_children[0])
             name = self.text(function.named_children[1])
+            if name != "listKeys":
+                raise self.error(node, f"not known here: {name}() of a resource")
             api_version = f"'{resource.api_version}'"
             return f"{name}({', '.join([self.id(resource), api_version, *values])})"
+        if self.text(function) not in FUNCTIONS:
+            raise self.error(node, f"not known here: {self.text(function)}()")
         return f"{self.text(function)}({', '.join(values)})"
 
     # ---- resources

@@ -148,6 +148,10 @@ def test_what_both_files_have_is_the_same_word_for_word() -> None:
         ("param image string", "param location string", '"location" is declared twice'),
         ("var size = sizes", "var jobName = newGuid()\nvar size = sizes", '"jobName" is declared twice'),
         ("'job-${uniqueName}'", "newGuid()", "only a parameter's default may call it"),
+        ("empty(acaJobName)", "emtpy(acaJobName)", "not known here: emtpy()"),
+        ("storage.listKeys()", "storage.listSas()", "not known here: listSas() of a resource"),
+        ("[tokenSecret] : []", "[for x in tags: x] : []", "not known here: for_statement"),
+        ("param tags object", "module tags 'tags.bicep' = {}", "not known here: module_declaration"),
     ],
 )
 def test_a_mistake_is_an_error_with_its_place(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -168,6 +169,22 @@ def test_git_ignores_what_is_made_and_keeps_the_rows(workspaces: dict[str, Path]
     subprocess.run([*git, "init", "--quiet"], check=True)
     done = subprocess.run([*git, "check-ignore", "--no-index", *made, *kept], capture_output=True, text=True)
     assert done.stdout.split() == made
+
+
+def test_a_checkout_on_windows_leaves_the_script_for_linux_as_it_is(
+    workspaces: dict[str, Path], tmp_path: Path
+) -> None:
+    names = ("infra/environment.sh", "infra/provision/inference.bicep", ".gitattributes")
+    (tmp_path / "infra" / "provision").mkdir(parents=True)
+    for name in names:
+        shutil.copy(workspaces["azure"] / name, tmp_path / name)
+    git = ["git", "-c", "core.autocrlf=true", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "add", *names], check=True, capture_output=True)
+    for name in names[:2]:
+        (tmp_path / name).unlink()
+    subprocess.run([*git, "checkout", "--", *names[:2]], check=True)
+    assert [b"\r\n" in (tmp_path / name).read_bytes() for name in names[:2]] == [False, True]
 
 
 @pytest.mark.parametrize("name", WORKSPACES)
