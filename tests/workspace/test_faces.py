@@ -36,7 +36,7 @@ def tuned(workspace: Path) -> Iterator[Path]:
     import export
 
     export.quiet()
-    export.export("onnx", 0.95, debug=False)
+    export.export("onnx", None, 0.95, debug=False)
     yield workspace
     for path in (workspace / "models").iterdir():
         if path.name != "demo":
