@@ -75,7 +75,8 @@ def create(manager: str, dry_run: bool) -> None:
             print(f"Ready in {time.monotonic() - started:.0f} s.")
     activate = "source .venv/bin/activate" if sys.platform != "win32" else r".venv\Scripts\Activate.ps1"
     if conda:
-        activate = f"{Path(conda).stem if shutil.which(Path(conda).stem) else conda} activate {name}"
+        quoted = f'"{conda}"' if sys.platform == "win32" else shlex.quote(conda)
+        activate = f"{Path(conda).stem if shutil.which(Path(conda).stem) else quoted} activate {name}"
     print(f"Next, in {ROOT}:\n  {activate}\n  python finetuning/invoke_olive.py --check")
 
 
@@ -120,10 +121,11 @@ def conda_programs() -> Iterator[tuple[str, str]]:
 def conda_name() -> str:
     """Return the environment's name, which stands in setup/conda-environment.yml alone."""
     text = (SETUP / "conda-environment.yml").read_text(encoding="utf-8")
-    found = re.search(r"^name:\s*[\"']?([\w.-]+)", text, re.MULTILINE)
-    if not found:
-        raise SetupError("setup/conda-environment.yml has no name: add a line `name: my-environment`.")
-    return found.group(1)
+    # No option, no way out of the folder of environments, nor conda's own: the update removes what it does not list.
+    found = re.search(r"^name:\s*([\"']?)(\w[\w.-]*)\1\s*(#.*)?$", text, re.MULTILINE)
+    if not found or found.group(2) in ("base", "root"):
+        raise SetupError("setup/conda-environment.yml has no name of its own: write a line `name: my-environment`.")
+    return found.group(2)
 
 
 def find_prefix(conda: str, name: str, dry_run: bool) -> tuple[Path, bool]:
@@ -136,7 +138,8 @@ def find_prefix(conda: str, name: str, dry_run: bool) -> tuple[Path, bool]:
         folders = [Path(folder) for folder in json.loads(done.stdout)["envs"]]
     except (OSError, subprocess.CalledProcessError, ValueError, KeyError) as error:
         raise SetupError(f"{conda} does not work ({error}): repair it or use --manager venv.") from error
-    found = [folder for folder in folders if folder.name == name]
+    # A base environment, which holds the others, is never this one, whatever its folder is called.
+    found = [folder for folder in folders if folder.name == name and not (folder / "condabin").is_dir()]
     return (found[0], True) if found else (usual, False)
 
 

@@ -555,3 +555,47 @@ def test_a_conda_that_cannot_list_its_environments_is_one_sentence(conda: Any) -
     done = conda.run()
     assert done.returncode == 1
     assert "repair it or use --manager venv" in done.stderr and done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------ names that do other things
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["name: ..", 'name: ".."', "name: -n", "name: --prefix", "name: base", 'name: "root"', "name: ../a", "name: a/b"],
+)
+def test_a_name_that_is_no_environment_s_own_is_refused(
+    create_env: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    line: str,
+) -> None:
+    program(tmp_path / "programs" / "conda", "#!/bin/sh\ntouch ran\n")
+    (create_env.SETUP / "conda-environment.yml").write_text(f"{line}\n")
+    monkeypatch.chdir(tmp_path)
+    assert environments(create_env, monkeypatch=monkeypatch) == 1
+    assert "has no name of its own: write a line `name: my-environment`." in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_base_environment_is_never_taken_for_the_workspace_s(
+    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base = tmp_path / "small"  # where conda lies, and the environment's name
+    (base / "condabin").mkdir(parents=True)
+    conda = program(base / "bin" / "conda", f"#!/bin/sh\necho '{json.dumps({'envs': [str(base)]})}'\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'programs'}{os.pathsep}/bin")
+    assert create_env.find_prefix(str(conda), "small", False) == (base / "envs" / "small", False)
+
+
+def test_a_conda_in_a_folder_with_a_blank_is_quoted_where_it_is_shown(
+    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    conda = program(tmp_path / "my conda" / "bin" / "conda")
+    monkeypatch.setenv("CONDA_EXE", str(conda))
+    assert environments(create_env, "--dry-run", monkeypatch=monkeypatch) == 0
+    assert f"\n  '{conda}' activate small\n" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert environments(create_env, "--dry-run", monkeypatch=monkeypatch) == 0
+    assert f'\n  "{conda}" activate small\n' in capsys.readouterr().out
