@@ -49,7 +49,8 @@ class SmallWorkspace:
         (root / "setup").mkdir(parents=True)
         for folder in (machine / "home", self.programs, self.wheels):
             folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPOSITORY / "template" / "setup" / "create_env.py", root / "setup")
+        for script in ("create_env.py", "install.py"):
+            shutil.copy(REPOSITORY / "template" / "setup" / script, root / "setup")
         self.configure("venv", "cpu")
         (root / "setup" / "conda-environment.yml").write_text("name: small\ndependencies: [python=3.11, pip]\n")
         make_wheel(self.wheels, "small", "1.0")
