@@ -135,7 +135,7 @@ def step(title: str, command: list[str], env: dict[str, str], dry_run: bool, may
     failed = process.returncode != 0
     print(f"{'failed after ' if failed else ''}{time.monotonic() - started:.1f} s", flush=True)
     if failed and not may_fail:
-        lines = "\n    ".join(last)
+        lines = "\n    ".join(last or [f"status {process.returncode}, without a word"])
         raise SetupError(f"{title}: it failed with\n    {lines}\n  All of it: {LOG}{again()}")
     return not failed
 

@@ -35,7 +35,7 @@ def main(root: Path) -> None:
     args = parser.parse_args()
     if args.command == "create":
         if os.environ.get("CONDA_ALWAYS_YES") != "true" or os.environ.get("MAMBA_ALWAYS_YES") != "true":
-            sys.exit("it would ask whether to go on")
+            raise OSError("it would ask whether to go on")
         (root / "envs" / args.name / "conda-meta").mkdir(parents=True)
         (root / "envs" / args.name / "conda-meta" / "history").touch()
     elif args.what == "list":
@@ -66,9 +66,13 @@ async def fill(root: Path, prefix: Path, wanted: dict[str, list[str]], prune: bo
 
 def run(root: Path) -> None:
     """Run main() and end as conda does: with its reason on stderr, and status 1."""
+    reason = ""
     try:
         main(root)
     except SolverError as error:
-        sys.exit(f"LibMambaUnsatisfiableError: {error}")
+        reason = f"LibMambaUnsatisfiableError: {error}"
     except Exception as error:
-        sys.exit(f"CondaError: {error}")
+        reason = f"CondaError: {error}"
+    print(reason, end="\n" if reason else "", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(bool(reason))  # rattler's threads and Python's usual end do not get on: one in some runs crashed
