@@ -1,6 +1,6 @@
 """Environments of the conda family: real solves and installations by rattler, from a channel in a folder.
 
-conda, mamba and micromamba are stood in for by conda_stand_in.py, as none of them can be installed from a package index:
+conda, mamba and micromamba are stood in for by conda_stand_in.py, as no package index has them:
 what they themselves print and ask is not tested here, what create_env.py asks of them is.
 """
 
@@ -429,7 +429,8 @@ def test_copier_ends_well_and_keeps_the_workspace_whole(conda: CondaMachine, tmp
     conda.channels("http://127.0.0.1:1")
     answers = ["--vcs-ref", "HEAD", "-d", "environment=conda", "-d", "project_name=whole", "-d", "conda_env_name=small"]
     copier = [sys.executable, "-m", "copier", "copy", "--trust", "--defaults", "--quiet", *answers, str(REPOSITORY)]
-    env = {**conda.env, "PATH": conda.env["PATH"] + os.pathsep + str(Path(shutil.which("git") or "git").parent)}
+    env = conda.env
+    env["PATH"] += os.pathsep + str(Path(shutil.which("git") or "git").parent)
 
     def copy(target: Path, *options: str) -> subprocess.CompletedProcess[str]:
         command = [*copier, str(target), *options]
