@@ -60,7 +60,12 @@ $(WORKSPACE)/.venv/ready: template/setup/requirements-cpu.txt
 	  openai==3.57.0 jiter==0.19.0 sniffio==1.3.1
 	@touch $@
 
-test: lint workspace .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready
+# conda, mamba and micromamba are on no index: another solver of conda packages stands behind their names in the tests.
+.cache/rattler/ready: .venv/ready
+	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/rattler py-rattler==0.28.0
+	@touch $@
+
+test: lint workspace .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready .cache/rattler/ready
 	pytest -n 2 tests/unit tests/render tests/update --ignore tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace

@@ -135,6 +135,7 @@ def gate(channels: Path) -> Iterator[Any]:
     """Serve the channels so that an installation stops in the middle: `reached` tells when, `open` lets it go on."""
     server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Gate, directory=str(channels)))
     server.reached, server.open, server.daemon_threads = threading.Event(), threading.Event(), True
+    server.handle_error = lambda *_: None  # a client that was killed
     server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield server

@@ -477,6 +477,7 @@ def gate() -> Iterator[Any]:
 
     server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Late)
     server.reached, server.open, server.daemon_threads = threading.Event(), threading.Event(), True
+    server.handle_error = lambda *_: None  # a client that was killed
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield server
     server.open.set()
