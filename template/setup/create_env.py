@@ -2,8 +2,8 @@
 
 Packages are installed by uv where it is on PATH (it reads no pip.conf: set PIP_INDEX_URL for an index of your own),
 else by pip. TORCH_INDEX_URL names another index for torch. Every command and all it says goes to setup/create_env.log.
-What is up to date is left alone; to start over, delete the environment and run this again. An environment that
-something else made is never changed, and no start-up file of a shell is.
+What is up to date is left alone; to start over, delete the environment and run this again. A conda environment
+that something else made is left alone, and so are the start-up files of a shell.
 """
 
 # The standard library alone, and nothing newer than Python 3.8: this file runs before there is an environment.
@@ -66,15 +66,17 @@ def create(manager: str, dry_run: bool) -> None:
                 # Last, so that an environment that was interrupted never passes for a complete one.
                 write_stamp(prefix, stamp_for(prefix, lock))
                 print(f"Ready in {time.monotonic() - started:.0f} s.")
-    if os.environ.get("COPIER_SAYS_NEXT"):  # set by the hook: Copier's message goes on from here
-        return
     activate = ["source .venv/bin/activate" if sys.platform != "win32" else r".venv\Scripts\Activate.ps1"]
     python = "python"
     if conda:
         activate = [f"{Path(conda).stem} activate {name}"]
         if not shutil.which(Path(conda).stem):  # no start-up file knows it, and none is changed
             activate, python = [], quoted([str(python_in(prefix))])
-    print("\n  ".join([f"Next, in {ROOT}:", *activate, f"{python} finetuning/invoke_olive.py --check"]))
+    following = [*activate, f"{python} finetuning/invoke_olive.py --check"]
+    if os.environ.get("COPIER_SAYS_NEXT"):  # set by the hook: Copier's message says the rest
+        print(f"To use it: {following[0]}")
+    else:
+        print("\n  ".join([f"Next, in {ROOT}:", *following]))
 
 
 @contextmanager
@@ -231,14 +233,14 @@ def make_conda(conda: str, name: str, prefix: Path, exists: bool, dry_run: bool)
         prefix, exists = find_prefix(conda, name, dry_run)
     if not dry_run:
         if not exists:
-            raise SetupError(f"{conda} made no environment {name}: see {LOG}.")
+            raise SetupError(f"{conda} made no environment {name}: see {LOG}.{again()}")
         write_stamp(prefix, f"begun\n{prefix}\n")
     file = str(SETUP / "conda-environment.yml")
     prune = ["--prune"] if exists and any(prefix.glob("conda-meta/*.json")) else []
     title = f"update of {prefix}" if prune else "Python"
     step(title, [conda, "env", "update", "--prefix", str(prefix), "--file", file, *prune], env, dry_run)
     if not dry_run and not python_in(prefix).exists():
-        raise SetupError(f"{conda} made no Python in {prefix}: see {LOG}.")
+        raise SetupError(f"{conda} made no Python in {prefix}: see {LOG}.{again()}")
     return prefix
 
 

@@ -60,6 +60,7 @@ class SmallWorkspace:
         self.env = {
             "PATH": str(self.programs),
             "HOME": str(machine / "home"),
+            "TMPDIR": str(machine),
             "PIP_CONFIG_FILE": os.devnull,
             "PIP_FIND_LINKS": str(self.wheels),
             "PIP_NO_INDEX": "1",

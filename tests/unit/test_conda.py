@@ -164,7 +164,6 @@ class CondaMachine:
         self.program.chmod(0o755)
         self.env = workspace.env
         self.env["PATH"] += f"{os.pathsep}{self.program.parent}"
-        self.env["TMPDIR"] = str(workspace.programs.parent)
         self.channels(channels.as_uri())
         self.list(*DEPENDENCIES)
         workspace.configure("auto", "cpu")

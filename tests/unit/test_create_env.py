@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ def create_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     (tmp_path / "programs").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "programs"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     spec = importlib.util.spec_from_file_location("workspace_create_env", setup / "create_env.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -152,7 +154,7 @@ def test_the_command_that_tries_again_is_the_systems_own(
 
 
 def test_the_lock_of_windows_waits_in_rounds_of_ten_seconds(
-    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[str] = []
 
@@ -163,7 +165,6 @@ def test_the_lock_of_windows_waits_in_rounds_of_ten_seconds(
 
     monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_LOCK="wait", LK_NBLCK="try"))
     monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(create_env.tempfile, "gettempdir", lambda: str(tmp_path))
     with create_env.alone("this"):
         assert asked == ["try", "wait", "wait", "wait"]
     assert capsys.readouterr().out.count("waiting for it") == 1
