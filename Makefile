@@ -78,8 +78,13 @@ $(WORKSPACE)/.venv/ready: template/setup/requirements-cpu.txt
 	  tree-sitter==0.26.1 tree-sitter-bicep==1.1.0
 	@touch $@
 
+# conda, mamba and micromamba are on no index: another solver of conda packages stands behind their names in the tests.
+.cache/rattler/ready: .venv/ready
+	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/rattler py-rattler==0.28.0
+	@touch $@
+
 test: lint workspace .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready .cache/playwright/ready \
-  .cache/bicep-tools/ready .cache/azure-cli/ready
+  .cache/rattler/ready .cache/bicep-tools/ready .cache/azure-cli/ready
 	pytest -n 2 tests/unit tests/render tests/update tests/azure/test_bicep.py tests/azure/test_environment.py \
 	  --ignore tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_get_model.py

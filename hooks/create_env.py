@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def prepare(workspace: Path, download_model: bool) -> tuple[str, str] | None:
     manager = create_env.read_settings()["manager"]
     if manager == "none":
         return None
-    if subprocess.run([sys.executable, "setup/create_env.py"], cwd=workspace, check=False).returncode != 0:
+    command, env = [sys.executable, "-B", "setup/create_env.py"], {**os.environ, "COPIER_SAYS_NEXT": "yes"}
+    if subprocess.run(command, cwd=workspace, env=env, check=False).returncode != 0:
         return "The environment was not created. Try again", f"{PYTHON} setup/create_env.py"
     if not download_model:
         return None
@@ -54,6 +56,7 @@ def prepare(workspace: Path, download_model: bool) -> tuple[str, str] | None:
 def load(file: Path) -> Any:
     """Return a script of the workspace as a module, without leaving a trace in the workspace."""
     sys.dont_write_bytecode = True
+    sys.path.append(str(file.parent))  # for the scripts beside it
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} cannot be loaded")
