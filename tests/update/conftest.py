@@ -1,13 +1,12 @@
 """Releases of the template in a git repository of their own, and updates in this process.
 
-The releases are those of releases.yml, out of this repository's history; `older`, the working tree with changes of every
-kind (there is something to update from before the first release too); `now`, the working tree; and three after it.
+The releases are those of releases.yml, out of this repository's history; OLDER, the working tree with changes of every
+kind, to update from before there is a release; NOW, the working tree; and NEXT, three after it.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import subprocess
 import tarfile
@@ -32,7 +31,7 @@ MAJOR = Version(list(RELEASES)[-1]).major if RELEASES else 0
 OLDER, NOW = f"v{MAJOR + 1}.0.0", f"v{MAJOR + 2}.0.0"
 NEXT = tuple(f"v{MAJOR + 2}.{number}.0" for number in (1, 2, 3))
 # A workspace is brought from each of these to the working tree.
-BEFORE = list(dict.fromkeys([list(RELEASES)[-1], list(RELEASES)[0]])) if RELEASES else [OLDER]
+BEFORE = list(dict.fromkeys([max(RELEASES, key=Version), min(RELEASES, key=Version)])) if RELEASES else [OLDER]
 OPTIONS = {"defaults": True, "overwrite": True, "quiet": True, "unsafe": True, "skip_tasks": True}
 
 
@@ -153,7 +152,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def worker(releases: Path) -> Iterator[type[Worker]]:
-    """Copier's worker, which clones, reads and compiles each release once; test_update.py shows that it writes the same.
+    """Copier's worker, which clones, reads and compiles each release once; test_update.py shows it writes the same.
 
     An update takes seconds, most of them for cloning the template twice and for compiling the same expressions again.
     """

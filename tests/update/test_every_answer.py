@@ -73,17 +73,12 @@ def valid(row: dict[str, Any]) -> bool:
     given = {name for name, value in row.items() if value is not None}
     return not (
         (row.get("device"), row.get("platform"), row.get("target")) == ("gpu", "macos", "local")
-        or (row.get("device"), row.get("target")) == ("cpu", "azure")
-        and differ("model", "demo")
+        or ((row.get("device"), row.get("target")) == ("cpu", "azure") and differ("model", "demo"))
         or (row.get("device"), row.get("method")) == ("cpu", "qlora")
-        or "azure_gpu" in given
-        and differ("target", "azure")
-        or row.get("dataset_source") == "sample"
-        and given & {"dataset_format", "eval_split"}
-        or given & {"quant_type", "double_quant"}
-        and differ("method", "qlora")
-        or "download_model" in given
-        and (row.get("model") == "demo" or row.get("environment") == "none")
+        or ("azure_gpu" in given and differ("target", "azure"))
+        or (row.get("dataset_source") == "sample" and given & {"dataset_format", "eval_split"})
+        or (given & {"quant_type", "double_quant"} and differ("method", "qlora"))
+        or ("download_model" in given and (row.get("model") == "demo" or row.get("environment") == "none"))
     )
 
 
