@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,10 +23,9 @@ def main() -> int:
     parser.add_argument("--after-update", action="store_true", help="only when the update changed what is installed")
     # An option that a later template passes to an older copy of this file is no reason to fail.
     args, _ = parser.parse_known_args()
-    if args.after_update and not changed(Path.cwd()):
-        return 0
     try:
-        failed = prepare(Path.cwd(), args.download_model)
+        unchanged = args.after_update and not changed(Path.cwd())
+        failed = None if unchanged else prepare(Path.cwd(), args.download_model)
     except KeyboardInterrupt:
         failed = "It was interrupted. Go on", f"{PYTHON} setup/create_env.py"
     except Exception as error:  # whatever it is, the workspace must stay
@@ -42,7 +42,8 @@ def prepare(workspace: Path, download_model: bool) -> tuple[str, str] | None:
     manager = create_env.read_settings()["manager"]
     if manager == "none":
         return None
-    if subprocess.run([sys.executable, "setup/create_env.py"], cwd=workspace, check=False).returncode != 0:
+    command, env = [sys.executable, "setup/create_env.py"], {**os.environ, "COPIER_SAYS_NEXT": "yes"}
+    if subprocess.run(command, cwd=workspace, env=env, check=False).returncode != 0:
         return "The environment was not created. Try again", f"{PYTHON} setup/create_env.py"
     if not download_model:
         return None

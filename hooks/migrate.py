@@ -47,7 +47,8 @@ def between(version_from: str, version_to: str) -> Callable[[str], bool]:
 
 def before(workspace: Path, crossed: Callable[[str], bool]) -> None:
     """Rename what the template renamed, here and in the old copy that Copier compares with; note what was edited."""
-    old = old_copy(workspace)
+    copies = old_copies(workspace)
+    old = copies[0] if len(copies) == 1 else None  # to rename in the copy of another update would spoil that
     for version, files in RENAMED_FILES.items():
         for name, new in files.items() if crossed(version) else ():
             rename(workspace, old, name, new)
@@ -57,7 +58,7 @@ def before(workspace: Path, crossed: Callable[[str], bool]) -> None:
                 rename_settings(folder / name, names)
             if (workspace / name).is_file():
                 git(workspace, "add", "--", name)  # Copier takes the user's edits from the index
-    note(workspace).write_text(json.dumps(edits(workspace, old)), encoding="utf-8")
+    note(workspace).write_text(json.dumps(edits(workspace, copies[0] if copies else None)), encoding="utf-8")
 
 
 def after(workspace: Path) -> None:
@@ -82,19 +83,23 @@ def after(workspace: Path) -> None:
         (workspace / name).unlink(missing_ok=True)
 
 
-def old_copy(workspace: Path) -> Path | None:
-    """Return the folder with the workspace as the old release rendered it; None where it cannot be found.
+def old_copies(workspace: Path) -> list[Path]:
+    """Return the folder with the workspace as the old release rendered it; none where it cannot be found.
 
-    Copier makes it before this runs, in the folder for temporary files, and does not say where.
+    Copier makes it before this runs, in the folder for temporary files, and does not say where. It has these answers,
+    and is no repository yet. Several are equal: updates that began at the same moment.
     """
     place = git(workspace, "rev-parse", "--show-prefix").decode().strip()
-    answers = (workspace / ".copier-answers.yml").read_text(encoding="utf-8")
-    commit = re.findall(r"^_commit: .*$", answers, re.MULTILINE)
-    for folder in sorted(Path(tempfile.gettempdir()).glob("*old_copy.*"), key=lambda path: -path.stat().st_mtime):
-        file = folder / place / ".copier-answers.yml"
-        if file.is_file() and re.findall(r"^_commit: .*$", file.read_text(encoding="utf-8"), re.MULTILINE) == commit:
-            return folder / place
-    return None
+    answers = (workspace / ".copier-answers.yml").read_bytes()
+    copies = []
+    for folder in Path(tempfile.gettempdir()).glob("*old_copy.*"):
+        try:
+            same = (folder / place / ".copier-answers.yml").read_bytes() == answers
+        except OSError:
+            continue  # another's, or gone by now
+        if same and not (folder / ".git").exists():
+            copies.append(folder / place)
+    return copies
 
 
 def rename(workspace: Path, old: Path | None, name: str, new: str) -> None:

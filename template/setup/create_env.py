@@ -76,7 +76,8 @@ def create(manager: str, dry_run: bool) -> None:
     activate = "source .venv/bin/activate" if sys.platform != "win32" else r".venv\Scripts\Activate.ps1"
     if conda:
         activate = f"{Path(conda).stem if shutil.which(Path(conda).stem) else conda} activate {name}"
-    print(f"Next, in {ROOT}:\n  {activate}\n  python finetuning/invoke_olive.py --check")
+    if not os.environ.get("COPIER_SAYS_NEXT"):  # set by the hook: Copier's message goes on from here
+        print(f"Next, in {ROOT}:\n  {activate}\n  python finetuning/invoke_olive.py --check")
 
 
 def read_settings() -> dict[str, str]:

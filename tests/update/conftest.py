@@ -7,19 +7,23 @@ kind, to update from before there is a release; NOW, the working tree; and NEXT,
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import copier._user_data
+import plumbum
 import pytest
 import yaml
 from copier._main import Worker
 from copier._settings import SettingsModel
+from copier._subproject import Subproject
 from copier._template import Template
 from copier._types import Phase
 from packaging.version import Version
@@ -32,19 +36,48 @@ OLDER, NOW = f"v{MAJOR + 1}.0.0", f"v{MAJOR + 2}.0.0"
 NEXT = tuple(f"v{MAJOR + 2}.{number}.0" for number in (1, 2, 3))
 # A workspace is brought from each of these to the working tree.
 BEFORE = list(dict.fromkeys([max(RELEASES, key=Version), min(RELEASES, key=Version)])) if RELEASES else [OLDER]
+# Nothing here outlives the tests: git need not tidy up after itself, nor wait for the disk.
+GIT_CONFIG = """
+[user]
+name = Test
+email = test@example.org
+[init]
+defaultBranch = main
+[maintenance]
+auto = false
+[gc]
+auto = 0
+[core]
+fsync = none
+compression = 0
+"""
 OPTIONS = {"defaults": True, "overwrite": True, "quiet": True, "unsafe": True, "skip_tasks": True}
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _plain_git(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Git without the settings of whoever runs the tests."""
-    folder = tmp_path_factory.mktemp("git")
-    (folder / "config").write_text("[user]\nname = Test\nemail = test@example.org\n[init]\ndefaultBranch = main\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GIT_CONFIG_GLOBAL", str(folder / "config"))
-        patch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-        patch.setenv("GIT_TEMPLATE_DIR", "")
+def _plain_git_in_memory() -> Iterator[None]:
+    """Git without the settings of whoever runs the tests; temporary files in memory where there is room.
+
+    An update writes hundreds of files, and takes half the time there.
+    """
+    memory = Path("/dev/shm")
+    room = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**30
+    with tempfile.TemporaryDirectory(dir=memory if room else None) as folder, pytest.MonkeyPatch.context() as patch:
+        config = Path(folder) / "gitconfig"
+        config.write_text(GIT_CONFIG)
+        variables = {"GIT_CONFIG_GLOBAL": str(config), "GIT_CONFIG_NOSYSTEM": "1", "GIT_TEMPLATE_DIR": ""}
+        for name, value in {**variables, "TMPDIR": folder}.items():
+            patch.setenv(name, value)
+            patch.setitem(plumbum.local.env, name, value)  # what Copier starts has the variables of when it was loaded
+        patch.setattr(tempfile, "tempdir", folder)
         yield
+
+
+@pytest.fixture
+def tmp_path(_plain_git_in_memory: None) -> Iterator[Path]:
+    """A folder of the test's own, there."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -156,12 +189,12 @@ def worker(releases: Path) -> Iterator[type[Worker]]:
 
     An update takes seconds, most of them for cloning the template twice and for compiling the same expressions again.
     """
-    cleanup, environments = Template._cleanup, {}
+    environments: dict[Path, Any] = {}
     clones: list[Template] = []
 
     @cache
-    def template(url: str, ref: str | None = None, use_prereleases: bool = False) -> Template:
-        clones.append(Template(url=url, ref=ref, use_prereleases=use_prereleases))
+    def template(url: str, ref: str | None) -> Template:
+        clones.append(Template(url=url, ref=ref))
         return clones[-1]
 
     def kept(compile_source: Callable[..., Any]) -> Callable[..., Any]:
@@ -172,8 +205,16 @@ def worker(releases: Path) -> Iterator[type[Worker]]:
         answers_relpath = Path(".copier-answers.yml")  # type: ignore[assignment]
         known: dict[str, Any] | None = None
 
-        def _cleanup(self) -> None:
-            """Keep the clones."""
+        @cached_property
+        def template(self) -> Template:  # type: ignore[override]
+            return template(str(self.src_path or self.subproject.template.url), self.resolved_vcs_ref)
+
+        @cached_property
+        def subproject(self) -> Subproject:  # type: ignore[override]
+            project = super().subproject
+            if source := project.last_answers.get("_src_path"):
+                project.__dict__["template"] = template(source, project.last_answers["_commit"])
+            return project
 
         def _sync_git_index_executable_bit(self, *_: Any) -> None:
             """Ask nothing: it is about Windows, and asks git for every file."""
@@ -195,12 +236,10 @@ def worker(releases: Path) -> Iterator[type[Worker]]:
             return dict(self.known)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("copier._main.Template", template)
-        patch.setattr("copier._subproject.Template", template)
         patch.setattr("copier._user_data.parse_yaml_string", cache(copier._user_data.parse_yaml_string))
         yield QuickWorker
         for clone in clones:
-            cleanup(clone)
+            clone._cleanup()
 
 
 Copy = Callable[..., Path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import BEFORE, NEXT, NOW, commit, contents, git, known
+from .conftest import BEFORE, NEXT, NOW, ROOT, commit, contents, git, known
 
 Copy = Callable[..., Path]
 CONFIG = "finetuning/olive-config.yaml"
@@ -60,12 +61,12 @@ def test_every_kind_of_edit_is_kept(workspace: Path, copy: Copy, update: Copy, t
 
 
 def test_a_line_that_both_changed_is_a_conflict_that_git_shows(workspace: Path, update: Copy) -> None:
+    update(workspace, NOW)
+    commit(workspace, "Now")
     with (workspace / CONFIG).open("a") as config:
         config.write("# my last line\n")
     commit(workspace, "My edits")
-    update(workspace, NOW)
-    commit_of_mine = git(workspace, "show", f"HEAD:{CONFIG}")
-    assert "# my last line" in commit_of_mine
+    update(workspace, NEXT[0])
     text = (workspace / CONFIG).read_text(encoding="utf-8")
     assert "<<<<<<< before updating" in text and "# my last line" in text
     assert f"UU {CONFIG}" in git(workspace, "status", "--porcelain")
@@ -148,7 +149,7 @@ def test_an_update_without_the_copy_of_the_old_release_keeps_more_rather_than_le
     workspace: Path, tmp_path: Path
 ) -> None:
     """As if Copier had put its copy elsewhere."""
-    hook = Path(__file__).resolve().parents[2] / "hooks/migrate.py"
+    hook = ROOT / "hooks/migrate.py"
     env = os.environ | {"TMPDIR": str(tmp_path / "ws")}
     for stage in ("before", "after"):
         command = ["python3", "-I", str(hook), stage, "1.0.0", "2.0.0"]
@@ -156,3 +157,20 @@ def test_an_update_without_the_copy_of_the_old_release_keeps_more_rather_than_le
         if stage == "before":
             (workspace / "finetuning/smoke.py").unlink()
     assert (workspace / "finetuning/smoke.py").exists()
+
+
+def test_the_copy_of_another_update_is_never_taken(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = importlib.util.spec_from_file_location("migrate", ROOT / "hooks/migrate.py")
+    assert spec and spec.loader
+    migrate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(migrate)
+    monkeypatch.setattr(migrate.tempfile, "gettempdir", lambda: str(tmp_path))
+    answers = (workspace / ".copier-answers.yml").read_text(encoding="utf-8")
+    for name, text in {"mine": answers, "later": answers, "other": answers.replace("42", "43"), "torn": None}.items():
+        (tmp_path / f"old_copy.{name}").mkdir()
+        if text:
+            (tmp_path / f"old_copy.{name}/.copier-answers.yml").write_text(text, encoding="utf-8")
+    (tmp_path / "old_copy.later/.git").mkdir()
+    assert migrate.old_copies(workspace) == [tmp_path / "old_copy.mine"]
