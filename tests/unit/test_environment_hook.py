@@ -46,6 +46,7 @@ def test_it_creates_the_environment_and_a_second_time_leaves_it_alone(workspace:
     done = run_hook(workspace, "--no-download-model")
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.endswith("To use it: source .venv/bin/activate\n")  # Copier's message says the rest
+    assert "Next" not in done.stdout  # Copier says it
     assert workspace.version("torch") == "2.13.0+cpu"
     assert files(workspace) - before == {"setup/create_env.log"}
     assert "is up to date" in run_hook(workspace).stdout
