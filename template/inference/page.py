@@ -170,12 +170,14 @@ def build_page(line: Line) -> gr.Blocks:
             longest: int = min(256, most),
             temperature: float = 0,
             top_p: float = 1,
+            history: list[list[str]] | None = None,
         ) -> AsyncIterator[str]:
-            """Answer one question, for programs that use Gradio's client."""
-            chat = Chat([question], {True: []})
+            """Answer a question, after earlier [question, answer] pairs, for programs that use Gradio's client."""
+            before = history or []
+            chat = Chat([*(turn[0] for turn in before), question], {True: [turn[1] for turn in before]})
             try:
                 async for _ in chat.answer(line, False, system, generation(longest, temperature, top_p), gr.Info):
-                    yield chat.answers[True][0]
+                    yield chat.answers[True][-1]
             except Exception as error:
                 raise gr.Error(str(failure(error)), print_exception=False) from error
 

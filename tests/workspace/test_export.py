@@ -511,7 +511,7 @@ def test_a_model_for_a_gpu_that_is_not_here_says_what_can_answer(
         out, err = capsys.readouterr()
         assert out == ""
         assert re.fullmatch(
-            r"Loading the model …\nerror: ONNX Runtime cannot compute with dml here \(.*\), which the model in "
+            r"error: ONNX Runtime cannot compute with dml here \(.*\), which the model in "
             r"models/onnx is for: use --engine torch\.\n",
             err,
         )

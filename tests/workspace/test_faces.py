@@ -24,7 +24,7 @@ import openai
 ENGINES = ("torch", "onnx")
 # Their words tell the tiny model a tone: one of them changes what it answers to a question.
 SYSTEMS = ("She was terrified and scared.", "We were gleeful, jubilant.", "He was mournful and gloomy.", "Startled!")
-MODULES = ("engine", "onnx_backend", "torch_backend", "console_chat", "gradio_chat", "server", "api", "line")
+MODULES = ("engine", "onnx_backend", "torch_backend", "console_chat", "gradio_chat", "page", "server", "api", "line")
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,6 @@ def test_twenty_questions_have_the_same_answers_in_every_face(
     assert [api([user(question)]) for question in twenty_questions] == expected
     for question, answer in zip(twenty_questions, expected, strict=True):
         assert page.predict(question, api_name="/chat") == answer
-        page.reset_session()
         assert pipe(options=("--prompt", question))[:2] == (0, f"{answer}\n")
     lines = [line for question in twenty_questions for line in (question, "/clear")]
     assert pipe(*lines)[:2] == (0, "".join(f"{answer}\n" for answer in expected))
@@ -161,8 +160,11 @@ def test_a_conversation_with_a_system_prompt_has_the_same_answers_in_every_face(
 ) -> None:
     system, questions, expected = telling(engine, twenty_questions)
     assert pipe(f"/system {system}", *questions)[:2] == (0, "".join(f"{answer}\n" for answer in expected))
-    assert [page.predict(question, system=system, api_name="/chat") for question in questions] == expected
-    page.reset_session()
+    before: list[list[str]] = []
+    for question in questions:
+        answer = page.predict(question, system=system, history=before, api_name="/chat")
+        before.append([question, answer])
+    assert [answer for _, answer in before] == expected
     turns = [{"role": "system", "content": system}]
     for question, answer in zip(questions, expected, strict=True):
         turns.append(user(question))
@@ -256,8 +258,10 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns_and_every_face_s
     assert status == 0
     assert re.search(f"^{notice}$", err, re.MULTILINE), err
     settings = {"system": "", "longest": 16, "api_name": "/chat"}
-    assert "".join(f"{page.predict(question, **settings)}\n" for question in questions) == out
-    page.reset_session()
+    before: list[list[str]] = []
+    for question in questions:
+        before.append([question, page.predict(question, history=before, **settings)])
+    assert "".join(f"{answer}\n" for _, answer in before) == out
     assert re.fullmatch(notice, told[-1])
     with pytest.raises(openai.BadRequestError, match="longer than what the model reads"):
         api([turn for question in questions for turn in (user(question), {"role": "assistant", "content": "joy"})])
