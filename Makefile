@@ -1,6 +1,8 @@
 # make demo    render with the defaults, create the environment, fine-tune, show the answers before and after
 # make test    everything CI runs
 # make lint    ruff and mypy
+# make test-all   the same, with updates for every valid combination of answers
+# make release VERSION=1.2.0   check, test, date the changelog, tag
 # make bench   what it costs, beside its peers
 # make workspace   render and install the workspace that the tests use
 # make docs    the reference pages, made from copier.yml and catalog/
@@ -13,7 +15,7 @@ BIN := $(CURDIR)/.venv/bin
 WORKSPACE := $(CURDIR)/.cache/workspace
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test lint workspace bench docs lock clean
+.PHONY: demo test test-all release lint workspace bench docs lock clean
 
 .venv/ready: locks/repository.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
@@ -78,16 +80,30 @@ $(WORKSPACE)/.venv/ready: template/setup/requirements-cpu.txt
 	  tree-sitter==0.26.1 tree-sitter-bicep==1.1.0
 	@touch $@
 
+# conda, mamba and micromamba are on no index: another solver of conda packages stands behind their names in the tests.
+.cache/rattler/ready: .venv/ready
+	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/rattler py-rattler==0.28.0
+	@touch $@
+
 test: lint workspace .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready .cache/playwright/ready \
-  .cache/bicep-tools/ready .cache/azure-cli/ready
+  .cache/rattler/ready .cache/bicep-tools/ready .cache/azure-cli/ready
 	pytest -n 2 tests/unit tests/render tests/update tests/azure/test_bicep.py tests/azure/test_environment.py \
 	  --ignore tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/azure --ignore tests/azure/test_bicep.py --ignore tests/azure/test_environment.py
 
+test-all: test
+	EVERY_ANSWER=1 pytest -n 2 tests/update/test_every_answer.py
+
+release: .venv/ready
+	python tools/release.py --check $(VERSION)
+	@$(MAKE) --no-print-directory test
+	python tools/release.py $(VERSION)
+
 bench: workspace .cache/azure-cli/ready
 	python benchmarks/copy_time.py
+	python benchmarks/update_time.py
 	python benchmarks/demo_run.py
 	python benchmarks/throughput.py
 	python benchmarks/memory_estimate.py

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,12 @@ def main() -> int:
     """Prepare the workspace in the current folder; return 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--download-model", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--after-update", action="store_true", help="only when the update changed what is installed")
     # An option that a later template passes to an older copy of this file is no reason to fail.
     args, _ = parser.parse_known_args()
     try:
-        failed = prepare(Path.cwd(), args.download_model)
+        unchanged = args.after_update and not changed(Path.cwd())
+        failed = None if unchanged else prepare(Path.cwd(), args.download_model)
     except KeyboardInterrupt:
         failed = "It was interrupted. Go on", f"{PYTHON} setup/create_env.py"
     except Exception as error:  # whatever it is, the workspace must stay
@@ -39,7 +42,8 @@ def prepare(workspace: Path, download_model: bool) -> tuple[str, str] | None:
     manager = create_env.read_settings()["manager"]
     if manager == "none":
         return None
-    if subprocess.run([sys.executable, "setup/create_env.py"], cwd=workspace, check=False).returncode != 0:
+    command, env = [sys.executable, "-B", "setup/create_env.py"], {**os.environ, "COPIER_SAYS_NEXT": "yes"}
+    if subprocess.run(command, cwd=workspace, env=env, check=False).returncode != 0:
         return "The environment was not created. Try again", f"{PYTHON} setup/create_env.py"
     if not download_model:
         return None
@@ -51,9 +55,21 @@ def prepare(workspace: Path, download_model: bool) -> tuple[str, str] | None:
     return None
 
 
+def changed(workspace: Path) -> bool:
+    """Tell whether git sees another environment than the last commit has; not before conflicts in it are resolved."""
+    names = "setup/environment.toml", "setup/conda-environment.yml", "setup/requirements-*.txt"
+    status = ["git", "status", "--porcelain", "--", *names]
+    lines = subprocess.run(status, cwd=workspace, capture_output=True, text=True, check=False).stdout.splitlines()
+    if any(line.startswith(("UU", "AA", "DU", "UD")) for line in lines):
+        print(f"Resolve the conflicts in setup/, then: {PYTHON} setup/create_env.py", file=sys.stderr)
+        return False
+    return bool(lines)
+
+
 def load(file: Path) -> Any:
     """Return a script of the workspace as a module, without leaving a trace in the workspace."""
     sys.dont_write_bytecode = True
+    sys.path.append(str(file.parent))  # for the scripts beside it
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} cannot be loaded")

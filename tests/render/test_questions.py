@@ -44,18 +44,26 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *[({"project_name": name}, "3 to 32 of a-z 0-9 -: type my-ft") for name in ("ab", "Ünder", "1st", "my_ft", "my-")],
     ({"project_name": "a" * 33}, "3 to 32 of a-z 0-9 -: type my-ft"),
     ({"project_name": "my-ft\n"}, "3 to 32 of a-z 0-9 -: type my-ft"),
+    *[({"project_name": name}, "a reserved name: type my-ft") for name in ("base", "root", "con", "com1")],
     *[
         ({"model": "custom", "custom_model_id": name}, "type owner/name or ../folder")
-        for name in ("", "gpt2", "a/b/c", "owner/na me", "owner/", "../a\nb", "owner/name\n")
+        for name in ("", "gpt2", "a/b/c", "owner/na me", "owner/", "../a\nb", "owner/name\n", "../a\x85", "../\udcff")
     ],
-    (CUSTOM | {"custom_model_revision": "a b"}, "type main, or a commit"),
+    ({"model": "custom", "custom_model_id": "../a "}, "blank at an end: type ../folder"),
+    ({"model": "custom", "custom_model_id": "../`a`"}, "no `: type ../folder"),
+    *[(CUSTOM | {"custom_model_revision": name}, "type main, or a commit") for name in ("a b", "-b", "a/../b")],
     ({"platform": "macos", "device": "gpu"}, "a Mac has no CUDA: choose cpu, or target azure"),
     (AZURE | {"device": "cpu"}, "Azure jobs run on a GPU: choose gpu"),
     ({"device": "cpu", "method": "qlora"}, "needs an NVIDIA GPU: choose lora"),
     ({"model": "phi-2", "platform": "macos", "method": "qlora"}, "needs an NVIDIA GPU: choose lora"),
     (AZURE | {"azure_gpu": "serverless-t4", "azure_location": "northeurope"}, "'northeurope' is not in"),
-    (AZURE | {"azure_resource_group": "ends.with."}, "type a name such as rg-me"),
-    *[(FILE | {"dataset_path": path}, "type dataset/train.jsonl") for path in ("", "  ", "a\nb", "a\x00b")],
+    *[(AZURE | {"azure_resource_group": name}, "type a name such as rg-me") for name in ("ends.with.", "-n", "--yes")],
+    *[
+        (FILE | {"dataset_path": path}, "type dataset/train.jsonl")
+        for path in ("", "  ", "a\nb", "a\x00b", "a\x85b", "a\u2028b", "\udcff.csv", "a\uffff")
+    ],
+    *[(FILE | {"dataset_path": path}, "blank at an end: type data.jsonl") for path in (" a.jsonl", "a.jsonl\xa0")],
+    (FILE | {"dataset_path": "`a`.jsonl"}, "no `: type dataset/train.jsonl"),
     *[(HUB | {"dataset_name": name}, "type owner/name") for name in ("rows", "a/b/c", "a b/c", "a/b\n")],
     (HUB | {"dataset_split": "train; rm"}, "type train"),
     *[
@@ -64,8 +72,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ],
     (TEMPLATES | {"prompt_template": "no column"}, "no {column}: type {question}"),
     (TEMPLATES | {"completion_template": "{}"}, "no {column}: type {answer}"),
+    *[
+        (TEMPLATES | {"prompt_template": "{a}" + odd}, "unprintable: type {question}")
+        for odd in ("\x7f", "\r", "\ud800")
+    ],
+    *[(TEMPLATES | {"completion_template": "{a}" + odd}, "unprintable: type {answer}") for odd in ("\0", "\u2029")],
     *[({"conda_env_name": name}, "type letters, digits, . _ -") for name in ("", "a:b", "a b", 'a"b', "a" * 65)],
-    ({"system_prompt": "a\x07b"}, "a control character: type text"),
+    *[({"conda_env_name": name}, "no . or - at an end: type my-ft") for name in ("-n", "--prefix", ".", "..", "a.")],
+    *[({"conda_env_name": name}, "a reserved name: type my-ft") for name in ("base", "root", "Nul", "con.x")],
+    *[
+        ({"system_prompt": f"a{odd}b"}, "a control character: type text")
+        for odd in ("\x07", "\x85", "\u2028", "\udfff")
+    ],
     *[({"max_seq_len": tokens}, "16 to 512: type 512") for tokens in (15, 513)],
     ({"model": "phi-2", "max_seq_len": 2049}, "16 to 2048: type 1024"),
     *[({"epochs": value}, "1 to 100: type 3") for value in (0, 101)],
@@ -73,7 +91,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *[({"learning_rate": value}, "0.0000001 to 0.1: type 0.0002") for value in (0, 0.2, "nan", "inf", -1)],
     *[({"lora_r": value}, "1 to 512: type 16") for value in (0, 513)],
     *[({"lora_alpha": value}, "1 to 1024: type 32") for value in (0, 1025)],
+    ({"learning_rate": "0.00001234567"}, "10 decimals at most: type 0.0002"),
     *[({"lora_dropout": value}, "0 to 0.9: type 0.05") for value in (-0.1, 1, "nan")],
+    ({"lora_dropout": "0.12345678901"}, "10 decimals at most: type 0.05"),
     *[({"train_batch_size": value}, "1 to 256: type 4") for value in (0, 257)],
     *[({"eval_batch_size": value}, "1 to 256: type 4") for value in (0, 257)],
     *[({"gradient_accumulation_steps": value}, "1 to 512: type 4") for value in (0, 513)],
@@ -179,6 +199,7 @@ def test_the_defaults_follow_the_other_answers(given: dict[str, Any], expected: 
         ("2026 tone", "tone"),
         ("日本", "finetuning"),
         ("x", "finetuning"),
+        ("base", "finetuning"),
         ("a" * 31 + "-bc", "a" * 31),
     ],
 )
@@ -221,14 +242,16 @@ def test_an_answer_to_a_question_that_is_not_asked_changes_nothing(render: Rende
         "data": {"dataset_path": "rows.jsonl", "dataset_name": "owner/rows"},
         "format": {"prompt_template": "{a}", "completion_template": "{b}"},
         "azure": {"azure_resource_group": "other"},
+        "rows": {"dataset_split": "other", "eval_split": 0.3, "dataset_format": "messages"},
+        "conda": {"conda_env_name": "other", "environment": "venv"},
     }.items():
         plain, given = render(tmp_path / "ws"), render(tmp_path / name / "ws", **unused)
-        for path in ("finetuning/olive-config.yaml", "setup/model.yaml"):
+        for path in ("finetuning/olive-config.yaml", "setup/model.yaml", "setup/conda-environment.yml"):
             assert (given / path).read_text() == (plain / path).read_text(), name
 
 
 def test_odd_but_valid_answers_arrive_in_the_files_as_they_were_given(render: Render, tmp_path: Path) -> None:
-    awkward = 'He said: "it\'s {{ 7 * 7 }} # 50 %", {% raw %} \\n <b> – ü 日本'
+    awkward = 'He said: "it\'s {{ 7 * 7 }} # 50 %", {% raw %} \\n <b> – ü 日本 😀'
     answers = {
         "system_prompt": awkward,
         "dataset_source": "file",

@@ -49,7 +49,8 @@ class SmallWorkspace:
         (root / "setup").mkdir(parents=True)
         for folder in (machine / "home", self.programs, self.wheels):
             folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPOSITORY / "template" / "setup" / "create_env.py", root / "setup")
+        for script in ("create_env.py", "install.py"):
+            shutil.copy(REPOSITORY / "template" / "setup" / script, root / "setup")
         self.configure("venv", "cpu")
         (root / "setup" / "conda-environment.yml").write_text("name: small\ndependencies: [python=3.11, pip]\n")
         make_wheel(self.wheels, "small", "1.0")
@@ -59,6 +60,7 @@ class SmallWorkspace:
         self.env = {
             "PATH": str(self.programs),
             "HOME": str(machine / "home"),
+            "TMPDIR": str(machine),
             "PIP_CONFIG_FILE": os.devnull,
             "PIP_FIND_LINKS": str(self.wheels),
             "PIP_NO_INDEX": "1",
@@ -81,6 +83,37 @@ class SmallWorkspace:
         """Run setup/create_env.py from another folder, as a user may."""
         command = [python, str(self.root / "setup" / "create_env.py"), *options]
         return subprocess.run(command, env=self.env, cwd=self.programs, capture_output=True, text=True, check=False)
+
+    @property
+    def as_anybody(self) -> list[str]:
+        """What stands before a command so that root, too, may write only where the mode bits say so."""
+        if os.geteuid() != 0:
+            return []
+        if not shutil.which("setpriv"):
+            pytest.skip("root writes everywhere, and there is no setpriv (util-linux)")
+        rights = "-dac_override,-dac_read_search"
+        return [str(shutil.which("setpriv")), f"--bounding-set={rights}", f"--inh-caps={rights}"]
+
+    def run_on_full_disk(self, folder: Path, prefix: Path, script: Path, files: int = 40) -> list[str]:
+        """Run a script where `folder` has room for so many files, and again with more room.
+
+        Return what each run said; after the second stands torch's version. The free bytes suffice both times.
+        """
+        own = [str(shutil.which("unshare")), "--map-root-user", "--mount"]
+        if subprocess.run([*own, "true"], capture_output=True, check=False).returncode != 0:
+            pytest.skip("no file system can be mounted here, so that no disk is full")
+        steps = """
+            mount -t tmpfs -o size=5g,nr_inodes=$3 none "$1" || exit 1
+            "$4" "$5" >first 2>&1 || true
+            mount -o remount,nr_inodes=100000 "$1" || exit 1
+            { "$4" "$5" && "$2/bin/python" -c "import torch; print(torch.__version__)"; } >second 2>&1
+        """
+        values = [str(folder), str(prefix), str(files), sys.executable, str(script)]
+        env = {**self.env, "PATH": f"{self.env['PATH']}{os.pathsep}/usr/bin{os.pathsep}/bin{os.pathsep}/sbin"}
+        done = subprocess.run([*own, "sh", "-c", steps, "sh", *values], env=env, cwd=self.root, check=False)
+        outputs = [self.root / "first", self.root / "second"]
+        assert done.returncode == 0, [file.read_text() for file in outputs if file.exists()]
+        return [file.read_text() for file in outputs]
 
     def version(self, name: str, prefix: str = ".venv") -> str:
         """Return what the environment's own Python imports."""

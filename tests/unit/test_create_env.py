@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,9 +31,10 @@ Make = Callable[..., Any]
 @pytest.fixture
 def create_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Return the script as a module, in a workspace of its own, on a machine without conda and uv."""
-    setup = tmp_path / "here" / "setup"
+    setup = tmp_path / "my workspace" / "setup"
     setup.mkdir(parents=True)
-    shutil.copy(REPOSITORY / "template" / "setup" / "create_env.py", setup)
+    for script in ("create_env.py", "install.py"):
+        shutil.copy(REPOSITORY / "template" / "setup" / script, setup)
     (setup / "environment.toml").write_text('manager = "auto"\ndevice = "cpu"\npython = "3.11"\n')
     (setup / "conda-environment.yml").write_text("name: small\n")
     for device in ("cpu", "gpu"):
@@ -43,9 +45,13 @@ def create_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     (tmp_path / "programs").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "programs"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     spec = importlib.util.spec_from_file_location("workspace_create_env", setup / "create_env.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(setup)
+    monkeypatch.delitem(sys.modules, "install", raising=False)
     spec.loader.exec_module(module)
     return module
 
@@ -93,28 +99,76 @@ def test_a_dry_run_shows_torch_before_the_lock_and_touches_nothing(
     before = sorted(create_env.ROOT.rglob("*"))
     assert environments(create_env, "--dry-run", monkeypatch=monkeypatch) == 0
     lines = capsys.readouterr().out.splitlines()
-    python = "python.exe" if platform == "win32" else "bin/python"
-    assert "venv (no conda was found)" in lines[0]
-    assert lines[1].endswith(str(create_env.ROOT / ".venv"))
-    assert f"-r {create_env.SETUP / f'requirements-{device}.txt'}" in lines[-4]
-    assert python in lines[-4]
-    torch = [line for line in lines if "torch==2.13.0" in line]
-    assert len(torch) == (0 if index is None else 1)
-    assert all(index in line for line in torch if index)
-    assert lines[-2:] == [f"  {activate}", "  python finetuning/invoke_olive.py --check"]
+    mark = '"' if platform == "win32" else "'"  # what a shell of that system takes; the folder has a space in its name
+    python = create_env.ROOT / ".venv" / ("Scripts/python.exe" if platform == "win32" else "bin/python")
+    pip = f"{mark}{python}{mark} -m pip install"
+    torch = f"  PIP_INDEX_URL=https://download.pytorch.org/{index} {pip} --no-deps --force-reinstall torch==2.13.0"
+    assert lines == [
+        "Commands for the environment .venv with venv (no conda was found):",
+        f"  {sys.executable} -m venv {mark}{create_env.ROOT / '.venv'}{mark}",
+        *([torch] if index else []),  # macOS has one build, and the lock takes it from the usual index
+        f"  {pip} -r {mark}{create_env.SETUP / f'requirements-{device}.txt'}{mark}",
+        f"Next, in {create_env.ROOT}:",
+        f"  {activate}",
+        "  python finetuning/invoke_olive.py --check",
+    ]
     assert sorted(create_env.ROOT.rglob("*")) == before
 
 
+@pytest.mark.parametrize(("platform", "mark"), [("linux", "'"), ("darwin", "'"), ("win32", '"')])
 def test_a_dry_run_with_conda_runs_no_conda(
-    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    create_env: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    platform: str,
+    mark: str,
 ) -> None:
     conda = program(tmp_path / "programs" / "conda", "#!/bin/sh\ntouch ran\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(create_env.shutil, "which", lambda name: str(conda) if name == "conda" else None)
     assert environments(create_env, "--dry-run", monkeypatch=monkeypatch) == 0
-    out = capsys.readouterr().out
-    assert f"{conda} env create --file {create_env.SETUP / 'conda-environment.yml'}" in out
-    assert "conda activate small" in out
-    assert not (tmp_path / "ran").exists()
+    lines = capsys.readouterr().out.splitlines()
+    prefix, file = tmp_path / "envs" / "small", create_env.SETUP / "conda-environment.yml"
+    python = prefix / ("python.exe" if platform == "win32" else "bin/python")
+    assert lines[1:3] == [
+        f"  {conda} create --name small",
+        f"  {conda} env update --prefix {prefix} --file {mark}{file}{mark}",
+    ]
+    assert lines[-4].startswith(f"  {python} -m pip install -r ")
+    assert lines[-2] == "  conda activate small"
+    assert not (tmp_path / "ran").exists() and not prefix.exists()
+
+
+@pytest.mark.parametrize(
+    ("platform", "said"),
+    [("linux", "python3 setup/create_env.py"), ("darwin", "python3 setup/"), ("win32", "python setup/create_env.py")],
+)
+def test_the_command_that_tries_again_is_the_systems_own(
+    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, platform: str, said: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(sys, "argv", ["create_env.py", "--manager", "conda"])
+    assert f"Try again, in {create_env.ROOT}: {said}" in create_env.again()
+    assert create_env.again().endswith("--manager conda")
+
+
+def test_the_lock_of_windows_waits_in_rounds_of_ten_seconds(
+    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def locking(_file: int, mode: str, _bytes: int) -> None:
+        asked.append(mode)
+        if len(asked) < 4:
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_LOCK="wait", LK_NBLCK="try"))
+    monkeypatch.setattr(sys, "platform", "win32")
+    with create_env.alone("this"):
+        assert asked == ["try", "wait", "wait", "wait"]
+    assert capsys.readouterr().out.count("waiting for it") == 1
 
 
 # ------------------------------------------------------------------------------------------- which manager, and why
@@ -226,10 +280,10 @@ def test_too_little_disk_is_said_before_anything_is_written(
     usage = SimpleNamespace(free=int(free * 2**30))
     monkeypatch.setattr(create_env.shutil, "disk_usage", lambda _folder: usage)
     if fits:
-        create_env.check_place(create_env.ROOT / ".venv", device)
+        create_env.check_place(create_env.ROOT / ".venv", device, False)
     else:
         with pytest.raises(create_env.SetupError, match=r"GiB free, the environment needs \d"):
-            create_env.check_place(create_env.ROOT / ".venv", device)
+            create_env.check_place(create_env.ROOT / ".venv", device, False)
 
 
 def test_a_colon_in_the_path_of_a_venv_is_refused(make_workspace: Make) -> None:
@@ -240,9 +294,15 @@ def test_a_colon_in_the_path_of_a_venv_is_refused(make_workspace: Make) -> None:
     assert not (workspace.root / ".venv").exists()
 
 
-def test_a_space_in_the_path_of_a_conda_environment_is_refused(create_env: ModuleType) -> None:
-    with pytest.raises(create_env.SetupError, match="has a space in its path"):
-        create_env.check_place(Path("/opt/my conda/envs/small"), "cpu")
+def test_a_folder_named_venv_that_is_no_environment_is_left_alone(make_workspace: Make) -> None:
+    workspace = make_workspace()
+    notes = workspace.root / ".venv" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    done = workspace.run()
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "is not an environment, and is left alone: rename it" in done.stderr
+    assert notes.read_text() == "mine" and len(list(notes.parent.iterdir())) == 1
 
 
 def test_a_python_that_is_too_old_for_a_venv_is_named(
@@ -283,18 +343,18 @@ def test_what_is_set_for_pip_holds_for_uv_and_what_is_set_for_uv_wins(
     monkeypatch.setenv("PIP_INDEX_URL", "https://pip.example/simple")
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "https://extra.example/simple")
     monkeypatch.setenv("PIP_FIND_LINKS", "/one /two")
-    command, env = create_env.installer(Path("/python"))
+    command, env = sys.modules["install"].installer(Path("/python"))
     assert command[:3] == ["uv", "pip", "install"]
     assert env["UV_INDEX_URL"] == "https://pip.example/simple"
     assert env["UV_EXTRA_INDEX_URL"] == "https://extra.example/simple"
     assert env["UV_FIND_LINKS"] == "/one,/two"
     monkeypatch.setenv("UV_INDEX_URL", "https://uv.example/simple")
-    assert create_env.installer(Path("/python"))[1]["UV_INDEX_URL"] == "https://uv.example/simple"
+    assert sys.modules["install"].installer(Path("/python"))[1]["UV_INDEX_URL"] == "https://uv.example/simple"
 
 
 def test_torch_is_asked_of_its_own_index_alone(create_env: ModuleType) -> None:
     env = {"PIP_EXTRA_INDEX_URL": "x", "UV_DEFAULT_INDEX": "x", "UV_INDEX": "x", "PIP_PROXY": "p", "PIP_RETRIES": "7"}
-    [(place, options, seen)] = create_env.torch_sources(env, "cpu")
+    [(place, options, seen)] = sys.modules["install"].torch_sources(env, "cpu")
     assert (place, options) == (CPU, [])
     assert seen["PIP_INDEX_URL"] == CPU
     assert not {"PIP_EXTRA_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX"} & set(seen)
@@ -398,7 +458,7 @@ def test_a_failure_shows_its_reason_and_the_next_run_finishes(make_workspace: Ma
     assert done.returncode == 1
     assert "2 locked packages: it failed with" in done.stderr and "small" in done.stderr
     assert str(workspace.root / "setup" / "create_env.log") in done.stderr
-    assert f"Try again, in {workspace.root}: python setup/create_env.py --manager venv" in done.stderr
+    assert f"Try again, in {workspace.root}: python3 setup/create_env.py --manager venv" in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 15
 
     (workspace.wheels / "away").rename(wheel)
@@ -407,41 +467,102 @@ def test_a_failure_shows_its_reason_and_the_next_run_finishes(make_workspace: Ma
     assert workspace.log.count("-m venv") == 1  # what was there was kept
 
 
-def test_an_interrupted_run_never_passes_for_a_complete_one(make_workspace: Make) -> None:
-    workspace = make_workspace()
-    reached, release = threading.Event(), threading.Event()
+@pytest.fixture
+def gate() -> Iterator[Any]:
+    """Serve an index that has nothing, and says so late: `reached` tells when it is asked, `open` lets it answer."""
 
-    class Hangs(Quiet):
+    class Late(Quiet):
         def do_GET(self) -> None:
-            reached.set()
-            release.wait(60)
+            self.server.reached.set()  # type: ignore[attr-defined]
+            self.server.open.wait(60)  # type: ignore[attr-defined]
+            self.send_error(404)
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hangs)
+    server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Late)
+    server.reached, server.open, server.daemon_threads = threading.Event(), threading.Event(), True
+    server.handle_error = lambda *_: None  # a client that was killed
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    online = {**workspace.env, "PIP_INDEX_URL": f"http://127.0.0.1:{server.server_port}"}
-    del online["PIP_NO_INDEX"]
-    command = [sys.executable, str(workspace.root / "setup" / "create_env.py")]
-    process = subprocess.Popen(command, env=online, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert reached.wait(60)
-    os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does in a terminal
-    _, error = process.communicate(timeout=60)
-    release.set()
+    yield server
+    server.open.set()
     server.shutdown()
     server.server_close()
-    assert process.returncode == 130
-    assert "Interrupted: run the same command again" in error and "Traceback" not in error
+
+
+def start(workspace: Any, gate: Any) -> subprocess.Popen[str]:
+    """Start setup/create_env.py, in a process group of its own, with the index that answers late."""
+    env = {**workspace.env, "PIP_INDEX_URL": f"http://127.0.0.1:{gate.server_port}"}
+    del env["PIP_NO_INDEX"]
+    command = [sys.executable, str(workspace.root / "setup" / "create_env.py")]
+    out = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=out, stderr=out, text=True, start_new_session=True)
+
+
+@pytest.mark.parametrize(
+    ("how", "with_uv"), [(signal.SIGINT, not NO_UV), (signal.SIGKILL, not NO_UV), (signal.SIGKILL, False)]
+)
+def test_an_interrupted_run_never_passes_for_a_complete_one(
+    make_workspace: Make, gate: Any, how: signal.Signals, with_uv: bool
+) -> None:
+    workspace = make_workspace(with_uv=with_uv)
+    process = start(workspace, gate)
+    assert gate.reached.wait(60)
+    os.killpg(process.pid, how)  # SIGINT: what Ctrl-C does in a terminal
+    _, error = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "Interrupted: run the same command again" in error and "Traceback" not in error
 
     done = workspace.run()
-    assert "is up to date" not in done.stdout and done.returncode == 0
+    assert "is up to date" not in done.stdout and done.returncode == 0, done.stderr
     assert workspace.version("small") == "1.0"
+    assert "is up to date" in workspace.run().stdout
 
 
-@pytest.mark.parametrize("left", ["pyvenv.cfg", "bin/python"])
+def test_two_at_once_make_one_venv_one_after_the_other(make_workspace: Make, gate: Any) -> None:
+    workspace = make_workspace()
+    first = start(workspace, gate)
+    assert gate.reached.wait(60)
+    second = start(workspace, gate)
+    assert second.stdout and "Another run makes this environment" in second.stdout.readline()
+    gate.open.set()
+    _, error = first.communicate(timeout=60)
+    assert first.returncode == 0, error
+    out, _ = second.communicate(timeout=60)
+    assert second.returncode == 0 and "is up to date" in out
+    assert workspace.log.count("-m venv") == 1
+
+
+def test_a_lock_that_was_changed_and_changed_back_is_not_taken_for_installed(make_workspace: Make) -> None:
+    workspace = make_workspace()
+    assert workspace.run().returncode == 0
+    lock = workspace.root / "setup" / "requirements-cpu.txt"
+    text = lock.read_text()
+    lock.write_text(text + "missing==1.0\n")
+    assert workspace.run().returncode == 1
+    lock.write_text(text)
+    assert "locked packages" in workspace.run().stdout
+    assert "is up to date" in workspace.run().stdout
+
+
+def test_a_venv_whose_python_is_gone_is_made_anew(make_workspace: Make) -> None:
+    workspace = make_workspace("my workspace")
+    assert workspace.run().returncode == 0
+    python = workspace.root / ".venv" / "bin" / "python"
+    python.unlink()
+    python.symlink_to("/nowhere/bin/python3.11")
+    (workspace.root / ".venv" / "lib" / "old").touch()
+    done = workspace.run()
+    assert done.returncode == 0, done.stderr
+    assert "the one in .venv does not run: made anew" in done.stdout
+    assert workspace.version("small") == "1.0" and not (workspace.root / ".venv" / "lib" / "old").exists()
+
+
+@pytest.mark.parametrize("left", ["pyvenv.cfg", "create_env.stamp"])
 def test_half_an_environment_is_repaired(make_workspace: Make, left: str) -> None:
     workspace = make_workspace()
-    half = workspace.root / ".venv" / left
-    half.parent.mkdir(parents=True)
-    half.symlink_to("/nowhere/python3.11") if left == "bin/python" else half.write_text("home = /nowhere\n")
+    venv = workspace.root / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to("/nowhere/python3.11")
+    (venv / left).write_text({"pyvenv.cfg": "home = /nowhere\n", "create_env.stamp": f"begun\n{venv}\n"}[left])
     done = workspace.run()
     assert done.returncode == 0, done.stderr
     assert workspace.version("torch") == "2.13.0+cpu"
@@ -485,73 +606,34 @@ def test_a_workspace_that_was_moved_gets_its_environment_anew(make_workspace: Ma
     assert str(workspace.root / ".venv") in (workspace.root / ".venv" / "bin" / "activate").read_text()
 
 
-# ----------------------------------------------------------------------------------- conda, its command line stood in
-
-FAKE_CONDA = f"""#!{sys.executable}
-import json, pathlib, subprocess, sys
-root = pathlib.Path(__file__).resolve().parents[1]
-with (root / "calls").open("a") as calls:
-    calls.write(json.dumps(sys.argv[1:]) + "\\n")
-if (root / "broken").exists():
-    sys.exit("CondaError: the channel did not answer")
-prefix = root / "envs" / "small"
-if sys.argv[1:3] == ["env", "list"]:
-    print(json.dumps({{"envs": [str(root), *map(str, (root / "envs").glob("*"))]}}))
-elif sys.argv[1:3] == ["env", "create"]:
-    subprocess.run([{sys.executable!r}, "-m", "venv", "--without-pip", str(prefix)], check=True)
-    (prefix / "conda-meta").mkdir()
-"""
+# ------------------------------------------------------------------------------------------ names that do other things
 
 
-@pytest.fixture
-def conda(make_workspace: Make) -> Any:
-    """Return a workspace on a machine with a conda; it makes a venv instead of solving, and writes down its calls."""
-    if NO_UV:
-        pytest.skip("the conda stood in makes environments without pip, so uv is needed")
-    workspace = make_workspace()
-    workspace.configure("auto", "cpu")
-    workspace.conda = program(workspace.programs.parent / "conda" / "bin" / "conda", FAKE_CONDA)
-    workspace.env["CONDA_EXE"] = str(workspace.conda)
-    workspace.conda_root = workspace.conda.parents[1]
-    workspace.prefix = workspace.conda_root / "envs" / "small"
-    workspace.calls = lambda: [json.loads(line) for line in (workspace.conda_root / "calls").read_text().splitlines()]
-    return workspace
+@pytest.mark.parametrize(
+    "line",
+    ["name: ..", 'name: ".."', "name: -n", "name: --prefix", "name: base", 'name: "root"', "name: ../a", "name: a/b"],
+)
+def test_a_name_that_is_no_environment_s_own_is_refused(
+    create_env: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    line: str,
+) -> None:
+    program(tmp_path / "programs" / "conda", "#!/bin/sh\ntouch ran\n")
+    (create_env.SETUP / "conda-environment.yml").write_text(f"{line}\n")
+    monkeypatch.chdir(tmp_path)
+    assert environments(create_env, monkeypatch=monkeypatch) == 1
+    assert "has no name of its own: write a line `name: my-environment`." in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
 
 
-def test_conda_creates_then_is_left_alone_then_updates(conda: Any) -> None:
-    file = str(conda.root / "setup" / "conda-environment.yml")
-    done = conda.run()
-    assert done.returncode == 0, done.stderr
-    assert "with conda (from CONDA_EXE)" in done.stdout and "activate small" in done.stdout
-    assert conda.version("torch", str(conda.prefix)) == "2.13.0+cpu"
-    assert not (conda.root / ".venv").exists()
-    assert ["env", "create", "--file", file] in conda.calls()
-
-    calls = conda.calls()
-    assert "is up to date" in conda.run().stdout
-    assert conda.calls() == calls
-
-    Path(file).write_text("name: small\ndependencies: [python=3.11, pip, git]\n")
-    assert conda.run().returncode == 0
-    assert conda.calls()[-1] == ["env", "update", "--prefix", str(conda.prefix), "--file", file, "--prune"]
-    assert all(call[:2] in (["env", "list"], ["env", "create"], ["env", "update"]) for call in conda.calls())
-    assert not any((Path(conda.env["HOME"])).iterdir())  # no start-up file was written
-
-
-def test_a_conda_that_fails_shows_its_last_words_and_can_be_tried_again(conda: Any) -> None:
-    conda.prefix.mkdir(parents=True)
-    (conda.prefix / "conda-meta").mkdir()
-    (conda.conda_root / "broken").touch()
-    done = conda.run()
-    assert done.returncode == 1
-    assert "CondaError: the channel did not answer" in done.stderr and "Try again" in done.stderr
-    shutil.rmtree(conda.prefix)
-    (conda.conda_root / "broken").unlink()
-    assert conda.run().returncode == 0
-
-
-def test_a_conda_that_cannot_list_its_environments_is_one_sentence(conda: Any) -> None:
-    (conda.conda_root / "broken").touch()
-    done = conda.run()
-    assert done.returncode == 1
-    assert "repair it or use --manager venv" in done.stderr and done.stderr.count("\n") == 1
+def test_the_base_environment_is_never_taken_for_the_workspace_s(
+    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base = tmp_path / "small"  # where conda lies, and the environment's name
+    (base / "condabin").mkdir(parents=True)
+    (base / "conda-meta").mkdir()
+    conda = program(base / "bin" / "conda", f"#!/bin/sh\necho '{json.dumps({'envs': [str(base)]})}'\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'programs'}{os.pathsep}/bin")
+    assert create_env.find_prefix(str(conda), "small", False) == (base / "envs" / "small", False)

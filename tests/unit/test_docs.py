@@ -34,6 +34,8 @@ FOREIGN = {
     "cd my-workspace",
     """export CHAT_API_KEY="$(python -c 'import secrets; print(secrets.token_urlsafe())')\"""",
     "git diff",
+    "git diff HEAD",
+    "git push origin main v1.2.0",
     "head -n 2 dataset/sample-train.jsonl",
     "hf auth login",
     "ls",
@@ -74,7 +76,8 @@ def complaint(command: str) -> str:
     program, *words = shlex.split(command)
     program = Path(program.replace("\\", "/")).name
     if program == "make":
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        words = [word for word in words if not word.startswith("VERSION=")]
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         return f"the Makefile has no target {words}" if not words or set(words) - set(targets) else ""
     if program == "python":
         return wrong_script(words)

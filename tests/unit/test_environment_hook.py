@@ -18,7 +18,7 @@ Make = Callable[..., Any]
 
 def run_hook(workspace: Any, *options: str) -> subprocess.CompletedProcess[str]:
     """Run the hook as Copier does."""
-    command = [sys.executable, "-I", str(HOOK), *options]
+    command = [*workspace.as_anybody, sys.executable, "-I", str(HOOK), *options]
     return subprocess.run(command, env=workspace.env, cwd=workspace.root, capture_output=True, text=True, check=False)
 
 
@@ -45,6 +45,8 @@ def test_it_creates_the_environment_and_a_second_time_leaves_it_alone(workspace:
     before = files(workspace)
     done = run_hook(workspace, "--no-download-model")
     assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.endswith("To use it: source .venv/bin/activate\n")  # Copier's message says the rest
+    assert "Next" not in done.stdout  # Copier says it
     assert workspace.version("torch") == "2.13.0+cpu"
     assert files(workspace) - before == {"setup/create_env.log"}
     assert "is up to date" in run_hook(workspace).stdout
@@ -106,6 +108,69 @@ def test_whatever_fails_the_hook_ends_well_and_says_how_to_try_again(
     assert "The workspace is complete, but not all is set up." in done.stderr
     assert done.stderr.endswith("  python3 setup/create_env.py\n")
     assert "Traceback" not in done.stderr
+
+
+def no_network(workspace: Any) -> Callable[[], object]:
+    wheel = next(workspace.wheels.glob("small-*"))
+    wheel.rename(workspace.wheels / "away")
+    workspace.env["PIP_INDEX_URL"] = "http://127.0.0.1:1/simple"
+    del workspace.env["PIP_NO_INDEX"]
+
+    def mend() -> None:
+        (workspace.wheels / "away").rename(wheel)
+        workspace.env["PIP_NO_INDEX"] = "1"
+
+    return mend
+
+
+def read_only_workspace(workspace: Any) -> Callable[[], object]:
+    folders = [workspace.root, workspace.root / "setup"]
+    for folder in folders:
+        folder.chmod(0o555)
+    return lambda: [folder.chmod(0o755) for folder in folders]
+
+
+def read_only_environment(workspace: Any) -> Callable[[], object]:
+    venv = workspace.root / ".venv"
+    venv.mkdir()
+    venv.chmod(0o555)
+    return lambda: venv.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause", "with_uv"),
+    [
+        (no_network, "127.0.0.1:1", True),
+        (no_network, "small", False),
+        (read_only_workspace, "create_env.log: Permission denied", True),
+        (read_only_environment, "create_env.stamp.draft: Permission denied", True),
+    ],
+)
+def test_the_message_has_the_cause_and_the_retry_succeeds_once_it_is_gone(
+    make_workspace: Make, spoil: Callable[[Any], Callable[[], object]], cause: str, with_uv: bool
+) -> None:
+    workspace = make_workspace(with_uv=with_uv and shutil.which("uv") is not None)
+    mend = spoil(workspace)
+    before = files(workspace) | {"setup/create_env.log"}
+    done = run_hook(workspace)
+    assert done.returncode == 0 and cause in done.stderr, done.stderr
+    assert done.stderr.count("create_env: ") == 1 and done.stderr.count("Try again") == 1
+    assert "Traceback" not in done.stderr
+    assert files(workspace) | {"setup/create_env.log"} == before
+    mend()
+    done = run_hook(workspace)
+    assert done.returncode == 0 and done.stderr == ""
+    assert workspace.version("small") == "1.0"
+    assert not any(Path(workspace.env["HOME"]).iterdir())  # nor was any start-up file written
+
+
+@pytest.mark.parametrize("room", [5, 30], ids=["in the venv", "in the packages"])
+def test_a_full_disk_is_said_and_the_retry_succeeds_once_there_is_room(workspace: Any, room: int) -> None:
+    venv = workspace.root / ".venv"
+    venv.mkdir()
+    first, second = workspace.run_on_full_disk(venv, venv, HOOK, files=room)
+    assert "No space left on device" in first and first.count("Try again") == 1 and "Traceback" not in first, first
+    assert "Ready in" in second and second.endswith("2.13.0+cpu\n"), second
 
 
 def test_an_option_it_does_not_know_is_no_failure(workspace: Any) -> None:

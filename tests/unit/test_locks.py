@@ -72,5 +72,5 @@ def test_the_gpu_lock_adds_cuda_and_bitsandbytes_to_the_same_versions() -> None:
 
 def test_the_index_of_torch_has_the_cuda_that_the_gpu_lock_has() -> None:
     [cuda] = {version for name, version, _ in pins(GPU) if name == "cuda-toolkit"}
-    script = (REPOSITORY / "template" / "setup" / "create_env.py").read_text()
+    script = (REPOSITORY / "template" / "setup" / "install.py").read_text()
     assert f"whl/cu{''.join(cuda.split('.')[:2])}" in script

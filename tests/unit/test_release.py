@@ -1,0 +1,79 @@
+"""tools/release.py cuts a release of a clean main whose changelog says what is new, and of nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHANGES = "# Changelog\n\n## Unreleased\n\n- New.\n\n*Update impact*: none.\n\n## 0.9.0 (2026-01-01)\n\n- Old.\n"
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    spec = importlib.util.spec_from_file_location("release_tool", ROOT / "tools/release.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    (tmp_path / "tests/update").mkdir(parents=True)
+    (tmp_path / "tests/update/releases.yml").write_text("# Releases.\n{}\n")
+    (tmp_path / "CHANGELOG.md").write_text(CHANGES)
+    git(tmp_path, "init", "--quiet", "--initial-branch", "main")
+    git(tmp_path, "config", "user.name", "Test")
+    git(tmp_path, "config", "user.email", "test@example.org")
+    git(tmp_path, "add", "--all")
+    git(tmp_path, "commit", "--quiet", "--message", "All")
+    return tmp_path
+
+
+def git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def test_the_entry_gets_its_version_a_tag_and_a_line_for_the_tests(tool: Any, repository: Path) -> None:
+    tool.check(repository, "1.0.0")
+    tool.cut(repository, "1.0.0", "2026-02-03")
+    text = (repository / "CHANGELOG.md").read_text()
+    assert "## Unreleased\n\n*Update impact*: none.\n\n## 1.0.0 (2026-02-03)\n\n- New.\n" in text
+    commit = git(repository, "rev-parse", "v1.0.0^{commit}")
+    assert (repository / "tests/update/releases.yml").read_text() == f'# Releases.\nv1.0.0: "{commit}"\n'
+    assert git(repository, "status", "--porcelain") == ""
+    with pytest.raises(tool.ReleaseError, match=r"«Unreleased» not what is new"):
+        tool.check(repository, "1.0.1")
+
+
+def test_the_next_release_is_a_line_below(tool: Any, repository: Path) -> None:
+    for version in ("1.0.0", "1.1.0"):
+        tool.cut(repository, version, "2026-02-03")
+    lines = (repository / "tests/update/releases.yml").read_text().splitlines()
+    assert [line.split(":")[0] for line in lines] == ["# Releases.", "v1.0.0", "v1.1.0"]
+    with pytest.raises(tool.ReleaseError, match=r"not newer than 1\.1\.0"):
+        tool.check(repository, "1.0.5")
+
+
+@pytest.mark.parametrize(
+    ("version", "spoil", "words"),
+    [
+        ("one", [], "no version"),
+        ("1.0", [], "not written as X.Y.Z"),
+        ("v1.0.0", [], "not written as X.Y.Z"),
+        ("1.0.0", ["switch", "--quiet", "--create", "other"], "not the branch main"),
+        ("1.0.0", ["mv", "CHANGELOG.md", "CHANGES.md"], "not committed"),
+        ("1.0.0", ["tag", "v1.0.0"], "not newer"),
+    ],
+)
+def test_what_is_not_ready_is_refused(tool: Any, repository: Path, version: str, spoil: list[str], words: str) -> None:
+    if spoil:
+        git(repository, *spoil)
+    with pytest.raises(tool.ReleaseError, match=words):
+        tool.check(repository, version)

@@ -1,0 +1,176 @@
+"""What a user did to a workspace is there after an update, or stands in a conflict that everybody sees."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import BEFORE, NEXT, NOW, ROOT, commit, contents, git, known
+
+Copy = Callable[..., Path]
+CONFIG = "finetuning/olive-config.yaml"
+
+
+@pytest.fixture
+def workspace(copy: Copy, releases: Path, tmp_path: Path) -> Path:
+    """A workspace of the release before this one, committed."""
+    folder = copy(tmp_path / "ws/tone", known(releases, BEFORE[0]), platform="linux", environment="venv")
+    commit(folder, "As copied")
+    return folder
+
+
+def replace(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def test_every_kind_of_edit_is_kept(workspace: Path, copy: Copy, update: Copy, tmp_path: Path) -> None:
+    replace(workspace / CONFIG, "max_rows: null", "max_rows: 100")
+    replace(workspace / "README.md", "## Start\n", "## Start\n\nAsk Ada first.\n")
+    replace(workspace / "finetuning/train.py", "from __future__ import annotations\n", "# mine\n\nimport os  # noqa\n")
+    with (workspace / "dataset/sample-train.jsonl").open("a") as rows:
+        rows.write('{"messages": []}\n')
+    (workspace / "dataset/sample-heldout.jsonl").unlink()
+    (workspace / "finetuning/mine.py").write_text("print('mine')\n")
+    (workspace / "finetuning/smoke.py").unlink()
+    git(workspace, "mv", "finetuning/report.html", "finetuning/my_report.html")
+    (workspace / "notes.bin").write_bytes(bytes(range(256)))
+    (workspace / "finetuning/model_card.md").write_bytes("Meine Karte: schön\n".encode("utf-16"))
+    commit(workspace, "My edits")
+    mine = contents(workspace)
+
+    update(workspace, NOW)
+
+    fresh = contents(copy(tmp_path / "fresh/tone", NOW, platform="linux", environment="venv"))
+    for name in ("dataset/sample-heldout.jsonl", "finetuning/smoke.py", "finetuning/report.html"):
+        del fresh[name]
+    kept = ("dataset/sample-train.jsonl", "finetuning/mine.py", "notes.bin", "finetuning/model_card.md")
+    fresh |= {name: mine[name] for name in (*kept, "finetuning/my_report.html")}
+    fresh[CONFIG] = fresh[CONFIG].replace(b"max_rows: null", b"max_rows: 100")
+    fresh["README.md"] = fresh["README.md"].replace(b"## Start\n", b"## Start\n\nAsk Ada first.\n")
+    fresh["finetuning/train.py"] = fresh["finetuning/train.py"].replace(
+        b"from __future__ import annotations\n", b"# mine\n\nimport os  # noqa\n", 1
+    )
+    assert contents(workspace) == fresh
+
+
+def test_a_line_that_both_changed_is_a_conflict_that_git_shows(workspace: Path, update: Copy) -> None:
+    update(workspace, NOW)
+    commit(workspace, "Now")
+    with (workspace / CONFIG).open("a") as config:
+        config.write("# my last line\n")
+    commit(workspace, "My edits")
+    update(workspace, NEXT[0])
+    text = (workspace / CONFIG).read_text(encoding="utf-8")
+    assert "<<<<<<< before updating" in text and "# my last line" in text
+    assert f"UU {CONFIG}" in git(workspace, "status", "--porcelain")
+    assert not list(workspace.rglob("*.rej"))
+
+
+def test_a_file_that_a_release_removes_stays_when_it_was_edited(
+    workspace: Path, update: Copy, capfd: pytest.CaptureFixture[str]
+) -> None:
+    update(workspace, NOW)
+    commit(workspace, "Now")
+    update(workspace, NEXT[0])
+    commit(workspace, "Next")
+    replace(workspace / "later/release_1.py", "#", "# mine\n#")
+    commit(workspace, "My edits")
+    update(workspace, NEXT[1])
+    assert (workspace / "later/release_1.py").read_text().startswith("# mine\n")
+    assert not (workspace / "finetuning/release_1.py").exists()
+    assert "later/release_1.py is not a part of the workspace any more; yours is kept." in capfd.readouterr().err
+
+
+def test_a_workspace_inside_a_larger_repository_keeps_its_edits(copy: Copy, update: Copy, tmp_path: Path) -> None:
+    workspace = copy(tmp_path / "all/of/tone", NOW)
+    (tmp_path / "all/other.txt").write_text("other\n")
+    replace(workspace / CONFIG, "max_rows: null", "max_rows: 100")
+    (workspace / "finetuning/model_card.md").write_bytes(b"\xff\xfea\x00")
+    commit(tmp_path / "all", "As copied")
+    update(workspace, NEXT[0])
+    assert "max_rows: 100" in (workspace / CONFIG).read_text(encoding="utf-8")
+    assert (workspace / "finetuning/model_card.md").read_bytes() == b"\xff\xfea\x00"
+    assert not list((tmp_path / "all").rglob("*edits.json"))
+
+
+PHI, GPU, AZURE = {"model": "phi-3-mini-4k-instruct"}, {"device": "gpu"}, {"target": "azure"}
+HUB = {"dataset_source": "huggingface", "dataset_name": "owner/rows"}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [PHI | {"device": "cpu"}],
+        [GPU],
+        [PHI | GPU | AZURE, {"target": "local"}],
+        [PHI | GPU, {"model": "demo", "device": "cpu"}],
+        [HUB, {"dataset_source": "sample"}],
+        [{"dataset_source": "file", "dataset_path": "dataset/mine.jsonl"}],
+        [{"environment": "none"}, {"environment": "conda"}],
+    ],
+    ids=lambda steps: " then ".join(" ".join(step.values()) for step in steps),
+)
+def test_answers_that_change_give_a_fresh_render_and_the_edits(
+    steps: list[dict[str, str]], copy: Copy, update: Copy, tmp_path: Path
+) -> None:
+    first = {"platform": "linux", "environment": "venv", "device": "cpu"}
+    workspace, given = copy(tmp_path / "ws/tone", NOW, **first), dict(first)
+    replace(workspace / CONFIG, "max_rows: null", "max_rows: 100")
+    (workspace / "dataset/mine.jsonl").write_text("{}\n")
+    commit(workspace, "My edits")
+    for number, answers in enumerate(steps):
+        given |= answers
+        update(workspace, NOW, **answers)
+        fresh = contents(copy(tmp_path / str(number) / "tone", NOW, **given))
+        fresh |= {"dataset/mine.jsonl": b"{}\n"}
+        fresh[CONFIG] = fresh[CONFIG].replace(b"max_rows: null", b"max_rows: 100")
+        assert contents(workspace) == fresh
+        commit(workspace, "Updated")
+
+
+def test_a_file_of_the_old_choice_stays_when_it_was_edited(copy: Copy, update: Copy, tmp_path: Path) -> None:
+    workspace = copy(tmp_path / "tone", NOW, platform="linux", device="cpu")
+    with (workspace / "setup/requirements-cpu.txt").open("a") as lock:
+        lock.write("mine==1.0\n")
+    commit(workspace, "My edits")
+    update(workspace, NOW, device="gpu")
+    assert (workspace / "setup/requirements-cpu.txt").read_text().endswith("mine==1.0\n")
+    assert (workspace / "setup/requirements-gpu.txt").exists()
+
+
+def test_an_update_without_the_copy_of_the_old_release_keeps_more_rather_than_less(
+    workspace: Path, tmp_path: Path
+) -> None:
+    """As if Copier had put its copy elsewhere."""
+    hook = ROOT / "hooks/migrate.py"
+    env = os.environ | {"TMPDIR": str(tmp_path / "ws")}
+    for stage in ("before", "after"):
+        command = ["python3", "-I", str(hook), stage, "1.0.0", "2.0.0"]
+        subprocess.run(command, cwd=workspace, env=env, check=True)
+        if stage == "before":
+            (workspace / "finetuning/smoke.py").unlink()
+    assert (workspace / "finetuning/smoke.py").exists()
+
+
+def test_the_copy_of_another_update_is_never_taken(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = importlib.util.spec_from_file_location("migrate", ROOT / "hooks/migrate.py")
+    assert spec and spec.loader
+    migrate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(migrate)
+    monkeypatch.setattr(migrate.tempfile, "gettempdir", lambda: str(tmp_path))
+    answers = (workspace / ".copier-answers.yml").read_text(encoding="utf-8")
+    for name, text in {"mine": answers, "later": answers, "other": answers.replace("42", "43"), "torn": None}.items():
+        (tmp_path / f"old_copy.{name}").mkdir()
+        if text:
+            (tmp_path / f"old_copy.{name}/.copier-answers.yml").write_text(text, encoding="utf-8")
+    (tmp_path / "old_copy.later/.git").mkdir()
+    assert migrate.old_copies(workspace) == [tmp_path / "old_copy.mine"]

@@ -1,0 +1,158 @@
+"""What a release renames is renamed in a workspace, with the edits in it; a deprecated model is kept, and said."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from copier import run_copy, run_update
+
+from .conftest import OPTIONS, ROOT, commit, contents, release, working_tree
+
+CONFIG = "finetuning/olive-config.yaml"
+FILES = '{"1.1.0": {"finetuning/smoke.py": "finetuning/rehearse.py"}}'
+SETTINGS = '{"1.2.0": {"finetuning/olive-config.yaml": {"max_rows": "row_limit"}}}'
+
+
+def replace(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """v1.1.0 renames a file and changes it, v1.2.0 a setting; v1.3.0 deprecates a model and changes the CPU's lock."""
+    folder = tmp_path_factory.mktemp("template")
+    working_tree(folder)
+    release(folder, "v1.0.0")
+    (folder / "template/finetuning/smoke.py").rename(folder / "template/finetuning/rehearse.py")
+    with (folder / "template/finetuning/rehearse.py").open("a") as file:
+        file.write("# since v1.1.0\n")
+    hook = folder / "hooks/migrate.py"
+    replace(hook, "RENAMED_FILES: dict[str, dict[str, str]] = {}", f"RENAMED_FILES = {FILES}")
+    release(folder, "v1.1.0")
+    replace(folder / f"template/{CONFIG}.jinja", "max_rows: null  #", "row_limit: null  # new words:")
+    replace(hook, "RENAMED_SETTINGS: dict[str, dict[str, dict[str, str]]] = {}", f"RENAMED_SETTINGS = {SETTINGS}")
+    release(folder, "v1.2.0")
+    models = folder / "catalog/models.yml"
+    before, entry = models.read_text(encoding="utf-8").split("  - id: phi-2\n")
+    entry = entry.replace("deprecated: false", "deprecated: true", 1)
+    entry = entry.replace("replaced_by: null", "replaced_by: phi-4-mini-instruct", 1)
+    models.write_text(f"{before}  - id: phi-2\n{entry}", encoding="utf-8")
+    with (folder / "template/setup/requirements-cpu.txt").open("a") as lock:
+        lock.write("# since v1.3.0\n")
+    release(folder, "v1.3.0")
+    return folder
+
+
+def workspace_of(template: Path, folder: Path, tag: str = "v1.0.0", **answers: str) -> Path:
+    answers = {"platform": "linux", "environment": "venv", "device": "cpu"} | answers
+    run_copy(str(template), folder, data=answers, vcs_ref=tag, **OPTIONS)
+    commit(folder, "As copied")
+    return folder
+
+
+def test_a_renamed_file_takes_its_edits_along_though_the_release_changed_it_too(template: Path, tmp_path: Path) -> None:
+    workspace = workspace_of(template, tmp_path / "ws/tone")
+    file = workspace / "finetuning/smoke.py"
+    file.write_text(f"# mine\n{file.read_text()}")
+    commit(workspace, "My edits")
+    run_update(workspace, vcs_ref="v1.1.0", **OPTIONS)
+    fresh = contents(workspace_of(template, tmp_path / "fresh/tone", "v1.1.0"))
+    fresh["finetuning/rehearse.py"] = b"# mine\n" + fresh["finetuning/rehearse.py"]
+    assert contents(workspace) == fresh
+    assert "finetuning/smoke.py" not in fresh
+
+
+def test_a_renamed_setting_keeps_the_value_of_the_user(template: Path, tmp_path: Path) -> None:
+    """Over two releases at once, with the rename of the file between."""
+    workspace = workspace_of(template, tmp_path / "ws/tone")
+    replace(workspace / CONFIG, "        max_rows: null", "        max_rows: null\n        # for a trial: max_rows: 10")
+    replace(workspace / CONFIG, "seed: 42", "seed: 7")
+    commit(workspace, "My edits")
+    run_update(workspace, vcs_ref="v1.2.0", **OPTIONS)
+    text = (workspace / CONFIG).read_text(encoding="utf-8")
+    assert "        row_limit: null" in text and "        # for a trial: max_rows: 10" in text and "seed: 7" in text
+    assert (workspace / "finetuning/rehearse.py").exists() and not (workspace / "finetuning/smoke.py").exists()
+
+
+def test_a_renamed_setting_whose_line_both_changed_is_one_conflict(template: Path, tmp_path: Path) -> None:
+    workspace = workspace_of(template, tmp_path / "ws/tone")
+    replace(workspace / CONFIG, "max_rows: null", "max_rows: 100")
+    commit(workspace, "My edits")
+    run_update(workspace, vcs_ref="v1.2.0", **OPTIONS)
+    text = (workspace / CONFIG).read_text(encoding="utf-8")
+    mine, theirs = text.partition("<<<<<<< before updating\n")[2].split("=======\n")[:2]
+    assert mine.strip().startswith("row_limit: 100  #") and theirs.strip().startswith("row_limit: null  # new words:")
+    assert text.count("<<<<<<<") == 1
+
+
+def test_a_deprecated_model_is_kept_and_its_successor_is_named(template: Path, tmp_path: Path) -> None:
+    workspace = workspace_of(template, tmp_path / "tone", model="phi-2", environment="none")
+    done = copier_update(workspace, "v1.3.0")
+    assert "model: phi-2\n" in (workspace / ".copier-answers.yml").read_text()
+    assert "copier update --trust -d model=phi-4-mini-instruct" in done
+    assert "deprecated" not in copier_update(workspace_of(template, tmp_path / "demo", environment="none"), "v1.3.0")
+
+
+def copier_update(workspace: Path, tag: str, *options: str) -> str:
+    """Update as a user does, and return what is said."""
+    command = [sys.executable, "-m", "copier", "update", "--trust", "--defaults", "--vcs-ref", tag, *options]
+    done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "tag", "options", "runs"),
+    [
+        ("venv", "v1.3.0", [], 1),
+        ("venv", "v1.2.0", [], 0),  # it changes nothing that is installed
+        ("venv", "v1.3.0", ["--skip-tasks"], 0),
+        ("none", "v1.3.0", [], 0),
+    ],
+)
+def test_the_environment_is_refreshed_once_when_its_files_changed_and_consent_was_given(
+    environment: str, tag: str, options: list[str], runs: int, template: Path, tmp_path: Path
+) -> None:
+    workspace = workspace_of(template, tmp_path / "tone", environment=environment)
+    script = workspace / "setup/create_env.py"
+    # Only notes that it ran: to install takes minutes, and is tested elsewhere.
+    replace(script, "def main() -> int:\n", "def main() -> int:\n    open('runs', 'a').write('x'); return 0\n")
+    commit(workspace, "A script that notes")
+    said = copier_update(workspace, tag, *options)
+    ran = workspace / "runs"
+    assert (len(ran.read_text()) if ran.exists() else 0) == runs, said
+
+
+def test_a_conflict_in_the_lock_waits_for_the_user(template: Path, tmp_path: Path) -> None:
+    workspace = workspace_of(template, tmp_path / "tone")
+    with (workspace / "setup/requirements-cpu.txt").open("a") as lock:
+        lock.write("mine==1.0\n")
+    commit(workspace, "My package")
+    said = copier_update(workspace, "v1.3.0")
+    assert "Resolve the conflicts in setup/, then: python3 setup/create_env.py" in said
+    assert not (workspace / ".venv").exists()
+
+
+def test_a_migration_that_fails_says_so_and_the_update_goes_on(tmp_path: Path) -> None:
+    """Outside any repository, without answers."""
+    command = [sys.executable, "-I", str(ROOT / "hooks/migrate.py"), "before", "1.0.0", "2.0.0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr.startswith("The update's migration did not work (") and "Traceback" not in done.stderr
+
+
+def test_the_names_of_the_template_are_those_that_the_migrations_end_at() -> None:
+    sys.path.insert(0, str(ROOT / "hooks"))
+    try:
+        import migrate
+    finally:
+        sys.path.pop(0)
+    renames = [pair for files in migrate.RENAMED_FILES.values() for pair in files.items()]
+    for old, new in renames:
+        assert not (ROOT / "template" / old).exists()
+        assert any((ROOT / "template" / f"{new}{suffix}").exists() for suffix in ("", ".jinja"))
