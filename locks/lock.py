@@ -16,6 +16,7 @@ TARGETS = [
     (LOCKS / "repository.in", LOCKS / "repository.txt", []),
     (LOCKS / "workspace-cpu.in", SETUP / "requirements-cpu.txt", ["--excludes", str(LOCKS / "without-cuda.txt")]),
     (LOCKS / "workspace-gpu.in", SETUP / "requirements-gpu.txt", []),
+    (LOCKS / "promptflow.in", SETUP.parent / "inference" / "flow" / "requirements.txt", []),
 ]
 # One file for every platform and for Python 3.11 to 3.13; no address of an index in it, so it installs from any.
 COMPILE = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--no-emit-index-url"]

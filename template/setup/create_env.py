@@ -4,6 +4,8 @@ Packages are installed by uv where it is on PATH (it reads no pip.conf: set PIP_
 else by pip. TORCH_INDEX_URL names another index for torch. Every command and all it says goes to setup/create_env.log.
 What is up to date is left alone; to start over, delete the environment and run this again. A conda environment
 that something else made is left alone, and so are the start-up files of a shell.
+
+--for promptflow makes a venv for inference/flow, apart from the other: prompt flow and Olive do not go together.
 """
 
 # The standard library alone, and nothing newer than Python 3.8: this file runs before there is an environment.
@@ -27,29 +29,32 @@ from install import LOG, SetupError, again, install, log, python_in, quoted, ste
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = ROOT / "setup"
-DISK_GIB = {"cpu": 3, "gpu": 9}
+FLOW = ROOT / "inference" / "flow"
+DISK_GIB = {"cpu": 3, "gpu": 9, "promptflow": 1}
 CONDAS = ("conda", "mamba", "micromamba")
 STAMP = "create_env.stamp"
 
 
-def create(manager: str, dry_run: bool) -> None:
+def create(manager: str, purpose: str, dry_run: bool) -> None:
     """Create or update the environment; `manager` "" means setup/environment.toml's. Raises SetupError."""
     started = time.monotonic()
     settings = read_settings()
     device, manager = settings["device"], manager or settings["manager"]
+    lock, venv, command = SETUP / f"requirements-{device}.txt", ".venv", "python finetuning/invoke_olive.py --check"
+    if purpose == "promptflow":
+        device, manager, lock, venv = purpose, "venv", FLOW / "requirements.txt", ".venv-promptflow"
+        command = "pf flow test --flow inference/flow --interactive"
     if manager == "none":
         print('No environment: manager = "none" in setup/environment.toml. Use --manager to create one after all.')
         return
-    lock = SETUP / f"requirements-{device}.txt"
     if not lock.is_file():
-        raise SetupError(
-            f"setup/{lock.name} is not there: run `copier update --trust --data device={device}` to get it."
-        )
+        get = "restore it with git" if device == purpose else f"run `copier update --trust --data device={device}`"
+        raise SetupError(f"{lock.relative_to(ROOT).as_posix()} is not there: {get}.")
 
     conda, why = find_conda(manager)
-    name = conda_name() if conda else ".venv"
+    name = conda_name() if conda else venv
     with nullcontext() if dry_run else alone(f"{conda} {name}" if conda else str(ROOT)):
-        prefix, exists = find_prefix(conda, name, dry_run) if conda else (ROOT / ".venv", False)
+        prefix, exists = find_prefix(conda, name, dry_run) if conda else (ROOT / name, False)
         if not dry_run and read_stamp(prefix) == stamp_for(prefix, lock) and python_in(prefix).exists():
             print(f"The environment {name} is up to date.")
         else:
@@ -66,13 +71,12 @@ def create(manager: str, dry_run: bool) -> None:
                 # Last, so that an environment that was interrupted never passes for a complete one.
                 write_stamp(prefix, stamp_for(prefix, lock))
                 print(f"Ready in {time.monotonic() - started:.0f} s.")
-    activate = ["source .venv/bin/activate" if sys.platform != "win32" else r".venv\Scripts\Activate.ps1"]
-    python = "python"
+    activate = [f"source {name}/bin/activate" if sys.platform != "win32" else rf"{name}\Scripts\Activate.ps1"]
     if conda:
         activate = [f"{Path(conda).stem} activate {name}"]
         if not shutil.which(Path(conda).stem):  # no start-up file knows it, and none is changed
-            activate, python = [], quoted([str(python_in(prefix))])
-    following = [*activate, f"{python} finetuning/invoke_olive.py --check"]
+            activate, command = [], command.replace("python", quoted([str(python_in(prefix))]), 1)
+    following = [*activate, command]
     if os.environ.get("COPIER_SAYS_NEXT"):  # set by the hook: Copier's message says the rest
         print(f"To use it: {following[0]}")
     else:
@@ -183,7 +187,7 @@ def find_prefix(conda: str, name: str, dry_run: bool) -> tuple[Path, bool]:
 
 def check_place(prefix: Path, device: str, dry_run: bool) -> None:
     """Raise SetupError for a place where the environment cannot work, or that something else has taken."""
-    venv = prefix.name == ".venv"
+    venv = prefix.parent == ROOT
     if venv and os.pathsep in str(prefix):
         raise SetupError(f"{ROOT} has a `{os.pathsep}` in its path, which no venv works with: rename the folder.")
     if not read_stamp(prefix):
@@ -263,7 +267,7 @@ def make_venv(prefix: Path, least: str, dry_run: bool) -> None:
         raise SetupError(f"This is Python {mine}, and the venv needs {least} or newer: run this file with that one.")
     title = f"Python {sys.version.split()[0]}"
     if moved or (prefix / "pyvenv.cfg").exists():
-        title += f" ({'the folder was moved' if moved else 'the one in .venv does not run'}: made anew)"
+        title += f" ({'the folder was moved' if moved else 'the one in {prefix.name} does not run'}: made anew)"
     if not dry_run:
         write_stamp(prefix, f"begun\n{prefix}\n")
         for path in prefix.iterdir():  # not venv's --clear, which would take the stamp as well
@@ -278,12 +282,15 @@ def main() -> int:
     """Read the command line and create the environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manager", choices=(*CONDAS, "venv"), default="", help="instead of setup/environment.toml's")
-    parser.add_argument("--for", choices=("finetuning",), default="finetuning", dest="purpose", help="what it is for")
+    purposes = ("finetuning", "promptflow")
+    parser.add_argument("--for", choices=purposes, default=purposes[0], dest="purpose", help="what it is for")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
+    if args.purpose == "promptflow" and args.manager not in ("", "venv"):
+        parser.error("prompt flow's environment is always a venv: leave --manager out")
     try:
-        create(args.manager, args.dry_run)
+        create(args.manager, args.purpose, args.dry_run)
     except KeyboardInterrupt:
         print("\nInterrupted: run the same command again, it goes on from here.", file=sys.stderr)
         return 130

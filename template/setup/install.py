@@ -1,4 +1,4 @@
-"""Install the locked packages into an environment: torch from its own index first, then all the rest.
+"""Install the locked packages into an environment: torch, where it is one of them, from its own index first.
 
 Every command, and all it says, goes to setup/create_env.log.
 """
@@ -30,12 +30,12 @@ class SetupError(Exception):
 
 
 def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
-    """Install torch from its own index, then all the rest from the lock. Raises SetupError."""
+    """Install torch from its own index, if the lock has it, then all the rest. Raises SetupError."""
     command, env = installer(python_in(prefix))
     pins = re.findall(r"^([\w.-]+)==(\S+)", lock.read_text(encoding="utf-8"), re.MULTILINE)
-    version = dict(pins)["torch"]
+    version = dict(pins).get("torch")
     # Its own index has a build for each device. macOS has one build, and the lock takes it from the usual index.
-    if sys.platform != "darwin" and not right_torch(prefix, version, device):
+    if version and sys.platform != "darwin" and not right_torch(prefix, version, device):
         options = ["--no-deps", "--reinstall" if "uv" in command else "--force-reinstall", f"torch=={version}"]
         for place, more, env_torch in torch_sources(env, device):
             done = step(f"torch {version} from {place}", [*command, *more, *options], env_torch, dry_run, may_fail=True)
@@ -86,7 +86,7 @@ def python_in(prefix: Path) -> Path:
     """Return the environment's own Python."""
     if sys.platform != "win32":
         return prefix / "bin" / "python"
-    return prefix / "Scripts" / "python.exe" if prefix.name == ".venv" else prefix / "python.exe"
+    return prefix / "Scripts" / "python.exe" if prefix.parent == ROOT else prefix / "python.exe"
 
 
 def right_torch(prefix: Path, version: str, device: str) -> bool:
