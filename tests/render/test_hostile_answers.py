@@ -209,7 +209,7 @@ def flat(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...
     for key, value in items:
         yield from flat(value, (*path, key))
     if not items:
-        yield path, node
+        yield path, node if isinstance(node, str | int | float | None) else repr(node)  # an empty list is a value too
 
 
 @cache
@@ -342,11 +342,14 @@ def watch() -> Watch:
 @pytest.fixture(scope="module")
 def create_env(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path]:
     """setup/create_env.py as a module, and where the machine's conda is."""
-    spec = importlib.util.spec_from_file_location("attacked_create_env", ROOT / "template" / "setup" / "create_env.py")
+    setup = ROOT / "template" / "setup"
+    spec = importlib.util.spec_from_file_location("attacked_create_env", setup / "create_env.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    conda = tmp_path_factory.mktemp("machine") / "my conda" / "bin" / "conda"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(setup)
+        spec.loader.exec_module(module)
+    conda = tmp_path_factory.mktemp("machine") / "my-conda" / "bin" / "conda"
     conda.parent.mkdir(parents=True)
     conda.touch()
     return module, conda
@@ -385,16 +388,16 @@ def check_environment(module: ModuleType, conda: Path, workspace: Path, name: st
         patch.setenv("PATH", "")
         patch.setattr(module, "ROOT", workspace)
         patch.setattr(module, "SETUP", workspace / "setup")
-        patch.setattr(module, "step", lambda title, command, *_, **__: commands.append(command) or True)
-        module.create("conda", dry_run=True)
-        module.make_conda(str(conda), name, prefix, dry_run=True)
-    create, *installs, update = commands
+        for part in (module, sys.modules[module.install.__module__]):
+            patch.setattr(part, "step", lambda title, command, *_, **__: commands.append(command) or True)
+        module.create("conda", "finetuning", dry_run=True)
+    create, update, *installs = commands
     file = str(workspace / "setup" / "conda-environment.yml")
-    assert create == [str(conda), "env", "create", "--file", file]
-    assert update == [str(conda), "env", "update", "--prefix", str(prefix), "--file", file, "--prune"]
+    assert create == [str(conda), "create", "--name", name]
+    assert update == [str(conda), "env", "update", "--prefix", str(prefix), "--file", file]
     assert {tuple(command[:4]) for command in installs} == {(str(prefix / "bin" / "python"), "-m", "pip", "install")}
-    activate = shown.getvalue().splitlines()[-2]
-    assert shlex.split(activate) == [str(conda), "activate", name]
+    following = shown.getvalue().splitlines()[-1]
+    assert shlex.split(following)[:2] == [str(prefix / "bin" / "python"), "finetuning/invoke_olive.py"]
     assert not name.startswith("-")
 
 
@@ -522,9 +525,8 @@ def test_copier_s_own_copy_and_recopy_run_the_hook_whatever_the_answers_and_the_
         assert done.stderr.count("The workspace is complete, but not all is set up.") == 1
         recorded = yaml.safe_load((folder / ".copier-answers.yml").read_text(encoding="utf-8"))
         assert {name: recorded[name] for name in answers} == answers
-        file = str(folder / "setup" / "conda-environment.yml")
         said = (tmp_path / "says").read_text().split("\0")
-        assert said == ["env", "list", "--json", "env", "create", "--file", file, ""]
+        assert said == ["env", "list", "--json", "create", "--name", "n--prefix", ""]
         (tmp_path / "says").unlink()
         assert {path.name for path in tmp_path.iterdir()} == {root.name, folder.name}
         assert not list(tmp_path.rglob("pwned"))
