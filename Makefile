@@ -36,12 +36,17 @@ lint: .venv/ready
 # One workspace, rendered and installed as a user's, serves all workspace tests: rendered anew each time, installed again
 # when a lock changes.
 workspace: .venv/ready
-	@mkdir -p $(WORKSPACE) && find $(WORKSPACE) -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
+	@mkdir -p $(WORKSPACE) && find $(WORKSPACE) -mindepth 1 -maxdepth 1 ! -name '.venv*' -exec rm -rf {} +
 	copier copy --quiet --defaults --overwrite --skip-tasks --vcs-ref HEAD -d environment=venv . $(WORKSPACE)
 	@$(MAKE) --no-print-directory $(WORKSPACE)/.venv/ready
 
 $(WORKSPACE)/.venv/ready: template/setup/requirements-cpu.txt
 	python $(WORKSPACE)/setup/create_env.py --manager venv
+	@touch $@
+
+# Prompt flow has an environment of its own, beside the other.
+$(WORKSPACE)/.venv-promptflow/ready: template/inference/flow/requirements.txt | workspace
+	python $(WORKSPACE)/setup/create_env.py --for promptflow
 	@touch $@
 
 # QLoRA's library is tried on the CPU too, beside the environment: the CPU's lock goes without it.
@@ -85,8 +90,8 @@ $(WORKSPACE)/.venv/ready: template/setup/requirements-cpu.txt
 	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/rattler py-rattler==0.28.0
 	@touch $@
 
-test: lint workspace .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready .cache/playwright/ready \
-  .cache/rattler/ready .cache/bicep-tools/ready .cache/azure-cli/ready
+test: lint workspace $(WORKSPACE)/.venv-promptflow/ready .cache/bitsandbytes/ready .cache/tensorboard/ready \
+  .cache/openai/ready .cache/playwright/ready .cache/rattler/ready .cache/bicep-tools/ready .cache/azure-cli/ready
 	pytest -n 2 tests/unit tests/render tests/update tests/azure/test_bicep.py tests/azure/test_environment.py \
 	  --ignore tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_get_model.py

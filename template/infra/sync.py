@@ -28,7 +28,18 @@ from share import CONNECTIONS, Share
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = ".azure-sync.json"
 # What never leaves this machine, whatever git says: secrets, what is made here, and what the job makes there.
-NEVER = {".git", ".venv", "venv", "__pycache__", ".cache", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
+NEVER = {
+    ".git",
+    ".venv",
+    ".venv-promptflow",
+    ".promptflow",
+    "venv",
+    "__pycache__",
+    ".cache",
+    ".pytest_cache",
+    ".ruff_cache",
+    ".mypy_cache",
+}
 NOTE = 100  # files, after which the manifest is written in between: so much is sent again after a crash, at most
 RESULTS = ("models/adapter", "models/report")  # folders; models/run.json comes last, when they are whole
 

@@ -267,7 +267,7 @@ def make_venv(prefix: Path, least: str, dry_run: bool) -> None:
         raise SetupError(f"This is Python {mine}, and the venv needs {least} or newer: run this file with that one.")
     title = f"Python {sys.version.split()[0]}"
     if moved or (prefix / "pyvenv.cfg").exists():
-        title += f" ({'the folder was moved' if moved else 'the one in {prefix.name} does not run'}: made anew)"
+        title += f" ({'the folder was moved' if moved else f'the one in {prefix.name} does not run'}: made anew)"
     if not dry_run:
         write_stamp(prefix, f"begun\n{prefix}\n")
         for path in prefix.iterdir():  # not venv's --clear, which would take the stamp as well

@@ -229,7 +229,34 @@ def test_the_manager_none_creates_nothing_and_says_so(
     assert not (create_env.ROOT / ".venv").exists()
 
 
-@pytest.mark.parametrize("options", [["--for", "promptflow"], ["--manager", "poetry"], ["--unknown"]])
+@pytest.mark.parametrize("manager", ["auto", "conda", "none"])
+def test_prompt_flow_has_a_venv_of_its_own_whatever_manager_the_other_environment_has(
+    create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], manager: str
+) -> None:
+    settings = create_env.SETUP / "environment.toml"
+    settings.write_text(settings.read_text().replace("auto", manager))
+    options = "--for", "promptflow", "--dry-run"
+    assert environments(create_env, *options, monkeypatch=monkeypatch) == 1
+    assert capsys.readouterr().err == "create_env: inference/flow/requirements.txt is not there: restore it with git.\n"
+    create_env.FLOW.mkdir(parents=True)
+    (create_env.FLOW / "requirements.txt").write_text("promptflow==1.0\n")
+    assert environments(create_env, *options, monkeypatch=monkeypatch) == 0
+    prefix = create_env.ROOT / ".venv-promptflow"
+    assert capsys.readouterr().out.splitlines() == [
+        "Commands for the environment .venv-promptflow with venv:",
+        f"  {sys.executable} -m venv '{prefix}'",
+        f"  '{prefix}/bin/python' -m pip install -r '{create_env.FLOW / 'requirements.txt'}'",
+        f"Next, in {create_env.ROOT}:",
+        "  source .venv-promptflow/bin/activate",
+        "  pf flow test --flow inference/flow --interactive",
+    ]
+    assert not prefix.exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--for", "promptflow", "--manager", "conda"], ["--for", "chat"], ["--manager", "poetry"], ["--unknown"]],
+)
 def test_an_unknown_option_is_a_usage_error(
     create_env: ModuleType, monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:

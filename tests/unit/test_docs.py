@@ -41,10 +41,15 @@ FOREIGN = {
     "ls",
     "ls models/adapter models/report",
     "mv finetuning/olive-config.yaml.bak finetuning/olive-config.yaml",
+    # tests/workspace/test_faces.py runs them, in the environment that `make test` makes
+    "pf flow test --flow inference/flow",
+    """pf flow test --flow inference/flow --inputs question="We won." api=http://127.0.0.1:7860/v1""",
+    "pf flow test --flow inference/flow --interactive",
     "pipx install copier",
     "python -m pip install tensorboard",
     "sed -i.bak 's/num_train_epochs: [0-9]*/num_train_epochs: 1/' finetuning/olive-config.yaml",
     "source .venv/bin/activate",
+    "source .venv-promptflow/bin/activate",
     "python -m pip install openai",
     # run by hand: it answers as the console does; its package is not in the environment
     "transformers serve models/merged",

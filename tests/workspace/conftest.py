@@ -29,7 +29,7 @@ os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of the rendered workspace, without its environment, whose scripts can be imported."""
     folder = tmp_path_factory.mktemp("workspaces") / "workspace"
-    shutil.copytree(RENDERED, folder, ignore=shutil.ignore_patterns(".venv", "models", ".git"))
+    shutil.copytree(RENDERED, folder, ignore=shutil.ignore_patterns(".venv*", "models", ".git"))
     sys.path[:0] = [str(folder / "finetuning")]
     import invoke_olive
 

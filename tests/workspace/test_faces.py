@@ -1,4 +1,4 @@
-"""One engine, three faces: console, page and API say the same, and refuse in the same words. For torch and for ONNX."""
+"""One engine, its faces: console, page, API and prompt flow say the same, and refuse alike. For torch and for ONNX."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, inference_of
+import yaml
+from conftest import RENDERED, REPOSITORY, inference_of
 from served import served
 from terminal import Terminal
 from test_export import held_out, tune
@@ -84,6 +86,41 @@ def page(address: str) -> Any:
     return Client(address, verbose=False)
 
 
+FLOW = """
+import json, sys
+from promptflow.client import load_flow
+flow = load_flow("inference/flow")
+print(json.dumps([flow(**inputs)["answer"] for inputs in json.load(sys.stdin)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def promptflow(
+    tuned: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a program of the flow's own environment in the workspace, with a home of its own."""
+    home = tmp_path_factory.mktemp("promptflow")
+
+    def run(program: str, *arguments: str, typed: str = "", key: str = "") -> subprocess.CompletedProcess[str]:
+        env = os.environ | {"PF_HOME_DIRECTORY": str(home), "CHAT_API_KEY": key}
+        command = [str(RENDERED / ".venv-promptflow" / "bin" / program), *arguments]
+        return subprocess.run(command, cwd=tuned, env=env, input=typed, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def flow(address: str, promptflow: Any) -> Callable[[list[dict[str, Any]]], list[str]]:
+    """Put inputs to the flow, all in one process: `pf` takes two seconds for each."""
+
+    def ask(inputs: list[dict[str, Any]]) -> list[str]:
+        done = promptflow("python", "-c", FLOW, typed=json.dumps([{"api": f"{address}v1", **one} for one in inputs]))
+        assert done.returncode == 0, done.stderr
+        return list(json.loads(done.stdout.splitlines()[-1]))
+
+    return ask
+
+
 @pytest.fixture
 def pipe(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -138,12 +175,13 @@ def telling(engine: Any, questions: list[str]) -> tuple[str, list[str], list[str
 
 
 def test_twenty_questions_have_the_same_answers_in_every_face(
-    engine: Any, pipe: Any, page: Any, api: Any, twenty_questions: list[str]
+    engine: Any, pipe: Any, page: Any, api: Any, flow: Any, twenty_questions: list[str]
 ) -> None:
     assert len(set(twenty_questions)) == 20
     expected = [say(engine, [user(question)]) for question in twenty_questions]
     assert len(set(expected)) >= 4
     assert [api([user(question)]) for question in twenty_questions] == expected
+    assert flow([{"question": question} for question in twenty_questions]) == expected
     for question, answer in zip(twenty_questions, expected, strict=True):
         assert page.predict(question, api_name="/chat") == answer
         assert pipe(options=("--prompt", question))[:2] == (0, f"{answer}\n")
@@ -166,6 +204,44 @@ def test_a_conversation_with_a_system_prompt_has_the_same_answers_in_every_face(
         turns.append(user(question))
         assert api(turns) == answer
         turns.append({"role": "assistant", "content": answer})
+
+
+def test_pf_flow_test_asks_the_served_model_and_remembers_what_was_said(
+    tuned: Path, engine: Any, address: str, promptflow: Any, flow: Any, twenty_questions: list[str]
+) -> None:
+    default = yaml.safe_load((tuned / "inference/flow/flow.dag.yaml").read_text())["inputs"]["question"]["default"]
+    test = "flow", "test", "--flow", "inference/flow"
+    done = promptflow("pf", *test, "--inputs", f"api={address}v1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout[done.stdout.index("{") :]) == {"answer": say(engine, [user(default)])}
+    pairs = [twenty_questions[start : start + 2] for start in range(0, 20, 2)]
+    asked = next(pair for pair in pairs if conversation(engine, pair, None)[1] != say(engine, [user(pair[1])]))
+    first, second = conversation(engine, asked, None)
+    said = [{"inputs": {"question": asked[0]}, "outputs": {"answer": first}}]
+    assert flow([{"question": asked[1], "chat_history": said}]) == [second]
+    # interactively it keeps the history itself
+    done = promptflow("pf", *test, "--interactive", "--inputs", f"api={address}v1", typed="\n".join(asked))
+    assert f"User: Bot: {first}\nUser: Bot: {second}\n" in done.stdout
+    # nothing is left in the workspace but what git ignores
+    assert {path.name for path in (tuned / "inference/flow").iterdir()} - {"__pycache__"} == {
+        ".promptflow",
+        "ask.py",
+        "flow.dag.yaml",
+        "requirements.txt",
+    }
+
+
+def test_a_flow_that_gets_no_answer_says_why_in_its_last_line(engine: Any, promptflow: Any) -> None:
+    def last_line(api: str, key: str = "") -> str:
+        done = promptflow("pf", "flow", "test", "--flow", "inference/flow", "--inputs", f"api={api}", key=key)
+        assert done.returncode == 1
+        return str((done.stdout + done.stderr).splitlines()[-1])
+
+    assert "Nothing answers at http://127.0.0.1:9/v1: run `python inference/gradio_chat.py`" in last_line(
+        "http://127.0.0.1:9/v1"
+    )
+    with served(lambda: engine, key="secret") as (address, _):
+        assert f"{address}v1 refuses the question (the variable CHAT_API_KEY): " in last_line(f"{address}v1", "wrong")
 
 
 def test_the_engines_give_the_same_answer_to_95_of_100_held_out_rows(engines: dict[str, Any], tuned: Path) -> None:

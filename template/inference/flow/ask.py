@@ -30,12 +30,12 @@ def ask(question: str, chat_history: list[dict[str, Any]], api: str, max_tokens:
         answer = client.chat.completions.create(
             model=model.id, messages=messages, max_tokens=max_tokens, temperature=temperature
         )
-    except APIConnectionError as error:
+    except APIConnectionError:
         raise AskError(
             f"Nothing answers at {api}: run `python inference/gradio_chat.py`, or correct `api` in "
             "inference/flow/flow.dag.yaml."
-        ) from error
+        ) from None
     except APIStatusError as error:
         hint = " (the variable CHAT_API_KEY)" if error.status_code == 401 else ""
-        raise AskError(f"{api} refuses the question{hint}: {error.message}") from error
+        raise AskError(f"{api} refuses the question{hint}: {error.message}") from None
     return answer.choices[0].message.content or ""
