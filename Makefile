@@ -24,7 +24,7 @@ export PATH := $(BIN):$(PATH)
 	@touch $@
 
 demo: .venv/ready
-	copier copy --trust --defaults --overwrite --vcs-ref HEAD -d environment=venv . demo
+	copier copy --trust --defaults --overwrite --vcs-ref HEAD -d environment=venv "$(CURDIR)" demo
 	demo/.venv/bin/python demo/finetuning/invoke_olive.py --check
 	demo/.venv/bin/python demo/finetuning/invoke_olive.py
 

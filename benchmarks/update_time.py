@@ -1,4 +1,8 @@
-"""What an update costs: copy, update, fresh render and comparison in this process, nothing of Copier's work kept."""
+"""What an update costs: copy, update, fresh render and comparison, as users have it and as the tests do it.
+
+Users' Copier keeps nothing of its work; the tests do hundreds of updates in one process, and keep clones and compiled
+templates. Beside the first stands Copier's own share: as many files, without a question and with nothing to render.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,26 +18,46 @@ from pathlib import Path
 from copier import run_copy, run_update
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from tests.update.test_every_answer import pairwise  # noqa: E402
+
 ROUNDS = 5
 OPTIONS = {"defaults": True, "overwrite": True, "quiet": True, "unsafe": True, "skip_tasks": True}
 
 
 def main() -> None:
-    """Go through all four in turn, and print the least seconds of each and of a round."""
+    """Print the least seconds of each step and of a round, Copier's own share, and what a set of the tests takes."""
     os.environ |= {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     with tempfile.TemporaryDirectory() as name:
         template = Path(name) / "template"
         for part in ("catalog", "hooks", "template"):
             shutil.copytree(REPOSITORY / part, template / part)
         shutil.copy(REPOSITORY / "copier.yml", template)
-        commit(template, "v1.0.0")
-        with (template / "template/inference/api.py").open("a") as file:
-            file.write("# new\n")
-        commit(template, "v2.0.0")
-        rounds = [round_of(template, Path(name) / str(turn)) for turn in range(ROUNDS)]
+        rounds = measured(template)
         for step in rounds[0]:
             print(f"{step:12} least {min(taken[step] for taken in rounds):.2f} s")
-        print(f"{'together':12} least {min(map(together, rounds)):.2f} s (to reach: 2.50)")
+        print(f"{'together':12} least {min(map(together, rounds)):.2f} s")
+        plain = Path(name) / "plain"
+        shutil.copytree(Path(name) / "template 0/fresh/tone", plain / "template")
+        (plain / "template/.copier-answers.yml").unlink()
+        shutil.copy(next((template / "template").glob("{{*")), plain / "template")
+        (plain / "copier.yml").write_text("_subdirectory: template\n")
+        print(f"{'Copier alone':12} least {min(map(together, measured(plain))):.2f} s")
+    started = time.perf_counter()
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/update/test_every_answer.py"]
+    subprocess.run(tests, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+    each = (time.perf_counter() - started) / len(pairwise())
+    print(f"{'in the tests':12} mean  {each:.2f} s for each of {len(pairwise())} sets of answers (to reach: 2.50)")
+
+
+def measured(template: Path) -> list[dict[str, float]]:
+    """Make two releases of a template, and return the rounds from the one to the other."""
+    commit(template, "v1.0.0")
+    with next(template.rglob("api.py")).open("a") as file:
+        file.write("# new\n")
+    commit(template, "v2.0.0")
+    return [round_of(template, template.with_name(f"{template.name} {turn}")) for turn in range(ROUNDS)]
 
 
 def together(taken: dict[str, float]) -> float:
