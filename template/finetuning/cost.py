@@ -18,7 +18,7 @@ from estimate import ANSWERS, BYTES, EVALUATIONS, Lengths, Settings, Shape, adap
 EFFICIENCY = {"qlora": 0.2}
 OTHER_EFFICIENCY = 0.3
 START = 10.0  # seconds to import the libraries and load the model
-TOKEN = 130.0  # bytes of a token in tokenizer.json, more than most have: the demo 54, with merges twice as many
+TOKEN = 130.0  # bytes for each token in tokenizer.json, more than most take: the demo 54
 LAYER_SECONDS = 1e-3  # of one block for one generated token, whatever its size: Python and the launch of its kernels
 
 

@@ -231,9 +231,8 @@ def choose(engine: str, source: Source, root: Path) -> tuple[Path | None, list[s
 
 def problem_of_export(folder: Path, source: Source, root: Path) -> str:
     """Return why an ONNX folder cannot stand for the model that is meant, and what to do; "" when it can."""
-    name, make = f"models/{folder.name}", "run `python finetuning/export.py`"
-    if not source.adapter:
-        make = "run `python setup/get_model.py --onnx`"
+    name = f"models/{folder.name}"
+    make = "run `python finetuning/export.py`" if source.adapter else "run `python setup/get_model.py --onnx`"
     if not folder.exists():
         return f"There is no ONNX model in {name} yet: {make}"
     try:
