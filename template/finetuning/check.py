@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ import yaml
 from schema import CHOICES, METHOD, fixed_values, known_keys, reasons
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "setup"))
+from model_folder import DEMO, Found  # noqa: E402 - shared with setup/ and inference/
+from model_folder import ModelMissingError as ModelMissingError  # noqa: E402
+from model_folder import find_model as find_model  # noqa: E402
+
 CONFIG = ROOT / "finetuning" / "olive-config.yaml"
 LEAST_ROWS = 8  # to train on; of held-out rows one is enough for a figure, however unsure
 TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
@@ -33,10 +39,6 @@ Loader.add_implicit_resolver(
 
 class ConfigError(Exception):
     """What is wrong with the settings, where, and what to do: one sentence."""
-
-
-class ModelMissingError(ConfigError):
-    """The model is not on this machine yet."""
 
 
 def read_config(path: Path = CONFIG) -> dict[str, Any]:
@@ -243,49 +245,17 @@ def tokenise_rows(config: dict[str, Any], rows: dict[str, list[Any]]) -> dict[st
     return {part: chat_tokens(rows[part], **data_settings(config, part, "pre_process_data_config")) for part in rows}
 
 
-def base_model_folder(config: dict[str, Any]) -> str:
-    """Return the folder of the base model; builds the demo model when it is missing. Raises ConfigError."""
-    model_path = str(config["input_model"]["model_path"])
-    if model_path == "models/demo" and not (ROOT / model_path).is_dir():
+def base_model(config: dict[str, Any]) -> Found:
+    """Return where the base model is; builds the demo model when it is missing. Raises ModelError."""
+    model, revision = model_named(config)
+    if model == DEMO and not (ROOT / DEMO).exists():
         from tiny_model import build_demo
 
         build_demo()
-    if (ROOT / model_path).is_dir():
-        check_weights(ROOT / model_path)
-        return str(ROOT / model_path)
-    if model_path.startswith((".", "/", "models/")):
-        raise ConfigError(f"input_model.model_path: the folder {model_path} is not there. Correct it in {CONFIG.name}.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    return find_model(model, revision, ROOT)
 
+
+def model_named(config: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return the base model's folder or hub id, and its revision, as the settings name them."""
     revision = (config["input_model"].get("load_kwargs") or {}).get("revision")
-    try:
-        folder = snapshot_download(model_path, revision=revision, local_files_only=True)
-    except HFValidationError:
-        raise ConfigError(
-            f"input_model.model_path: {model_path!r} is neither a folder nor a Hugging Face id."
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError):
-        raise ModelMissingError(f"{model_path} is not on this machine yet: run `python setup/get_model.py`.") from None
-    check_weights(Path(folder))
-    return folder
-
-
-def check_weights(folder: Path) -> None:
-    """Refuse a model whose files are missing or cut off. Raises ConfigError."""
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    torn = [] if files else [folder]
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        torn.append(folder / "config.json")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError):
-            torn.append(file)
-    if torn:
-        raise ConfigError(f"The model is incomplete ({torn[0]}): delete {folder} and run `python setup/get_model.py`.")
+    return str(config["input_model"]["model_path"]), None if revision is None else str(revision)

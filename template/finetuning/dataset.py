@@ -20,6 +20,9 @@ from messages import Message as Message
 from rows import DataError as DataError
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "setup"))
+from model_folder import find_model  # noqa: E402 - shared with setup/ and inference/
+
 MODEL_FACTS = ROOT / "setup" / "model.yaml"
 # a variable of the chat template: models that can think aloud (Qwen3, SmolLM3) learn and give the answer alone
 NO_THINKING = {"enable_thinking": False}
@@ -73,13 +76,11 @@ def held_out_positions(conversations: list[list[Message]], eval_split: float, da
     return {i for i, digest in enumerate(digests) if int(digest[:8], 16) < eval_split * 2**32}
 
 
-def load_tokenizer(model_path: str, revision: str | None = None) -> Any:
-    """Load the tokenizer; one without a chat template (a base model's) gets the template of setup/model.yaml."""
+def load_tokenizer(folder: str) -> Any:
+    """Load a folder's tokenizer; one without a chat template (a base model's) gets the template of setup/model.yaml."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_path, revision=revision, local_files_only=True, trust_remote_code=False
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not tokenizer.chat_template:
         tokenizer.chat_template = yaml.safe_load(MODEL_FACTS.read_text(encoding="utf-8"))["chat_template"]
     if tokenizer.pad_token_id is None:  # padding is masked, so that any token serves
@@ -103,7 +104,7 @@ def chat_tokens(
     entirely is left out, as it has nothing to learn from. Raises DataError when these are more than the share
     `max_bad_rows`, or all, and when the chat template cannot take a row.
     """
-    tokenizer = load_tokenizer(model_path, revision)
+    tokenizer = load_tokenizer(str(find_model(model_path, revision, ROOT).folder))
     examples = [tokenise(tokenizer, with_system(row, system_prompt), train_on) for row in rows]
     cut = [{key: ids[:max_seq_len] for key, ids in example.items()} for example in examples]
     learnable = [any(label != IGNORED for label in example["labels"]) for example in cut]

@@ -150,13 +150,10 @@ def check_adapter(run: dict[str, Any]) -> str:
 
 
 def base_folder(run: dict[str, Any]) -> Path:
-    """Return the folder of the base model that the run used. Raises ConfigError when it is missing or torn."""
-    from check import ConfigError, base_model_folder
+    """Return the folder of the base model that the run used. Raises ModelError when it is missing or torn."""
+    from check import find_model
 
-    if run["base_model"] == "models/demo" and not (ROOT / "models" / "demo").is_dir():
-        raise ConfigError("The base model models/demo is missing: run `python setup/get_model.py`.")
-    settings = {"model_path": run["base_model"], "load_kwargs": {"revision": run["revision"]}}
-    return Path(base_model_folder({"input_model": settings}))
+    return find_model(run["base_model"], run["revision"], ROOT).folder
 
 
 def check_disk(base: Path, kind: str, made_from: dict[str, Any]) -> None:
@@ -268,7 +265,7 @@ def build(run: dict[str, Any], agreement: float, debug: bool, made_for: dict[str
     except Exception as error:  # for a model that the builder does not know, and for one that it knows an older form of
         (architecture,) = json.loads((MERGED / "config.json").read_text(encoding="utf-8"))["architectures"]
         raise ConfigError(
-            f"ONNX Runtime GenAI's builder cannot convert {architecture} ({type(error).__name__}: {error}): chat with "
+            f"ONNX Runtime GenAI's builder cannot convert {architecture} ({error}): chat with "
             f"torch, or serve {shown(MERGED)}, which is complete."
         ) from error
     print("Comparing it with the merged model on held-out rows", flush=True)

@@ -69,14 +69,15 @@ def main() -> int:
 
 def explain(error: Exception) -> str:
     """Return what is wrong and what to do, in one sentence."""
-    name, first_line = type(error).__name__, (str(error).splitlines() or [""])[0]
-    if name in ("ConfigError", "DataError"):
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # by name, as importing their files takes long
+    if kinds & {"ConfigError", "DataError", "ModelError"}:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed in {sys.prefix}: run `python setup/create_env.py`, then use its Python."
-    if name == "Timeout":
+    if "Timeout" in kinds:
         return "Another run is under way in this workspace: wait for its end, or stop it, then run this again."
-    return f"{name}: {first_line} Nothing that was there is lost; --debug shows where it happened."
+    reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".: ")
+    return f"Unforeseen: {reason}. Nothing that was there is lost; --debug shows where it happened."
 
 
 def quiet() -> None:
@@ -176,8 +177,9 @@ def tune(config: dict[str, Any], rows: dict[str, list[Any]], results: Path, fres
 
     gc.freeze()
     gc.enable()
-    folder = check.base_model_folder(config)
-    run_json = describe(config, rows, folder, results)
+    base = check.base_model(config)
+    folder = str(base.folder)
+    run_json = describe(config, rows, base.commit, results)
     # checkpoints of other settings, other data or another number of processes are never gone on from
     name = f"{run_json['config_sha256'][:8]}-{run_json['dataset_sha256'][:8]}-{PROCESSES}".removesuffix("-1")
     run_folder = results / "checkpoints" / name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from check import ROOT, ModelMissingError, base_model_folder
+from check import ROOT, model_named
 from dataset import MODEL_FACTS
 from estimate import Shape
+from model_folder import DEMO, ModelError, ModelMissingError, find_model, needed, weights_header
 
 WAIT = 5  # seconds for the hub; a check without network must not be slow
-WEIGHTS = ("model.safetensors", "model-", "pytorch_model")
 
 
 @dataclass(frozen=True)
@@ -24,30 +25,44 @@ class Model:
     """The base model, wherever it is."""
 
     name: str
-    revision: str | None
+    revision: str | None  # as the settings name it
     folder: str | None  # None: not on this machine
     shape: Shape | None  # None: not known without network
+    parameters: int | None  # counted in the weights, or as the catalogue has them; None: not known
     download: int  # bytes that are missing here; 0 as well where nobody knows
+    commit: str | None = None  # of the hub's repository; None: a folder, or not on this machine
     problem: str | None = None  # why it cannot be fetched, and what to do
 
     @property
     def is_demo(self) -> bool:
         """Whether the run builds it on the spot."""
-        return self.name == "models/demo"
+        return self.name == DEMO
 
 
 def find(config: Mapping[str, Any]) -> Model:
-    """Look for the model on this machine, then ask the hub. Raises ConfigError for one that is torn or a wrong name."""
-    name = str(config["input_model"]["model_path"])
-    revision = (config["input_model"].get("load_kwargs") or {}).get("revision")
+    """Look for the model on this machine, then ask the hub. Raises ModelError for one that cannot be used at all."""
+    name, revision = model_named(config)
     facts = yaml.safe_load(MODEL_FACTS.read_text(encoding="utf-8"))
-    if name == "models/demo" and not (ROOT / name).is_dir():
-        return Model(name, None, None, Shape.of(facts), 0)
     try:
-        folder = base_model_folder(dict(config))
+        found = find_model(name, revision, ROOT)
     except ModelMissingError:
+        if name == DEMO:
+            return Model(name, None, None, Shape.of(facts), facts["parameters"], 0)
         return elsewhere(name, revision, facts)
-    return Model(name, revision, folder, shape_in(json.loads((Path(folder) / "config.json").read_text("utf-8"))), 0)
+    settings = json.loads((found.folder / "config.json").read_text(encoding="utf-8"))
+    counted = count_parameters(found.folder, bool((settings.get("text_config") or settings).get("tie_word_embeddings")))
+    return Model(name, revision, str(found.folder), shape_in(settings), counted, 0, found.commit)
+
+
+def count_parameters(folder: Path, tied: bool) -> int:
+    """Count a model's weights by the headers of its files, each once: a tied output layer is the embedding again."""
+    shapes = {
+        name: tensor["shape"]
+        for file in folder.glob("model*.safetensors")
+        for name, tensor in weights_header(file).items()
+        if not (tied and name == "lm_head.weight")
+    }
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def elsewhere(name: str, revision: str | None, facts: Mapping[str, Any]) -> Model:
@@ -62,11 +77,14 @@ def elsewhere(name: str, revision: str | None, facts: Mapping[str, Any]) -> Mode
         known = dict(known)
     if f"/{name}/" in str(facts.get("source")):
         known = {"shape": Shape.of(facts), "bytes": 2 * facts["parameters"], "gated": facts["gated"]} | known
+        known["parameters"] = facts["parameters"]
     problem = known.get("problem")
     if known.get("gated") and not get_token():
         page = f"{constants.ENDPOINT}/{name}"
         problem = f"{name} is gated: accept its licence on {page}, then `hf auth login`, or set HF_TOKEN."
-    return Model(name, revision, None, known.get("shape"), known.get("bytes", 0), problem)
+    return Model(
+        name, revision, None, known.get("shape"), known.get("parameters"), known.get("bytes", 0), None, problem
+    )
 
 
 def ask_hub(name: str, revision: str | None, known: dict[str, Any]) -> None:
@@ -77,15 +95,18 @@ def ask_hub(name: str, revision: str | None, known: dict[str, Any]) -> None:
     try:
         answer = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=WAIT)
         sizes = {file.rfilename: file.size or 0 for file in answer.siblings or []}
-        weights = {file: size for file, size in sizes.items() if file.startswith(WEIGHTS) and "/" not in file}
-        safe = {file: size for file, size in weights.items() if file.endswith(".safetensors")}
-        known |= {"gated": bool(answer.gated), "bytes": sum((safe or weights).values())}
+        known["gated"] = bool(answer.gated)
+        known["bytes"] = sum(sizes[file] for file in needed(sizes, name))
+        if answer.safetensors:
+            known["parameters"] = answer.safetensors.total
         url = hf_hub_url(name, "config.json", revision=answer.sha)
         config = get_session().get(url, headers=build_hf_headers(), timeout=WAIT)
         if config.status_code in (401, 403):
             known["problem"] = f"The hub lets this token not read {name}: accept its licence on the model's page."
         elif config.status_code == 200 and (shape := shape_in(config.json())):
             known["shape"] = shape
+    except ModelError as error:
+        known["problem"] = str(error)
     except errors.RepositoryNotFoundError:
         known["problem"] = f"{name} does not exist on the hub or is private: correct model_path, or set HF_TOKEN."
     except errors.RevisionNotFoundError:

@@ -71,9 +71,10 @@ def model_facts(model: Model, settings: Settings) -> dict[str, Any]:
     return {
         "name": model.name,
         "revision": model.revision,
+        "commit": model.commit,
         "folder": model.folder,
         "download_bytes": model.download,
-        "parameters": model.shape.parameters if model.shape else None,
+        "parameters": model.parameters or (model.shape.parameters if model.shape else None),
         "trained_parameters": adapter_parameters(model.shape, settings) if model.shape else None,
     }
 

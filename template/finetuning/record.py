@@ -22,11 +22,11 @@ PACKAGES = ("olive-ai", "torch", "transformers", "peft", "datasets", "accelerate
 
 
 def describe(
-    config: dict[str, Any], rows: dict[str, list[list[Message]]], folder: str, results: Path
+    config: dict[str, Any], rows: dict[str, list[list[Message]]], commit: str | None, results: Path
 ) -> dict[str, Any]:
-    """Return the part of run.json that is known before the run. `folder` is where the base model lies."""
-    # a model from the hub lies in a folder of the cache that is named by its commit
-    commit = Path(folder).name if Path(folder).parent.name == "snapshots" else None
+    """Return the part of run.json that is known before the run. `commit` is the base model's; None: a folder."""
+    # a branch by its commit: checkpoints on one must not be resumed on the next
+    config["input_model"]["load_kwargs"]["revision"] = commit
     settings = pass_settings(config)
     return {
         "base_model": config["input_model"]["model_path"],

@@ -85,6 +85,8 @@ def machine_lines(facts: dict[str, Any]) -> Lines:
 def model_lines(facts: dict[str, Any]) -> Lines:
     """Return where the model is, and how large."""
     here = "on this machine"
+    if facts["commit"] and facts["commit"] != facts["revision"]:
+        here += f": {facts['revision'] or 'main'} is commit {facts['commit']} here, get_model.py looks for a newer one"
     if facts["folder"] is None:
         here = "is built by the run" if facts["name"] == "models/demo" else "not on this machine yet"
         if facts["download_bytes"]:

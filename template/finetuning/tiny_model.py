@@ -10,6 +10,7 @@ answers in the right words at random: what fine-tuning adds can then be seen.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -146,8 +147,10 @@ def main() -> int:
     """Build models/demo unless it is there."""
     parser = argparse.ArgumentParser(description="Build the demo model in models/demo, without any download.")
     parser.parse_args()
-    if (DEMO / "config.json").is_file():
-        print(f"The demo model is there: {DEMO}")
+    from check import ModelMissingError, find_model
+
+    with contextlib.suppress(ModelMissingError):
+        print(f"The demo model is there: {find_model('models/demo', None, ROOT).folder}")
         return 0
     started = time.monotonic()
     build_demo()

@@ -29,6 +29,9 @@ for variable, value in {
 
 ENGINES = ("auto", "torch", "onnx")
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "setup"))
+from model_folder import ModelError, find_model  # noqa: E402 - shared with setup/ and finetuning/
+
 TUNE = "run `python finetuning/invoke_olive.py`"
 BASE = "or chat with the base model: --baseonly."
 COMPARE = "the int4 model has the adapter merged in: to compare with the base model, start with --engine torch"
@@ -199,10 +202,12 @@ def load(baseonly: bool = False, engine: str = "auto", root: Path = ROOT) -> Eng
 
             backend = OnnxBackend(folder, root)
         else:
-            check_base(source, root)
+            base = find_model(source.base, source.revision, root).folder
             from torch_backend import TorchBackend
 
-            backend = TorchBackend(source, root)
+            backend = TorchBackend(source, base, root)
+    except ModelError as error:
+        raise ChatError(str(error)) from error
     except ModuleNotFoundError as error:
         raise not_installed(error) from error
     backend.notices += notices
@@ -278,7 +283,7 @@ def tuned_source(root: Path) -> Source:
     except FileNotFoundError:
         raise ChatError(f"No tuned model yet (models/run.json is missing): {TUNE}, {BASE}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ChatError(f"models/run.json is torn or incomplete ({reason}): {TUNE} again, {BASE}") from error
 
 
@@ -297,7 +302,10 @@ def base_source(root: Path) -> Source:
             system_prompt=next((settings["system_prompt"] for settings in data if settings.get("system_prompt")), ""),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ChatError(f"finetuning/olive-config.yaml does not name the model as it should ({error!r}).") from error
+        raise ChatError(
+            "finetuning/olive-config.yaml does not name the model as it should: restore it with git or `copier recopy "
+            "--trust`."
+        ) from error
 
 
 def read_yaml(root: Path, file: str) -> dict[str, Any]:
@@ -332,19 +340,3 @@ def check_adapter(source: Source, root: Path) -> None:
             f"The adapter in {source.adapter} was trained on {trained_on}, but models/run.json names {source.base}: "
             f"{TUNE} again, {BASE}"
         )
-
-
-def check_base(source: Source, root: Path) -> None:
-    """Raise ChatError unless the base model lies in its folder or in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    if (root / source.base / "config.json").is_file():
-        return
-    with contextlib.suppress(HFValidationError):  # a path is no hub id
-        if isinstance(try_to_load_from_cache(source.base, "config.json", revision=source.revision), str):
-            return
-    repair = "run `python setup/get_model.py`."
-    if source.base != "models/demo" and source.base.startswith(("models/", ".", "/")):
-        repair = "put the folder back, or change input_model.model_path in finetuning/olive-config.yaml."
-    raise ChatError(f"The base model {source.base} is not on this machine: {repair}")

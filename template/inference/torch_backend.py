@@ -31,8 +31,8 @@ TORN = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what tr
 class TorchBackend:
     """A transformers model, on the GPU when there is one."""
 
-    def __init__(self, source: Source, root: Path) -> None:
-        """Load model, adapter and tokenizer from the disk. Raises ChatError."""
+    def __init__(self, source: Source, base: Path, root: Path) -> None:
+        """Load the model in the folder `base`, adapter and tokenizer from the disk. Raises ChatError."""
         logging.disable_progress_bar()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = "float32" if (device, source.dtype) == ("cpu", "float16") else source.dtype
@@ -45,15 +45,11 @@ class TorchBackend:
                 f"QLoRA trains on 4-bit weights, but bitsandbytes is not here: the base model is loaded in {dtype}, "
                 "and answers may differ a little."
             )
-        is_folder = (root / source.base).is_dir()
-        base = {"pretrained_model_name_or_path": str(root / source.base) if is_folder else source.base}
-        if source.revision:
-            base["revision"] = source.revision
         # The adapter's folder holds the tokenizer with the chat template that the training used.
-        words = {"pretrained_model_name_or_path": str(root / source.adapter)} if source.adapter else base
+        words = root / source.adapter if source.adapter else base
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                **base,
+                base,
                 dtype=getattr(torch, dtype),
                 device_map=device,
                 quantization_config=quantization,
@@ -62,12 +58,12 @@ class TorchBackend:
         except torch.OutOfMemoryError as error:
             raise ChatError(f"The GPU's memory is too small for {source.base}: close what else uses it.") from error
         except TORN as error:
-            raise torn(source, root, error) from error
+            raise torn(source, error) from error
         try:
-            tokenizer = AutoTokenizer.from_pretrained(**words, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
         except TORN as error:
             if not source.adapter:
-                raise torn(source, root, error) from error
+                raise torn(source, error) from error
             raise ChatError(f"The tokenizer in {source.adapter} is missing or torn: {TUNE} again, {BASE}") from error
         if not tokenizer.chat_template:  # a base model's tokenizer
             tokenizer.chat_template = read_yaml(root, "setup/model.yaml")["chat_template"]
@@ -182,13 +178,13 @@ class TokenStreamer:
         return torch.full((ids.shape[0],), self.cancelled.is_set(), device=ids.device)
 
 
-def torn(source: Source, root: Path, error: Exception) -> ChatError:
-    """Say that the base model's files are not whole, and what to do."""
-    again = "run `python setup/get_model.py` again"
-    if (root / source.base).is_dir():
-        again = f"delete it and {again}" if source.base == "models/demo" else "copy the folder again"
+def torn(source: Source, error: Exception) -> ChatError:
+    """Say that the base model's files cannot be read, and what to do."""
     reason = str(error).strip().partition("\n")[0][:200].rstrip(".!:")
-    return ChatError(f"The base model {source.base} is torn or only partly there ({reason}): {again}.")
+    return ChatError(
+        f"The base model {source.base} cannot be loaded ({reason}): run `python setup/get_model.py`, or for a folder "
+        "of yours copy the model there again."
+    )
 
 
 def with_adapter(model: Any, source: Source, root: Path) -> Any:

@@ -104,7 +104,8 @@ def dataset_files(root: Path) -> Iterator[str]:
     """Yield the files of rows that the settings name. Raises AzureError for what lies where the job cannot see it."""
     config = yaml.safe_load((root / "finetuning" / "olive-config.yaml").read_text(encoding="utf-8"))
     model = str(config["input_model"]["model_path"])
-    if model.startswith((".", "/", "~")) or re.match(r"[A-Za-z]:", model):
+    is_folder = (root / model).is_dir() or model.startswith((".", "/", "~", "models/")) or re.match(r"[A-Za-z]:", model)
+    if is_folder and model != "models/demo":  # which the job builds
         raise AzureError(
             f"The model is the folder {model}, which the job cannot see: choose one of the hub, as "
             "`python setup/get_model.py --list` shows them."

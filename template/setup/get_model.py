@@ -2,8 +2,9 @@
 
 --onnx fetches it ready-made for ONNX Runtime instead, into models/onnx-base: a chat before any fine-tuning.
 
-A download goes to the Hugging Face cache (HF_HOME says where), so that all workspaces share it. A gated or private
-model needs a token: HF_TOKEN, or a login with `hf auth login`.
+A download goes to the Hugging Face cache (HF_HOME says where), so that all workspaces share it. Of a branch the newest
+commit is looked for, here and nowhere else: the check, the training and the chat take the commit that is here. A gated
+or private model needs a token: HF_TOKEN, or a login with `hf auth login`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,49 +26,40 @@ from typing import Any
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "setup"))
+from model_folder import (  # noqa: E402 - shared with finetuning/ and inference/
+    DEMO,
+    Found,
+    ModelError,
+    ModelMissingError,
+    faults,
+    find_model,
+    needed,
+    snapshot_of,
+)
+
 CONFIG = ROOT / "finetuning" / "olive-config.yaml"
-DEMO = "models/demo"
 ONNX = ROOT / "models" / "onnx-base"
 PLATFORMS = {"linux": "linux", "win32": "windows", "darwin": "macos"}
-# What transformers reads, at the top of the repository; no code, and no second copy of the weights in another format.
-FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "chat_template*",
-    "LICENSE*",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model-*.bin",
-    "pytorch_model.bin.index.json",
-]
-
-
-class ModelError(Exception):
-    """Something the user can put right; its text says what is wrong, where, and what to do."""
+WAIT = 15  # seconds for the hub's answer about a repository
+LEFT_ALONE = 600  # seconds after which nobody writes to a file any more
 
 
 def get_model() -> None:
     """Make the configured model be there. Raises ModelError."""
     model, revision = read_config()
-    folder = ROOT / Path(model).expanduser()
+    try:
+        found = find_model(model, revision, ROOT)
+    except ModelMissingError:
+        found = None
+    except ModuleNotFoundError as error:
+        raise ModelError(no_packages(error)) from error
     if model == DEMO:
-        build_demo(folder)
-    elif folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder} is no model: it has no config.json. Correct model_path in {CONFIG}.")
-        print(f"The model is a folder, and it is there: {folder}")
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) and not model.startswith((".", "models/")):
-        print(f"The model lies in {download(model, revision)}")
+        build_demo(found)
+    elif found and found.commit is None:
+        print(f"The model is a folder, and it is there: {found.folder}")
     else:
-        raise ModelError(f"The folder {folder} is not there: put the model there, or correct model_path in {CONFIG}.")
+        print(f"The model lies in {download(model, revision, found).folder}")
     print(f"Next, in {ROOT}:\n  python finetuning/invoke_olive.py --check")
 
 
@@ -82,7 +75,9 @@ def read_config() -> tuple[str, str | None]:
     except FileNotFoundError:
         raise ModelError(f"{CONFIG} is not there: restore it with `copier recopy --trust`.") from None
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{CONFIG}: input_model.model_path is unreadable ({error!r}); restore it.") from error
+        raise ModelError(
+            f"{CONFIG}: input_model.model_path cannot be read: restore it with git or `copier recopy --trust`."
+        ) from error
     return str(model), None if revision is None else str(revision)
 
 
@@ -106,39 +101,94 @@ def no_packages(error: ModuleNotFoundError) -> str:
     return f"{sys.executable} has no {error.name}: use {python}, or activate that environment first."
 
 
-def build_demo(folder: Path) -> None:
+def build_demo(found: Found | None) -> None:
     """Build the demo model unless it is there. Raises ModelError."""
-    if (folder / "config.json").is_file():
-        print(f"The demo model is there: {folder}")
+    if found:
+        print(f"The demo model is there: {found.folder}")
     elif subprocess.run([sys.executable, str(ROOT / "finetuning" / "tiny_model.py")], check=False).returncode != 0:
         raise ModelError("finetuning/tiny_model.py failed, as shown above: correct that and run this again.")
 
 
-def download(model: str, revision: str | None) -> str:
-    """Download the model at a fixed commit, or complete what is there; return its folder. Raises ModelError."""
-    try:
-        from huggingface_hub import HfApi, constants, snapshot_download, utils
-    except ModuleNotFoundError as error:
-        raise ModelError(no_packages(error)) from error
-    here = find_cached(model, revision) if revision or constants.HF_HUB_OFFLINE else None
-    if here:
+def download(model: str, revision: str | None, here: Found | None) -> Found:
+    """Return the model of the hub, complete at the newest commit of its revision. Raises ModelError.
+
+    `here` is what the cache has of that revision. It is taken as it is where the hub need not or cannot be asked.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if here and (constants.HF_HUB_OFFLINE or (here.listed and here.commit == revision)):
+        if here.commit != revision:
+            print(f"{model} at {revision or 'main'} is commit {here.commit} here; offline, no newer one is looked for.")
         return here
     try:
-        commit = HfApi().model_info(model, revision=revision, timeout=15).sha
-        if revision != commit:
-            print(f"Revision {revision or 'main'} of {model} is now {commit}: set it in {CONFIG} to keep this version.")
-        utils.disable_progress_bars()
-        plan = snapshot_download(model, revision=commit, allow_patterns=FILES, ignore_patterns="*/*", dry_run=True)
-        utils.enable_progress_bars()
-        names = without_copies([file.filename for file in plan])
-        missing = sum(file.file_size or 0 for file in plan if file.will_download and file.filename in names)
-        check_disk(Path(constants.HF_HUB_CACHE), missing)
-        print(f"Downloading {model}: {missing / 1e9:.2f} GB", flush=True)
-        return str(snapshot_download(model, revision=commit, allow_patterns=names, ignore_patterns="*/*"))
+        about = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=WAIT)
+    except Exception as error:  # the library lets those of its HTTP client through
+        if here is None:
+            raise ModelError(explain(error, model, revision)) from error
+        print(f"{explain(error, model, revision)} The commit that is here is used: {here.commit}.")
+        return here
+    commit, sizes = str(about.sha), {file.rfilename: file.size or 0 for file in about.siblings or []}
+    names = needed(sizes, model)
+    if revision != commit:
+        moved = f" (here it was {here.commit})" if here and here.commit != commit else ""
+        print(f"{model} at {revision or 'main'} is commit {commit} now{moved}.")
+        print(f"To keep this version, set revision to that commit in {CONFIG}.")
+    try:
+        fetch(model, commit, {name: sizes[name] for name in names})
+        if revision != commit:  # only now: until its commit is whole, the branch stays what it was here
+            HfApi().resolve_revision(model, revision=revision)
     except ModelError:
         raise
-    except Exception as error:  # the library lets those of its HTTP client through
+    except Exception as error:
         raise ModelError(explain(error, model, revision)) from error
+    return find_model(model, revision, ROOT)
+
+
+def fetch(model: str, commit: str, sizes: dict[str, int]) -> None:
+    """Download what the cache lacks of these files, and again what is damaged. `sizes` are bytes by file name.
+
+    Raises ModelError when the disk is too small, and what the hub's library raises.
+    """
+    from huggingface_hub import constants, get_session, hf_hub_download, snapshot_download, utils
+
+    get_session().event_hooks["request"].append(limit_wait)
+    remove_leftovers(model)
+    snapshot = snapshot_of(model, commit)
+    lacking = faults(snapshot, sizes, sizes)
+    missing = sum(sizes.get(name, 0) for name in lacking)
+    check_disk(Path(constants.HF_HUB_CACHE), missing)
+    if lacking:
+        print(f"Downloading {model}: {size(missing)}", flush=True)
+    else:
+        utils.disable_progress_bars()
+    snapshot_download(model, revision=commit, allow_patterns=[*sizes])
+    for name in faults(snapshot, sizes, sizes):  # a damaged file that stands there, the library takes as it is
+        hf_hub_download(model, name, revision=commit, force_download=True)
+        if faults(snapshot, [name], sizes):  # a copy in place of a link, as on Windows, is not replaced by that
+            (snapshot / name).unlink(missing_ok=True)
+            hf_hub_download(model, name, revision=commit)
+
+
+def limit_wait(request: Any) -> None:
+    """Give a request a time limit where the library has none, as for the list of files: it would wait for ever."""
+    limits = request.extensions["timeout"]
+    request.extensions["timeout"] = {kind: limits[kind] or WAIT for kind in limits}
+
+
+def remove_leftovers(model: str) -> None:
+    """Remove the halves of files that a killed download left, which the library never takes up again.
+
+    A file that is being downloaded is locked; where locks do not work (some network disks), it is a young one.
+    """
+    from filelock import FileLock, Timeout
+    from huggingface_hub import constants
+
+    repository = snapshot_of(model, "").parent
+    for file in repository.glob("blobs/*.incomplete"):
+        lock = Path(constants.HF_HUB_CACHE) / ".locks" / repository.name / f"{file.name.partition('.')[0]}.lock"
+        with contextlib.suppress(OSError, Timeout), FileLock(lock, timeout=0):
+            if time.time() - file.stat().st_mtime > LEFT_ALONE:
+                file.unlink()
 
 
 def get_onnx() -> None:
@@ -172,7 +222,7 @@ def get_onnx() -> None:
             plan = snapshot_download(**what, dry_run=True)
             missing = sum(file.file_size or 0 for file in plan if file.will_download)
             check_disk(unfinished, missing)
-            print(f"Downloading {variant['hub_id']}, {variant['folder']}: {missing / 1e9:.2f} GB", flush=True)
+            print(f"Downloading {variant['hub_id']}, {variant['folder']}: {size(missing)}", flush=True)
             snapshot_download(**what)
             for file in plan:
                 if (unfinished / file.filename).stat().st_size != file.file_size:
@@ -243,25 +293,9 @@ def memory_gib() -> float:
     return float(psutil.virtual_memory().total / 2**30)
 
 
-def find_cached(model: str, revision: str | None) -> str | None:
-    """Return the folder of a model that was downloaded completely, without asking the network."""
-    from huggingface_hub import errors, get_cached_repo_tree, snapshot_download, utils
-
-    try:
-        tree = [file.path for file in get_cached_repo_tree(model, revision=revision)]
-        names = without_copies(list(utils.filter_repo_objects(tree, allow_patterns=FILES, ignore_patterns="*/*")))
-        return str(snapshot_download(model, revision=revision, allow_patterns=names, local_files_only=True))
-    except (errors.CachedRepoTreeNotFoundError, errors.LocalEntryNotFoundError, errors.HFValidationError, ModelError):
-        return None
-
-
-def without_copies(names: list[str]) -> list[str]:
-    """Return the names without the .bin copies of safetensors weights. Raises ModelError when there are no weights."""
-    weights = [name for name in names if name.startswith(("model", "pytorch_model")) and "index" not in name]
-    if not weights:
-        raise ModelError("The model has no weights that transformers reads (model.safetensors): choose another model.")
-    safe = any(name.endswith(".safetensors") for name in weights)
-    return [name for name in names if not (safe and ".bin" in name)]
+def size(number: int) -> str:
+    """Return bytes in GB, small ones in MB."""
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
 
 
 def check_disk(cache: Path, missing: int) -> None:
@@ -275,28 +309,42 @@ def check_disk(cache: Path, missing: int) -> None:
         )
 
 
-def explain(error: Exception, model: str, revision: str | None) -> str:
+def explain(error: BaseException, model: str, revision: str | None) -> str:
     """Return one sentence for what the hub's library raised."""
     from huggingface_hub import constants, errors
 
-    cause = error.__cause__ if isinstance(error, errors.DryRunError | errors.LocalEntryNotFoundError) else None
-    error = cause if isinstance(cause, Exception) else error
+    while isinstance(error.__cause__, Exception) and not isinstance(error, errors.HfHubHTTPError):
+        error = error.__cause__  # the library's own words are about its options
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # of its HTTP client, which is another one in each release
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
-    page = f"{constants.ENDPOINT}/{model}"
+    hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{model}"
+    again = "run this again, it keeps what is complete"
     if isinstance(error, errors.GatedRepoError):
         return f"{model} is gated: accept its licence on {page}, then set HF_TOKEN to a token of yours and try again."
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{model} has no revision {revision}: correct revision in {CONFIG}; {page}/commits lists them."
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
         return f"{page} does not exist or is private: correct model_path in {CONFIG}, or set HF_TOKEN if it is private."
-    if status in (401, 403):
-        return f"{constants.ENDPOINT} refuses the token: set HF_TOKEN to a valid one, or log in with `hf auth login`."
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"{model} lacks a file that its own list names: choose another revision or model in {CONFIG}."
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"{model} is not on this machine and HF_HUB_OFFLINE forbids the download: unset it and try again."
+        return f"{model} is not whole on this machine and HF_HUB_OFFLINE forbids the download: unset it and try again."
+    if status in (401, 403):
+        return f"{hub} refuses the token: set HF_TOKEN to a valid one, or log in with `hf auth login`."
+    if status == 429:
+        return f"{hub} takes no more requests for now (429): wait some minutes, or set HF_TOKEN, then {again}."
+    if status >= 500:
+        return f"{hub} is out of order ({status}): wait, then {again}."
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"The disk is full: make room in {constants.HF_HUB_CACHE}, or set HF_HOME to a folder on another disk."
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"{constants.ENDPOINT} cannot be used ({reason}): check the connection and run this again; it goes on."
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename} cannot be written ({error.strerror}): set HF_HOME to a folder of your own."
+    if "TimeoutException" in kinds:
+        return f"{hub} does not answer in time: check the connection, then {again}."
+    if kinds & {"ReadError", "ProtocolError", "RemoteProtocolError"} or "Consistency check" in str(error):
+        return f"{hub} broke off the connection: {again}."
+    reason = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".:")
+    return f"{hub} cannot be used ({reason}): check the connection, then {again}."
 
 
 def main() -> int:
@@ -309,9 +357,6 @@ def main() -> int:
     args = parser.parse_args()
     try:
         (show_list if args.list else get_onnx if args.onnx else get_model)()
-    except KeyboardInterrupt:
-        print("\nInterrupted: run the same command again, it goes on from here.", file=sys.stderr)
-        return 130
     except ModelError as error:
         if args.debug:
             raise
@@ -320,5 +365,13 @@ def main() -> int:
     return 0
 
 
+def stop(_number: int, _frame: object) -> None:
+    """Stop at once: the library would first wait for the files that are under way, which may take hours."""
+    print("\nInterrupted: run the same command again, it keeps what is complete.", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
     sys.exit(main())

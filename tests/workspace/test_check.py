@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Run
+from hub import SUNDRIES, Hub
 
 Invoke = Callable[..., Run]
 CONFIG = {
@@ -345,7 +345,8 @@ def test_a_table_fits_a_terminal_of_eighty_columns(
 
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    facts = {"name": "a/b", "folder": None, "download_bytes": 2**33, "parameters": 10**9, "trained_parameters": 10**7}
+    facts = {"name": "a/b", "revision": None, "commit": None, "folder": None, "download_bytes": 2**33}
+    facts |= {"parameters": 10**9, "trained_parameters": 10**7}
     screen.show("model", facts)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 2 and any("get_model" in line for line in lines)
@@ -372,78 +373,50 @@ invoke_olive.main()
 # --------------------------------------------------------------------------------------- models that are not here
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Knows me/tiny and me/gated: their files' sizes and config.json."""
-
-    asked: list[str]
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        self.asked.append(path)
-        if "me/" not in path:
-            return self.answer(404, b"{}")
-        if path.startswith("/api/models/"):
-            files = [
-                {"rfilename": "model.safetensors", "size": 3 * 2**30},
-                {"rfilename": "pytorch_model.bin", "size": 9},
-            ]
-            facts = {"id": "me/tiny", "sha": "0" * 40, "gated": "manual" if "gated" in path else False}
-            return self.answer(200, json.dumps(facts | {"siblings": files}).encode())
-        return self.answer(200, json.dumps(CONFIG).encode())
-
-    def answer(self, status: int, body: bytes) -> None:
-        """Send one answer."""
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        if status == 404:
-            self.send_header("X-Error-Code", "RepoNotFound")
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Serve a hub on this machine; gives the paths that it was asked for."""
-    import huggingface_hub
-    from huggingface_hub import constants, hf_api
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """Serve a hub on this machine that has me/tiny and me/gated; their weights are zeros."""
+    from huggingface_hub import constants
 
-    asked: list[str] = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Asked", (Hub,), {"asked": asked}))
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(hf_api.HfApi, "__init__", with_endpoint(hf_api.HfApi.__init__, address))
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    yield asked
-    server.shutdown()
-    server.server_close()
+    weights = tmp_path / "model.safetensors"
+    with weights.open("wb") as file:
+        file.truncate(120 * 2**20)
+    model = {"config.json": json.dumps(CONFIG).encode(), "tokenizer.json": b"{}", "model.safetensors": weights}
+    old = {"config.json": b"{}", "tokenizer.json": b"{}", "pytorch_model.bin": b"9"}
+    with Hub() as server:
+        server.add("me/tiny", SUNDRIES | model | {"pytorch_model.bin": b"9"})
+        server.add("me/gated", SUNDRIES | model, gated=True)
+        server.add("me/old", SUNDRIES | old)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield server
 
 
-def with_endpoint(function: Any, address: str) -> Any:
-    return lambda self, endpoint=None, **options: function(self, endpoint=address, **options)
-
-
-def test_a_model_that_is_not_here_is_sized_by_the_hub_and_is_no_error(invoke: Invoke, hub: list[str]) -> None:
+def test_a_model_that_is_not_here_is_sized_by_the_hub_and_is_no_error(invoke: Invoke, hub: Hub) -> None:
     run = invoke("--check", edit=lambda text: text.replace("models/demo", "me/tiny"))
     assert run.status == 0, run.err
-    assert "a download of 3.00 GiB: python setup/get_model.py" in run.out
+    assert "a download of 0.12 GiB: python setup/get_model.py" in run.out
     assert "estimated from characters" in run.out
     assert "Next: python setup/get_model.py" in run.out
-    assert len(hub) == 2, "a few KB: the model's facts and its config.json"
+    assert len(hub.asked) == 2, "a few KB: the model's facts and its config.json"
 
 
-def test_a_gated_model_without_a_token_is_refused(invoke: Invoke, hub: list[str]) -> None:
+def test_old_weights_are_refused_before_they_are_fetched(invoke: Invoke, hub: Hub) -> None:
+    run = invoke("--check", edit=lambda text: text.replace("models/demo", "me/old"))
+    assert run.status == 1 and "me/old has its weights as pytorch_model.bin alone" in run.err
+
+
+def test_a_gated_model_without_a_token_is_refused(invoke: Invoke, hub: Hub) -> None:
     run = invoke("--check", edit=lambda text: text.replace("models/demo", "me/gated"))
     assert run.status == 1
     assert "me/gated is gated: accept its licence on" in run.err and "HF_TOKEN" in run.err
 
 
-def test_a_model_that_the_hub_does_not_know_is_refused(invoke: Invoke, hub: list[str]) -> None:
+def test_a_model_that_the_hub_does_not_know_is_refused(invoke: Invoke, hub: Hub) -> None:
     run = invoke("--check", edit=lambda text: text.replace("models/demo", "you/nothing"))
     assert run.status == 1 and "you/nothing does not exist on the hub or is private" in run.err
 
@@ -456,7 +429,7 @@ def test_offline_the_check_says_what_it_cannot_know_and_goes_on(invoke: Invoke) 
 
 
 def test_a_hub_that_never_answers_does_not_hold_the_check(
-    workspace: Path, hub: list[str], monkeypatch: pytest.MonkeyPatch
+    workspace: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import model_facts
 

@@ -418,9 +418,9 @@ REFUSED = [
         "torch",
         f"The adapter in models/adapter .*does not fit .*models/demo.*: {TUNE} --fresh`",
     ),
-    (no_base, "torch", rf"The base model models/demo is (not on this machine|missing): {GET}"),
-    (torn_base, "torch", rf"The (base )?model .*\(.*\): delete .* and {GET}"),
-    (torn_base_settings, "torch", rf"The (base )?model .*\(.*config.json.*\): delete .* and {GET}"),
+    (no_base, "torch", f"models/demo is not on this machine yet: {GET}, which builds it"),
+    (torn_base, "torch", rf"models/demo is not whole \(.*\): {GET}, which builds it again"),
+    (torn_base_settings, "torch", rf"models/demo is not whole \(.*\): {GET}, which builds it again"),
     (
         no_export,
         "onnx",

@@ -67,7 +67,7 @@ assert not {"torch", "transformers", "olive", "datasets"} & set(sys.modules)
         (lambda text: text.replace("type: LoRA", "type: Lora2"), "none of LoRA, QLoRA"),
         (lambda text: text.replace("type: LoRA", "type: QLoRA"), "is missing"),
         (lambda text: text.replace("sample-train", "absent"), "dataset/absent.jsonl is not there"),
-        (lambda text: text.replace("models/demo", "models/absent"), "the folder models/absent is not there"),
+        (lambda text: text.replace("models/demo", "models/absent"), "/models/absent is not there"),
         (lambda text: text.replace("models/demo", "nobody/nothing"), "run `python setup/get_model.py`"),
     ],
 )

@@ -52,6 +52,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"data_configs: [{{name: train, pre_process_data_config: {{system_prompt: {SYSTEM_PROMPT}}}}}]\n"
         "passes: {finetune: {type: LoRA, torch_dtype: float32}}\n"
     )
+    shutil.copy(INFERENCE.parent / "setup/model_folder.py", root / "setup")
     (root / "setup/model.yaml").write_text(f"chat_template: {json.dumps(TEMPLATE)}\n")
     return root
 
@@ -150,7 +151,7 @@ def not_downloaded(root: Path) -> None:
             r"No tuned model yet \(models/run.json is missing\): run `python finetuning/invoke.*`, or .*--baseonly",
         ),
         (torn_run, r"models/run.json is torn or incomplete .*invoke_olive.py` again, or .*--baseonly"),
-        (incomplete_run, r"models/run.json is torn or incomplete \(KeyError: 'revision'\)"),
+        (incomplete_run, r"models/run.json is torn or incomplete \(it has no 'revision'\)"),
         (unnamed_adapter, r"The adapter in None is missing or torn"),
         (no_adapter, r"The adapter in models/adapter is missing or torn .*invoke_olive.py` again"),
         (torn_adapter, r"The adapter in models/adapter is missing or torn"),
@@ -159,9 +160,9 @@ def not_downloaded(root: Path) -> None:
             other_base,
             r"The adapter in models/adapter was trained on models/other, but models/run.json names models/demo",
         ),
-        (no_base, r"The base model models/demo is not on this machine: run `python setup/get_model.py`"),
-        (no_folder, r"The base model ../mine is not on this machine: put the folder back"),
-        (not_downloaded, r"The base model someone/some-model is not on this machine: run `python setup/get_model.py`"),
+        (no_base, "models/demo is not on this machine yet: run `python setup/get_model.py`, which builds it"),
+        (no_folder, r"The folder .*\.\./mine is not there: put the model there, or correct model_path"),
+        (not_downloaded, "someone/some-model is not on this machine yet: run `python setup/get_model.py`"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -620,7 +621,10 @@ def test_a_torn_base_model_is_an_error(tuned: Path, tmp_path: Path) -> None:
     shutil.copytree(tuned, root)
     weights = root / "models/demo/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ChatError, match="The base model models/demo is torn or only partly there"):
+    with pytest.raises(
+        ChatError,
+        match=r"models/demo is not whole \(model.safetensors .*\): run `python setup/get_model.py`, which builds it again",
+    ):
         load(root=root)
 
 

@@ -50,7 +50,7 @@ def engine(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         from torch_backend import TorchBackend
 
         source = Source("models/demo", None, "models/adapter", "lora", "float32", "", run)
-        backend = TorchBackend(source, root)
+        backend = TorchBackend(source, root / "models/demo", root)
         words = [backend.decode([token]) for token in range(backend.model.config.vocab_size)]
         settings = backend.model.generation_config
         settings.suppress_tokens = [token for token, word in enumerate(words) if not re.fullmatch(r" ?[a-z]+", word)]

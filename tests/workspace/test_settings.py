@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import RENDERED, REPOSITORY, Run
+from hub import SUNDRIES, Hub
 
 Invoke = Callable[..., Run]
 FILE = "finetuning/olive-config.yaml"
@@ -170,14 +171,18 @@ def change(text: str, changes: dict[str, Any]) -> str:
 def places(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Put models and data beside the sample: another model, one in the hub's cache, a file, a folder as on the hub."""
     import tiny_model
-    from huggingface_hub import constants
+    from huggingface_hub import constants, snapshot_download
 
     if not tiny_model.DEMO.is_dir():
         tiny_model.build_demo()
     shutil.copytree(tiny_model.DEMO, workspace / "models" / "other")
-    hub = tmp_path_factory.mktemp("hub")
-    for commit in ("a" * 40, "b" * 40):
-        shutil.copytree(tiny_model.DEMO, hub / "models--someone--demo" / "snapshots" / commit)
+    cache = tmp_path_factory.mktemp("hub")
+    with Hub() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for commit in ("a" * 40, "b" * 40):
+            model = {path.name: path for path in tiny_model.DEMO.iterdir()}
+            hub.add("someone/demo", SUNDRIES | model | {"NOTICE": commit.encode()}, commit=commit)
+            snapshot_download("someone/demo", revision=commit, cache_dir=cache, endpoint=hub.url)
     rows = [{"prompt": f"Hooray {i}!", "completion": "joy", "text": f"We won {i}."} for i in range(48)]
     (workspace / "dataset" / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (workspace / "dataset" / "folder").mkdir()
@@ -185,7 +190,7 @@ def places(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         lines = "".join(json.dumps(row) + "\n" for row in part)
         (workspace / "dataset" / "folder" / f"{name}.jsonl").write_text(lines)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HUB_CACHE", str(hub))
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         yield
 
 

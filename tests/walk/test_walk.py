@@ -1,0 +1,21 @@
+"""A model from the hub goes the whole way: get_model → check → train → chat with the base → chat → export.
+
+As a user goes it: a rendered workspace, each step a process of its own. Two walks here, all of them in
+test_every_walk.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hub import Hub
+from walks import Named, environment_of, walk, workspace_for
+
+
+@pytest.mark.parametrize("way", ["main", "catalogue"])
+def test_a_model_from_the_hub_goes_the_whole_way(
+    hub: Hub, ways: dict[str, Named], tiny: Path, tmp_path: Path, way: str
+) -> None:
+    workspace = workspace_for(ways[way], tmp_path / "workspace", tiny)
+    walk(workspace, environment_of(hub, tmp_path / "cache"), ways[way].commit, "onnx")
