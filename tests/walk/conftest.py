@@ -5,7 +5,6 @@ These tests run in the environment of a workspace (see the Makefile), with the n
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,16 +12,23 @@ from pathlib import Path
 
 import pytest
 from hub import SUNDRIES, Hub
-from walks import CATALOGUED, FOLDER, PINNED, RENDERED, TINY, Named
+from walks import CATALOGUED, FOLDER, PINNED, TINY, Named, render
+
+BUILD = """
+import yaml
+from dataset import chat_rows
+from tiny_model import ROOT, SAMPLE, build
+facts = yaml.safe_load((ROOT / "setup" / "model.yaml").read_text(encoding="utf-8"))
+build(ROOT / "models" / "tiny", facts, chat_rows("train", train_file=str(SAMPLE), held_out_file=str(SAMPLE)))
+"""
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the demo model with a workspace's own script; it stands for every model here."""
-    workspace = tmp_path_factory.mktemp("demo") / "workspace"
-    shutil.copytree(RENDERED, workspace, ignore=shutil.ignore_patterns(".venv*", "models", ".git"))
-    subprocess.run([sys.executable, workspace / "finetuning" / "tiny_model.py"], check=True, capture_output=True)
-    return workspace / "models" / "demo"
+    """Build a small llama that knows the form of the sample task; it stands for every model here."""
+    workspace = render(tmp_path_factory.mktemp("tiny") / "workspace", model="custom", custom_model_id=TINY)
+    subprocess.run([sys.executable, "-c", BUILD], cwd=workspace / "finetuning", check=True, capture_output=True)
+    return workspace / "models" / "tiny"
 
 
 @pytest.fixture(scope="session")

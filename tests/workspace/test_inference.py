@@ -623,7 +623,7 @@ def test_a_torn_base_model_is_an_error(tuned: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(
         ChatError,
-        match=r"models/demo is not whole \(model.safetensors .*\): run `python setup/get_model.py`, which builds it again",
+        match=r"models/demo is not whole \(model.safetensors .*\): run `python setup/get_model.py`, which builds it",
     ):
         load(root=root)
 

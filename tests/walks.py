@@ -13,14 +13,20 @@ from pathlib import Path
 
 from hub import Hub
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-RENDERED = Path(os.environ.get("WORKSPACE", REPOSITORY / ".cache" / "workspace"))
+REPOSITORY = Path(__file__).resolve().parents[1]
 TINY, CATALOGUED = "me/tiny", "HuggingFaceTB/SmolLM2-135M-Instruct"
 PINNED = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 FOLDER = "./models/mine"
 # How the settings name the model.
 WAYS = ("commit", "tag", "main", "none", "branch", "proposal", "catalogue", "folder")
-SHORT = {"max_steps": 60, "learning_rate": 0.004, "max_seq_len": 256, "train_batch_size": 16, "eval_batch_size": 64}
+SHORT = {  # as the demo's: what it learns shows
+    "epochs": 8,
+    "learning_rate": 0.004,
+    "max_seq_len": 256,
+    "train_batch_size": 16,
+    "eval_batch_size": 32,
+    "gradient_accumulation_steps": 1,
+}
 COPIER = REPOSITORY / ".venv" / "bin" / "copier"
 
 
