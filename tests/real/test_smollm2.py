@@ -18,13 +18,13 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+import four_bits
 import pytest
 from hub import SUNDRIES, Hub
 from real_walk import Walk, set_in
 from walks import CATALOGUED, PINNED, REPOSITORY, environment_of, render
 
 MODEL = REPOSITORY / ".cache" / "smollm2"
-FOUR_BITS = REPOSITORY / ".cache" / "bitsandbytes"
 SETTINGS = {
     "max_steps": 40,
     "learning_rate": 0.002,
@@ -214,34 +214,21 @@ def test_it_is_exported_merged_and_in_four_bits(walk: Walk) -> None:
     assert said in {row[-1]["content"] for row in walk.rows("sample-train.jsonl")}
 
 
-# bitsandbytes 0.50 packs a layer at its first evaluation where the processor has AVX512-BF16, and computes wrong
-# gradients from then on: a GPU is not concerned, and a CPU is right without the packing.
-RUN_IN_FOUR_BITS = """
-import runpy, sys
-import bitsandbytes.nn.modules
-bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def test_qlora_trains_it_in_four_bits(walk: Walk) -> None:
-    if not (FOUR_BITS / "bitsandbytes").is_dir():
+    if not (four_bits.PACKAGES / "bitsandbytes").is_dir():
         pytest.skip("bitsandbytes is not in .cache: `make test` puts it there")
     config = walk.root / "finetuning" / "olive-config.yaml"
     text = config.read_text(encoding="utf-8")
-    four_bits = "    type: QLoRA\n    quant_type: nf4\n    double_quant: true\n    compute_dtype: float32\n"
-    changed, found = re.subn(r"(?m)^    type: LoRA .*\n", four_bits, text)
+    settings = "    type: QLoRA\n    quant_type: nf4\n    double_quant: true\n    compute_dtype: float32\n"
+    changed, found = re.subn(r"(?m)^    type: LoRA .*\n", settings, text)
     changed = re.sub(r"(?m)^    target_modules: .*\n", "", changed)
     assert found
     config.write_text(changed, encoding="utf-8")
     set_in(walk.root, max_steps=10, eval_steps=5, save_steps=5)
-    command = [sys.executable, "-c", RUN_IN_FOUR_BITS, str(walk.root / "finetuning" / "invoke_olive.py"), "--fresh"]
-    environment = walk.environment | {"PYTHONPATH": str(FOUR_BITS)}
+    command = [sys.executable, four_bits.__file__, str(walk.root / "finetuning" / "invoke_olive.py"), "--fresh"]
     started = time.monotonic()
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
+        done = subprocess.run(command, env=walk.environment, capture_output=True, encoding="utf-8", check=False)
     finally:
         config.write_text(text, encoding="utf-8")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import four_bits
 import pytest
-from conftest import REPOSITORY, Run, catalogue
+from conftest import Run, catalogue
 
 Invoke = Callable[..., Run]
 SHORT = {"max_steps": 20}
@@ -259,8 +259,7 @@ def test_the_smoke_run_works_for_every_model_of_the_catalogue(
 
 
 def test_qlora_trains_and_chats_in_four_bits(workspace: Path, renders: Path) -> None:
-    four_bits = REPOSITORY / ".cache" / "bitsandbytes"
-    if not (four_bits / "bitsandbytes").is_dir():
+    if not (four_bits.PACKAGES / "bitsandbytes").is_dir():
         pytest.skip("bitsandbytes is not in .cache: `make test` puts it there")
     config = (renders / "demo-qlora" / "finetuning" / "olive-config.yaml").read_text(encoding="utf-8")
     for gpu, cpu in (("paged_adamw_8bit", "adamw_torch"), ("device: gpu", "device: cpu"), ("bfloat16", "float32")):
@@ -268,12 +267,10 @@ def test_qlora_trains_and_chats_in_four_bits(workspace: Path, renders: Path) -> 
         config = config.replace(gpu, cpu)
     path = workspace / "finetuning" / "olive-config.yaml"
     original = path.read_text(encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(four_bits)}  # not in the lock for the CPU: it starts slowly
 
     def script(*command: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *command], cwd=workspace, env=environment, capture_output=True, text=True
-        )
+        started = [sys.executable, four_bits.__file__, *command]
+        done = subprocess.run(started, cwd=workspace, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
