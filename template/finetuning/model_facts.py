@@ -32,6 +32,7 @@ class Model:
     download: int  # bytes that are missing here; 0 as well where nobody knows
     commit: str | None = None  # of the hub's repository; None: a folder, or not on this machine
     problem: str | None = None  # why it cannot be fetched, and what to do
+    own_template: bool = True  # whether its tokenizer brings a chat template, as far as that is known
 
     @property
     def is_demo(self) -> bool:
@@ -51,7 +52,18 @@ def find(config: Mapping[str, Any]) -> Model:
         return elsewhere(name, revision, facts)
     settings = json.loads((found.folder / "config.json").read_text(encoding="utf-8"))
     counted = count_parameters(found.folder, bool((settings.get("text_config") or settings).get("tie_word_embeddings")))
-    return Model(name, revision, str(found.folder), shape_in(settings), counted, 0, found.commit)
+    own_template = has_template(found.folder)
+    return Model(
+        name, revision, str(found.folder), shape_in(settings), counted, 0, found.commit, own_template=own_template
+    )
+
+
+def has_template(folder: Path) -> bool:
+    """Tell whether a tokenizer brings a chat template, in a file of its own or in its settings."""
+    settings = folder / "tokenizer_config.json"
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
 
 
 def count_parameters(folder: Path, tied: bool) -> int:

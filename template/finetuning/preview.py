@@ -72,6 +72,7 @@ def model_facts(model: Model, settings: Settings) -> dict[str, Any]:
         "name": model.name,
         "revision": model.revision,
         "commit": model.commit,
+        "own_template": model.own_template,
         "folder": model.folder,
         "download_bytes": model.download,
         "parameters": model.parameters or (model.shape.parameters if model.shape else None),

@@ -94,7 +94,10 @@ def model_lines(facts: dict[str, Any]) -> Lines:
     if facts["parameters"] is None:
         return [("base", here), ("", "size and needs not known: the hub does not answer, or config.json is unusual")]
     trained = facts["trained_parameters"] / facts["parameters"]
-    return [("base", f"{number(facts['parameters'])} parameters, {here}"), ("adapter", adapter_line(facts, trained))]
+    lines = [("base", f"{number(facts['parameters'])} parameters, {here}"), ("adapter", adapter_line(facts, trained))]
+    if not facts["own_template"]:
+        lines.append(("template", "the model brings no chat template: the one in setup/model.yaml is used"))
+    return lines
 
 
 def adapter_line(facts: dict[str, Any], trained: float) -> str:

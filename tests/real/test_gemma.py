@@ -55,6 +55,7 @@ def test_a_base_model_without_a_chat_template_is_trained_with_the_workspaces_own
     report = json.loads(walk.step("finetuning/invoke_olive.py", "--check", "--json"))
     assert report["problem"] is None
     assert report["model"]["parameters"] == PARAMETERS
+    assert report["model"]["own_template"] is False
     walk.step("finetuning/invoke_olive.py")
     before, after = walk.run["metrics"]["before"], walk.run["metrics"]["after"]
     assert after["eval_loss"] < 0.5 * before["eval_loss"]

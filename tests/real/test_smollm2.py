@@ -72,6 +72,7 @@ def test_the_check_counts_parameters_and_tokens_exactly(walk: Walk) -> None:
     assert report["problem"] is None
     assert report["model"]["parameters"] == PARAMETERS
     assert report["model"]["commit"] == PINNED
+    assert report["model"]["own_template"] is True
     counted = sorted(tokens_of(row) for row in walk.rows("sample-train.jsonl"))
     tokens = report["data"]["tokens"]
     assert (tokens["min"], tokens["max"]) == (counted[0], counted[-1])

@@ -346,7 +346,7 @@ def test_a_table_fits_a_terminal_of_eighty_columns(
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     facts = {"name": "a/b", "revision": None, "commit": None, "folder": None, "download_bytes": 2**33}
-    facts |= {"parameters": 10**9, "trained_parameters": 10**7}
+    facts |= {"parameters": 10**9, "trained_parameters": 10**7, "own_template": False}
     screen.show("model", facts)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 2 and any("get_model" in line for line in lines)
