@@ -1,156 +1,335 @@
-"""Run before and after Copier merges a newer release into a workspace: what a merge alone would lose or get wrong.
+"""Run before and after Copier updates a workspace: what the user has is copied first, and merged anew at the end.
 
-before: files and settings that the template renamed are renamed in the workspace, so that edits move along.
-after:  a file that you edited and that is gone or overwritten comes back; one that you deleted goes again.
+before: refuse what could not end well, while nothing is changed yet; then copy what is there into git's own folder.
+after:  merge each file from the old render, the user's copy and the new render (merging.py), whatever Copier did to it;
+        then say what stayed, what is a conflict, and how to take the update back.
 
-It ends with status 0 whatever happens: an update that stops half-way is worse than one that keeps less.
+Runs with Copier's Python and without any package but Copier and what that brings. It ends with a status above 0 only
+where the update must not go on.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import re
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-# From the release that is named on, a file has another name, or a setting in a file. Never shortened: a workspace may
-# be brought here from any release.
-RENAMED_FILES: dict[str, dict[str, str]] = {}
-RENAMED_SETTINGS: dict[str, dict[str, dict[str, str]]] = {}
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from merging import Entry, merge, read
+
+# Old name → new name of a file, and of a setting in a file that has its new name already. They are followed where the
+# old render has the old name and the new one the new. Never shortened: a workspace may come from any release.
+RENAMED_FILES: dict[str, str] = {}
+RENAMED_SETTINGS: dict[str, dict[str, str]] = {}
+OWNED = ("dataset/*.jsonl",)  # the user's from the first day, as `_skip_if_exists` of copier.yml says
+KEPT = 3  # safety copies
+TAB = "\t"  # before the name in git's listing of the index: mode, hash, stage
+UNDO = "setup/undo_update.py"
+
+
+class Refusal(Exception):  # noqa: N818 - it is no error
+    """Why the update does not begin, and what to do: one sentence."""
 
 
 def main() -> int:
-    """Do the stage that the command line names, in the workspace in the current folder; return 0."""
+    """Do the stage that the command line names, for the workspace in the current folder."""
+    stage, answers_file, template = sys.argv[1:4]
+    update = Update(Path.cwd(), answers_file, Path(template))
     try:
-        stage, version_from, version_to = sys.argv[1:4]
         if stage == "before":
-            before(Path.cwd(), between(version_from, version_to))
+            update.refuse()
+            update.save()
         else:
-            after(Path.cwd())
-    except Exception as error:  # whatever it is, the update has to go on
-        print(f"The update's migration did not work ({error}): compare with `git diff HEAD`.", file=sys.stderr)
+            update.finish()
+    except Refusal as refusal:
+        print(f"The update did not begin, and nothing was changed: {refusal}", file=sys.stderr)
+        return 1
+    except Exception as error:  # whatever it is: the user must know where things stand
+        where = f"take it back with `python {update.undo}`" if stage == "after" else "nothing was changed"
+        print(f"The update stopped ({type(error).__name__}: {error}): {where}.", file=sys.stderr)
+        return 1
     return 0
 
 
-def between(version_from: str, version_to: str) -> Callable[[str], bool]:
-    """Return what tells whether a release is after the one and not after the other; versions are X.Y.Z."""
+class Update:
+    """One update of a workspace: where its copies are, and what it does with them."""
 
-    def number(version: str) -> tuple[int, ...]:
-        found = re.match(r"v?(\d+)\.(\d+)\.(\d+)", version)
-        return tuple(map(int, found.groups())) if found else (0, 0, 0)
+    def __init__(self, workspace: Path, answers_file: str, template: Path) -> None:
+        self.workspace, self.answers_file, self.template = workspace, answers_file, template
+        self.prefix = git(workspace, "rev-parse", "--show-prefix").decode().strip()
+        folder = git(workspace, "rev-parse", "--absolute-git-dir").decode().strip()
+        # a repository may hold several workspaces
+        name = self.prefix.strip("/").replace("/", "!") or "workspace"
+        self.copies = Path(folder) / "copier-finetune" / name
+        self.pending = self.copies / "pending"
 
-    return lambda version: number(version_from) < number(version) <= number(version_to)
+    @property
+    def folder(self) -> Path:
+        """The safety copy of the update that has begun."""
+        return self.copies / self.pending.read_text(encoding="utf-8")
 
+    @property
+    def undo(self) -> Path:
+        """The script that takes the update back: its own copy, as the workspace's may be older, or gone."""
+        with contextlib.suppress(OSError):
+            return self.folder / "undo_update.py"
+        return Path(UNDO)
 
-def before(workspace: Path, crossed: Callable[[str], bool]) -> None:
-    """Rename what the template renamed, here and in the old copy that Copier compares with; note what was edited."""
-    copies = old_copies(workspace)
-    old = copies[0] if len(copies) == 1 else None  # to rename in the copy of another update would spoil that
-    for version, files in RENAMED_FILES.items():
-        for name, new in files.items() if crossed(version) else ():
-            rename(workspace, old, name, new)
-    for version, settings in RENAMED_SETTINGS.items():
-        for name, names in settings.items() if crossed(version) else ():
-            for folder in filter(None, (workspace, old)):
-                rename_settings(folder / name, names)
-            if (workspace / name).is_file():
-                git(workspace, "add", "--", name)  # Copier takes the user's edits from the index
-    note(workspace).write_text(json.dumps(edits(workspace, copies[0] if copies else None)), encoding="utf-8")
+    # ---- before
 
+    def refuse(self) -> None:
+        """Raise Refusal for what an update would lose or leave half done."""
+        if not git(self.workspace, "ls-files", "--", self.answers_file):
+            raise Refusal(
+                f"git does not know {self.answers_file}, so it could not bring anything back: run `git init` in the "
+                "workspace unless it is a part of a larger repository, then `git add -A` and `git commit`."
+            )
+        if not git(self.workspace, "rev-parse", "--verify", "--quiet", "HEAD"):
+            raise Refusal("the repository has no commit yet: run `git add -A` and `git commit`.")
+        if self.pending.exists() and self.has_begun():
+            raise Refusal(
+                f"an update before this one was interrupted: take it back with `python {self.undo}`, then try again."
+            )
+        hidden = [line[2:] for line in self.listed("ls-files", "-v", "-z") if line.startswith("S ")]
+        if hidden:
+            raise Refusal(f"the checkout is sparse ({hidden[0]} is not here): run `git sparse-checkout disable`.")
+        for name in self.names_of_template():
+            for parent in list(Path(name).parents)[:-1]:
+                if (self.workspace / parent).is_symlink():
+                    raise Refusal(
+                        f"{parent} is a link, and Copier writes through none: put the folder itself there, and a link "
+                        "to it where it is now."
+                    )
 
-def after(workspace: Path) -> None:
-    """Bring back what the user edited and the update removed or overwrote; remove what the user had removed."""
-    if not note(workspace).is_file():
-        return
-    noted = json.loads(note(workspace).read_text(encoding="utf-8"))
-    note(workspace).unlink()
-    for name in noted["edited"]:
-        mine = git(workspace, "show", f":2:./{name}") or git(workspace, "show", f":0:./{name}")
-        file = workspace / name
-        if not file.exists():
-            why = "is not a part of the workspace any more; yours is kept"
-        elif b"\0" in mine and file.read_bytes() != mine:
-            why = "is not text, and cannot be merged; yours is kept"
-        else:
-            continue
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(mine)
-        print(f"{name} {why}.", file=sys.stderr)
-    for name in noted["deleted"]:
-        (workspace / name).unlink(missing_ok=True)
+    def has_begun(self) -> bool:
+        """Tell whether the update that is noted changed anything: a question may have failed, which changes nothing."""
+        state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        return any(read(self.workspace, name) != read(self.folder / "mine", name) for name in state["names"])
 
+    def save(self) -> None:
+        """Copy what the user has, and the old render beside it, into a folder of git's."""
+        old = self.old_render()
+        name = datetime.now(UTC).strftime("%Y-%m-%d-%H%M%S-%f")
+        folder = self.copies / f".{name}"
+        shutil.copytree(old, folder / "old", symlinks=True, ignore=shutil.ignore_patterns(".git"))
+        shutil.rmtree(self.copies / "old", ignore_errors=True)
+        names = set(files(folder / "old")) | self.names_of_template() | {self.answers_file}
+        for path in sorted(names):
+            source, target = self.workspace / path, folder / "mine" / path
+            if source.is_symlink() or source.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target, follow_symlinks=False)
+        top = Path(git(self.workspace, "rev-parse", "--show-toplevel").decode().rstrip("\n"))
+        state = {
+            "prefix": self.prefix,
+            "names": sorted(names),
+            "index": self.listed("ls-files", "--stage", "-z"),
+            "gone": split(git(top, "ls-files", "--deleted", "-z")),
+        }
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        shutil.copy2(self.template / "template" / UNDO, folder / "undo_update.py")
+        folder.rename(self.copies / name)
+        self.pending.write_text(name, encoding="utf-8")
 
-def old_copies(workspace: Path) -> list[Path]:
-    """Return the folder with the workspace as the old release rendered it; none where it cannot be found.
+    def names_of_template(self) -> set[str]:
+        """Return the names that the new template may write, whatever the answers are."""
+        sources = files(self.template / "template")
+        return {name.removesuffix(".jinja") for name in sources if "{" not in name}
 
-    Copier makes it before this runs, in the folder for temporary files, and does not say where. It has these answers,
-    and is no repository yet. Several are equal: updates that began at the same moment.
-    """
-    place = git(workspace, "rev-parse", "--show-prefix").decode().strip()
-    answers = (workspace / ".copier-answers.yml").read_bytes()
-    copies = []
-    for folder in Path(tempfile.gettempdir()).glob("*old_copy.*"):
+    def old_render(self) -> Path:
+        """Return the workspace as the old release rendered it. Raises Refusal when it cannot be had.
+
+        Copier makes it before this runs, in the folder for temporary files, and does not say where: it is the one with
+        the same answers that is no repository yet.
+        """
+        import yaml
+
+        answers = yaml.safe_load((self.workspace / self.answers_file).read_text(encoding="utf-8"))
+        for folder in sorted(Path(tempfile.gettempdir()).glob("*old_copy.*")):
+            with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+                rendered = folder / self.prefix
+                text = (rendered / self.answers_file).read_text(encoding="utf-8")
+                if yaml.safe_load(text) == answers and not (folder / ".git").exists():
+                    return rendered
+        folder = self.copies / "old"
         try:
-            same = (folder / place / ".copier-answers.yml").read_bytes() == answers
-        except OSError:
-            continue  # another's, or gone by now
-        if same and not (folder / ".git").exists():
-            copies.append(folder / place)
-    return copies
+            return self.render(str(answers["_src_path"]), str(answers["_commit"]), folder)
+        except Exception as error:
+            raise Refusal(
+                f"the old release cannot be rendered ({error}): see whether _src_path and _commit in "
+                f"{self.answers_file} are still there."
+            ) from error
+
+    # ---- after
+
+    def finish(self) -> None:
+        """Merge every file from its three copies, and say how the update ended."""
+        folder = self.folder
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        new = self.render(str(self.template), "HEAD", folder / "new")  # Copier's own is gone by now
+        self.restore_index(state["index"])
+        said, conflicts = self.merge_files(folder, state, new)
+        self.put_back_others(state)
+        for line in said:
+            print(line, file=sys.stderr)
+        (folder / "done").touch()
+        self.pending.unlink()
+        for older in sorted(path for path in self.copies.iterdir() if (path / "done").exists())[:-KEPT]:
+            shutil.rmtree(older, ignore_errors=True)
+        found = f"{len(conflicts)} conflicts, which `git diff` shows" if conflicts else "no conflict"
+        print(f"The update ended with {found}. `python {UNDO}` takes it back.", file=sys.stderr)
+
+    def render(self, template: str, release: str, folder: Path) -> Path:
+        """Render a release with the workspace's answers into a folder of its own."""
+        from copier import run_copy
+
+        shutil.rmtree(folder, ignore_errors=True)
+        answers = folder / self.answers_file
+        answers.parent.mkdir(parents=True)
+        shutil.copy2(self.workspace / self.answers_file, answers)
+        options: dict[str, Any] = {"defaults": True, "overwrite": True, "quiet": True, "skip_tasks": True}
+        with contextlib.redirect_stderr(io.StringIO()):
+            run_copy(template, folder, answers_file=self.answers_file, vcs_ref=release, **options)
+        shutil.copy2(self.workspace / self.answers_file, answers)  # which says where this template lies just now
+        return folder
+
+    def merge_files(self, folder: Path, state: dict[str, Any], new: Path) -> tuple[list[str], list[str]]:
+        """Give every name what it holds after the update; return what to say, and the names with conflicts."""
+        renames = dict(self.renames(files(folder / "old"), files(new)))
+        said, conflicts = [], []
+        for name in sorted({*state["names"], *files(new)}):
+            if name in renames.values():
+                continue  # comes with its old name
+            target = renames.get(name, name)
+            old, mine = read(folder / "old", name), read(folder / "mine", name)
+            theirs = read(new, target)
+            if any(fnmatch(name, pattern) for pattern in OWNED) and mine:
+                theirs = mine
+            outcome = merge(target, old, mine, theirs, RENAMED_SETTINGS.get(target))
+            if target != name:
+                self.write(name, None)
+                own = read(folder / "mine", target)
+                if own and outcome.entry:  # the user has a file of that name
+                    outcome = merge(target, None, own, outcome.entry)
+            self.write(target, outcome.entry)
+            said += outcome.notes
+            if outcome.conflict:
+                conflicts.append(target)
+                self.mark_conflict(target, outcome.conflict)
+        return said, conflicts
+
+    @staticmethod
+    def renames(old: set[str], new: set[str]) -> Iterator[tuple[str, str]]:
+        """Yield the files that the template renamed between the two renders, also over several releases."""
+        for name in old - new:
+            target = name
+            while target in RENAMED_FILES and target not in new:
+                target = RENAMED_FILES[target]
+            if target != name and target in new and target not in old:
+                yield name, target
+
+    def write(self, name: str, entry: Entry | None) -> None:
+        """Let a name hold an entry; a file is never seen half written."""
+        path = self.workspace / name
+        if entry == read(self.workspace, name):
+            return
+        if path.is_dir() and not path.is_symlink():
+            return  # the user has put a folder there
+        if entry is None:
+            path.unlink(missing_ok=True)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.new")
+        unfinished.unlink(missing_ok=True)
+        if entry.is_link:
+            unfinished.symlink_to(entry.data.decode())
+        else:
+            unfinished.write_bytes(entry.data)
+            mode = (path if path.is_file() else unfinished).stat().st_mode & 0o666
+            unfinished.chmod(mode | (mode >> 2 & 0o111 if entry.executable else 0))
+        unfinished.replace(path)
+
+    # ---- git
+
+    def listed(self, *arguments: str) -> list[str]:
+        """Run git in the workspace, and return the names or lines that it separates by NUL."""
+        return split(git(self.workspace, *arguments))
+
+    def restore_index(self, lines: list[str]) -> None:
+        """Give the index what it had before the update: Copier may have marked conflicts of its own."""
+        now = self.listed("ls-files", "--stage", "-z")
+        changed = [f"0 {'0' * 40}\t{self.prefix}{line.partition(TAB)[2]}" for line in now if line not in lines]
+        for line in lines:
+            facts, _, name = line.partition(TAB)
+            if line not in now:
+                changed.append(f"{facts}\t{self.prefix}{name}")
+        self.update_index(changed)
+
+    def mark_conflict(self, name: str, sides: tuple[bytes | None, bytes, bytes]) -> None:
+        """Note a conflict in the index, so that git shows it as one."""
+        lines = [f"0 {'0' * 40}\t{self.prefix}{name}"]
+        for stage, data in enumerate(sides, start=1):
+            if data is not None:
+                digest = git(self.workspace, "hash-object", "-w", "--stdin", given=data).decode().strip()
+                lines.append(f"100644 {digest} {stage}\t{self.prefix}{name}")
+        self.update_index(lines)
+
+    def update_index(self, lines: list[str]) -> None:
+        """Change entries of the index; an editor may hold its lock for a moment."""
+        given = "".join(f"{line}\0" for line in lines).encode(errors="surrogateescape")
+        for _ in range(40):
+            command = ["git", "update-index", "-z", "--index-info"]
+            done = subprocess.run(command, cwd=self.workspace, input=given, capture_output=True, check=False)
+            if done.returncode == 0:
+                return
+            time.sleep(0.25)
+        raise OSError(done.stderr.decode(errors="replace").strip())
+
+    def put_back_others(self, state: dict[str, Any]) -> None:
+        """Let what is no part of the template be as it was: Copier may have written or restored it."""
+        names = set(state["names"])
+        lines = [line.partition("\t")[2] for line in state["index"]]
+        ours = [name for name in lines if name not in names]
+        for name in self.listed("ls-files", "--modified", "--deleted", "-z"):
+            if name in ours:
+                git(self.workspace, "checkout-index", "--force", "--", name)
+        top = Path(git(self.workspace, "rev-parse", "--show-toplevel").decode().rstrip("\n"))
+        for name in state["gone"]:
+            if not name.startswith(self.prefix) or name[len(self.prefix) :] not in names:
+                (top / name).unlink(missing_ok=True)
 
 
-def rename(workspace: Path, old: Path | None, name: str, new: str) -> None:
-    """Rename a file in the workspace, for git too, and in the old copy; leave one that is gone or in the way."""
-    if not (workspace / name).is_file() or (workspace / new).exists():
-        return
-    (workspace / new).parent.mkdir(parents=True, exist_ok=True)
-    git(workspace, "mv", "--", name, new)
-    if old and (old / name).is_file():
-        (old / new).parent.mkdir(parents=True, exist_ok=True)
-        (old / name).rename(old / new)
+def files(folder: Path) -> set[str]:
+    """Return the names of the files and links below a folder, without those of a repository."""
+    found = set()
+    for parent, folders, names in os.walk(folder):
+        if ".git" in folders:
+            folders.remove(".git")
+        links = [name for name in folders if (Path(parent) / name).is_symlink()]
+        found |= {(Path(parent) / name).relative_to(folder).as_posix() for name in [*names, *links]}
+    return found
 
 
-def rename_settings(file: Path, names: dict[str, str]) -> None:
-    """Rename settings of a YAML or TOML file, each at the start of a line; values and comments stay."""
-    if file.is_file():
-        text = file.read_bytes()
-        for name, new in names.items():
-            text = re.sub(rb"(?m)^(\s*)%s(?=\s*[:=])" % re.escape(name.encode()), rb"\g<1>" + new.encode(), text)
-        file.write_bytes(text)
+def split(output: bytes) -> list[str]:
+    """Return what git separates by NUL."""
+    return [part for part in output.decode(errors="surrogateescape").split("\0") if part]
 
 
-def edits(workspace: Path, old: Path | None) -> dict[str, list[str]]:
-    """Return the files of the template that the user edited, and those that the user deleted.
-
-    Without the old copy, every file in git counts as edited: rather one too many stays than one is lost.
-    """
-    # Each line: mode, hash, stage, tab, name; the names are relative to the workspace.
-    lines = [line.split("\t", 1) for line in git(workspace, "ls-files", "--stage", "-z").decode().split("\0") if line]
-    mine = {name: facts.split()[1] for facts, name in lines}
-    if old is None:
-        return {"edited": [*mine], "deleted": []}
-    rendered = [path.relative_to(old).as_posix() for path in old.rglob("*") if path.is_file()]
-    both = [name for name in rendered if name in mine and name != ".copier-answers.yml"]
-    paths = "".join(f"{old / name}\n" for name in both)
-    hashes = git(workspace, "hash-object", "--no-filters", "--stdin-paths", given=paths).decode().split()
-    return {
-        "edited": [name for name, theirs in zip(both, hashes, strict=True) if mine[name] != theirs],
-        "deleted": [name for name in rendered if not (workspace / name).exists()],
-    }
-
-
-def note(workspace: Path) -> Path:
-    """Return the file that carries what was edited from one stage to the other: git's folder, where it is in no way."""
-    return workspace / git(workspace, "rev-parse", "--git-path", "copier-finetune-edits.json").decode().strip()
-
-
-def git(workspace: Path, *arguments: str, given: str = "") -> bytes:
-    """Run git in the workspace, and return what it says; nothing when it fails."""
-    command = ["git", *arguments]
-    return subprocess.run(command, cwd=workspace, input=given.encode(), capture_output=True, check=False).stdout
+def git(folder: Path, *arguments: str, given: bytes = b"") -> bytes:
+    """Run git in a folder, and return what it says; nothing when it fails."""
+    command = ["git", "-c", "core.quotePath=false", *arguments]
+    return subprocess.run(command, cwd=folder, input=given, capture_output=True, check=False).stdout
 
 
 if __name__ == "__main__":

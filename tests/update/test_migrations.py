@@ -12,8 +12,8 @@ from copier import run_copy, run_update
 from .conftest import OPTIONS, ROOT, commit, contents, release, working_tree
 
 CONFIG = "finetuning/olive-config.yaml"
-FILES = '{"1.1.0": {"finetuning/smoke.py": "finetuning/rehearse.py"}}'
-SETTINGS = '{"1.2.0": {"finetuning/olive-config.yaml": {"max_rows": "row_limit"}}}'
+FILES = '{"finetuning/smoke.py": "finetuning/rehearse.py"}'
+SETTINGS = '{"finetuning/olive-config.yaml": {"max_rows": "row_limit"}}'
 
 
 def replace(file: Path, old: str, new: str) -> None:
@@ -32,10 +32,10 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "template/finetuning/rehearse.py").open("a") as file:
         file.write("# since v1.1.0\n")
     hook = folder / "hooks/migrate.py"
-    replace(hook, "RENAMED_FILES: dict[str, dict[str, str]] = {}", f"RENAMED_FILES = {FILES}")
+    replace(hook, "RENAMED_FILES: dict[str, str] = {}", f"RENAMED_FILES = {FILES}")
     release(folder, "v1.1.0")
     replace(folder / f"template/{CONFIG}.jinja", "max_rows: null  #", "row_limit: null  # new words:")
-    replace(hook, "RENAMED_SETTINGS: dict[str, dict[str, dict[str, str]]] = {}", f"RENAMED_SETTINGS = {SETTINGS}")
+    replace(hook, "RENAMED_SETTINGS: dict[str, dict[str, str]] = {}", f"RENAMED_SETTINGS = {SETTINGS}")
     release(folder, "v1.2.0")
     models = folder / "catalog/models.yml"
     before, entry = models.read_text(encoding="utf-8").split("  - id: phi-2\n")
@@ -79,15 +79,16 @@ def test_a_renamed_setting_keeps_the_value_of_the_user(template: Path, tmp_path:
     assert (workspace / "finetuning/rehearse.py").exists() and not (workspace / "finetuning/smoke.py").exists()
 
 
-def test_a_renamed_setting_whose_line_both_changed_is_one_conflict(template: Path, tmp_path: Path) -> None:
+def test_a_renamed_setting_keeps_the_user_s_value_and_takes_the_template_s_comment(
+    template: Path, tmp_path: Path
+) -> None:
     workspace = workspace_of(template, tmp_path / "ws/tone")
     replace(workspace / CONFIG, "max_rows: null", "max_rows: 100")
     commit(workspace, "My edits")
     run_update(workspace, vcs_ref="v1.2.0", **OPTIONS)
     text = (workspace / CONFIG).read_text(encoding="utf-8")
-    mine, theirs = text.partition("<<<<<<< before updating\n")[2].split("=======\n")[:2]
-    assert mine.strip().startswith("row_limit: 100  #") and theirs.strip().startswith("row_limit: null  # new words:")
-    assert text.count("<<<<<<<") == 1
+    assert "row_limit: 100  # new words:" in text
+    assert "<<<<<<<" not in text and "max_rows" not in text
 
 
 def test_a_deprecated_model_is_kept_and_its_successor_is_named(template: Path, tmp_path: Path) -> None:
@@ -138,12 +139,14 @@ def test_a_conflict_in_the_lock_waits_for_the_user(template: Path, tmp_path: Pat
     assert not (workspace / ".venv").exists()
 
 
-def test_a_migration_that_fails_says_so_and_the_update_goes_on(tmp_path: Path) -> None:
-    """Outside any repository, without answers."""
-    command = [sys.executable, "-I", str(ROOT / "hooks/migrate.py"), "before", "1.0.0", "2.0.0"]
+def test_outside_of_any_repository_nothing_begins(tmp_path: Path) -> None:
+    command = [sys.executable, "-I", str(ROOT / "hooks/migrate.py"), "before", ".copier-answers.yml", str(ROOT)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    assert done.stderr.startswith("The update's migration did not work (") and "Traceback" not in done.stderr
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "The update did not begin, and nothing was changed: git does not know .copier-answers"
+    )
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_names_of_the_template_are_those_that_the_migrations_end_at() -> None:
@@ -152,7 +155,6 @@ def test_the_names_of_the_template_are_those_that_the_migrations_end_at() -> Non
         import migrate
     finally:
         sys.path.pop(0)
-    renames = [pair for files in migrate.RENAMED_FILES.values() for pair in files.items()]
-    for old, new in renames:
+    for old, new in migrate.RENAMED_FILES.items():
         assert not (ROOT / "template" / old).exists()
         assert any((ROOT / "template" / f"{new}{suffix}").exists() for suffix in ("", ".jinja"))

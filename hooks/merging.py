@@ -1,0 +1,200 @@
+"""How one file comes out of an update: from the old render, what the user has, and the new render.
+
+Copier's own merge goes through `git apply`, which some settings of git and some ignored files let fail. This one
+compares the three and merges text with `git merge-file`, wherever the workspace lies and however git is set.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+LABELS = ("before updating", "last update", "after updating")  # as Copier names the sides of a conflict
+SETTINGS = (".yaml", ".yml", ".toml")  # in which a value that the user chose stands against a new default
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What stands under a name: a file's bytes, or a link's target."""
+
+    data: bytes
+    is_link: bool = False
+    executable: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it can be merged line by line."""
+        return not self.is_link and b"\0" not in self.data
+
+    @property
+    def crlf(self) -> bool:
+        """Whether its lines end as Windows ends them."""
+        return self.is_text and b"\r\n" in self.data
+
+    def same(self, other: Entry) -> bool:
+        """Tell whether two have the same text, however their lines end."""
+        return self.is_link == other.is_link and lf(self) == lf(other)
+
+
+@dataclass
+class Outcome:
+    """What a name holds after the update, None for nothing; what to say about it; the sides of a conflict."""
+
+    entry: Entry | None
+    notes: list[str] = field(default_factory=list)
+    conflict: tuple[bytes | None, bytes, bytes] | None = None  # base, the user's, the template's
+
+
+def lf(entry: Entry) -> bytes:
+    """Return the bytes with plain line ends."""
+    return entry.data.replace(b"\r\n", b"\n") if entry.is_text else entry.data
+
+
+def read(folder: Path, name: str) -> Entry | None:
+    """Return what stands under a name in a folder; None for nothing, or for a folder."""
+    path = folder / name
+    if path.is_symlink():
+        return Entry(str(path.readlink()).encode(), is_link=True)
+    if path.is_file():
+        return Entry(path.read_bytes(), executable=bool(path.stat().st_mode & 0o100))
+    return None
+
+
+def merge(
+    name: str, old: Entry | None, mine: Entry | None, new: Entry | None, names: dict[str, str] | None = None
+) -> Outcome:
+    """Return what `name` holds after the update. `names` are settings that the template renamed: old → new."""
+    if mine is None or (old and mine == old):
+        untouched = mine is not None or old is None
+        return Outcome(new if untouched else None)
+    if new is None:
+        kept = Outcome(mine)
+        if old and mine.same(old) and mine.executable == old.executable:
+            kept.entry = None  # only its line ends differ: not an edit
+        elif old:
+            kept.notes.append(f"{name} is not a part of the workspace any more; yours is kept.")
+        return kept
+    mode = mine.executable if not old or mine.executable != old.executable else new.executable
+    if old and mine.same(old):
+        return Outcome(replace(ended_as(mine, new), executable=mode))
+    if mine.same(new) or (old and new.same(old)):
+        return Outcome(replace(mine, executable=mode))
+    if not (mine.is_text and new.is_text and (old is None or old.is_text)):
+        return Outcome(mine, [f"{name} is not text, and cannot be merged; yours is kept."])
+    base, ours, theirs = lf(old) if old else b"", lf(mine), lf(new)
+    notes: list[str] = []
+    if old and name.endswith(SETTINGS):
+        if names:
+            base, ours = renamed(base, names, theirs), renamed(ours, names, theirs)
+        base, theirs, values = keep_values(base, ours, theirs)
+        notes = [f"{name}: {value}." for value in values]
+    data, conflicts = three_way(base, ours, theirs)
+    outcome = Outcome(replace(ended_as(mine, Entry(data)), executable=mode), notes)
+    if conflicts:
+        outcome.conflict = (lf(old) if old else None, lf(mine), lf(new))
+        outcome.notes.append(f"{name} was changed by you and by the template: the conflict is marked in it.")
+    return outcome
+
+
+def ended_as(mine: Entry, new: Entry) -> Entry:
+    """Return the new text with line ends like the user's."""
+    if not new.is_text:
+        return new
+    return replace(new, data=lf(new).replace(b"\n", b"\r\n") if mine.crlf else lf(new))
+
+
+def three_way(base: bytes, ours: bytes, theirs: bytes) -> tuple[bytes, bool]:
+    """Merge three texts with `git merge-file`; return the result, and whether it has conflicts."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("ours", "base", "theirs")]
+        for file, data in zip(files, (ours, base, theirs), strict=True):
+            file.write_bytes(data)
+        labels = [word for label in LABELS for word in ("-L", label)]
+        command = ["git", "-c", "merge.conflictStyle=merge", "merge-file", "-p", *labels, *map(str, files)]
+        done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode < 0 or done.returncode > 127:
+        raise OSError(f"git merge-file: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout, done.returncode > 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a value stands: its line, and the columns from `start` to `end` there."""
+
+    line: int
+    start: int
+    end: int
+    value: str
+
+
+LINE = re.compile(r"""(?P<indent>\s*)(?P<dash>-\s+)?(?P<key>[\w.$<-]+)\s*[:=](?:\s+&\w+)?(?P<rest>.*)""")
+VALUE = re.compile(r"""\s*(?P<value>"(?:[^"\\]|\\.)*"|'[^']*'|[^#\s](?:[^#]*[^#\s])?)\s*(?:#.*)?$""")
+
+
+def settings(text: str) -> dict[tuple[str, ...], Setting]:
+    """Find the values that stand on a line of their own in YAML or TOML, by the keys above them.
+
+    An item of a list goes by its name, or by its first key, not by its number. What stands twice is left out.
+    """
+    found: dict[tuple[str, ...], Setting] = {}
+    twice: set[tuple[str, ...]] = set()
+    above: list[tuple[int, str]] = []
+    for number, line in enumerate(text.split("\n")):
+        if section := re.fullmatch(r"\s*\[(.+)\]\s*(#.*)?", line):
+            above = [(-1, section[1])]
+            continue
+        if not (match := LINE.fullmatch(line)) or line.lstrip().startswith("#"):
+            continue
+        indent = len(match["indent"])
+        above = [(at, key) for at, key in above if at < indent]
+        if match["dash"]:
+            named = match["key"] in ("name", "id")
+            above.append((indent, line.strip().partition(" #")[0].rstrip() if named else f"- {match['key']}"))
+            indent += len(match["dash"])
+        path = (*(key for _, key in above), match["key"])
+        value = VALUE.match(match["rest"])
+        if not value:
+            above.append((indent, match["key"]))
+            continue
+        if path in found:
+            twice.add(path)
+        offset = match.start("rest")
+        found[path] = Setting(number, offset + value.start("value"), offset + value.end("value"), value["value"])
+    return {path: setting for path, setting in found.items() if path not in twice}
+
+
+def keep_values(base: bytes, ours: bytes, theirs: bytes) -> tuple[bytes, bytes, list[str]]:
+    """Write the values that the user chose into the old and the new text; return both, and what to say.
+
+    What is left to merge is everything else: so a new default or a new comment is no conflict with a chosen value.
+    """
+    try:
+        texts = [text.decode("utf-8") for text in (base, ours, theirs)]
+    except UnicodeDecodeError:
+        return base, theirs, []
+    before, chosen, after = map(settings, texts)
+    notes = []
+    old_lines, new_lines = texts[0].split("\n"), texts[2].split("\n")
+    for path in before.keys() & chosen.keys() & after.keys():
+        mine = chosen[path].value
+        if mine == before[path].value:
+            continue
+        for lines, setting in ((old_lines, before[path]), (new_lines, after[path])):
+            line = lines[setting.line]
+            lines[setting.line] = f"{line[: setting.start]}{mine}{line[setting.end :]}"
+        if after[path].value not in (mine, before[path].value):
+            notes.append(f"{path[-1]} stays {mine}, as you set it; the template's value is now {after[path].value}")
+    return "\n".join(old_lines).encode(), "\n".join(new_lines).encode(), sorted(notes)
+
+
+def renamed(text: bytes, names: dict[str, str], new: bytes) -> bytes:
+    """Rename settings at the start of their lines, where the new text has only the new name."""
+    for name, other in names.items():
+        pattern = rb"(?m)^(\s*(?:- )?)%s(?=\s*[:=])"
+        has = [re.search(pattern % re.escape(word.encode()), new) for word in (name, other)]
+        if has[1] and not has[0]:
+            text = re.sub(pattern % re.escape(name.encode()), rb"\g<1>" + other.encode(), text)
+    return text
