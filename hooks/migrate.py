@@ -25,6 +25,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+sys.dont_write_bytecode = True  # a template whose folder changes counts as one that is not committed
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from merging import Entry, merge, read
 
@@ -177,7 +178,8 @@ class Update:
         """Merge every file from its three copies, and say how the update ended."""
         folder = self.folder
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        new = self.render(str(self.template), "HEAD", folder / "new")  # Copier's own is gone by now
+        release = git(self.template, "rev-parse", "HEAD").decode().strip()
+        new = self.render(str(self.template), release, folder / "new")  # Copier's own is gone by now
         self.restore_index(state["index"])
         said, conflicts = self.merge_files(folder, state, new)
         self.put_back_others(state)

@@ -46,7 +46,8 @@ def read_config(path: Path = CONFIG) -> dict[str, Any]:
     name = path.name
     if not path.is_file():
         raise ConfigError(
-            f"{path} is missing: `copier recopy --trust` brings it back and asks before it replaces anything else."
+            f"{path} is missing: `copier recopy --trust --vcs-ref :current:` brings it back, and asks before it "
+            "replaces anything else."
         )
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), Loader)
@@ -58,7 +59,9 @@ def read_config(path: Path = CONFIG) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name} is not a text file in YAML: {error}. `git checkout` brings it back.") from None
     if not isinstance(config, dict):
-        raise ConfigError(f"{name} holds no settings: `git checkout` or `copier recopy --trust` brings it back.")
+        raise ConfigError(
+            f"{name} holds no settings: `git checkout` or `copier recopy --trust --vcs-ref :current:` brings it back."
+        )
     need(config, "", ("input_model", "data_configs", "passes", "systems"))
     need(config["input_model"], "input_model.", ("model_path", "load_kwargs"))
     settings = pass_settings(config)
@@ -76,7 +79,8 @@ def need(section: dict[str, Any], where: str, keys: tuple[str, ...]) -> None:
     for key in keys:
         if section.get(key) is None:
             raise ConfigError(
-                f"{CONFIG.name}: {where}{key} is missing: `git checkout` or `copier recopy --trust` brings it back."
+                f"{CONFIG.name}: {where}{key} is missing: `git checkout` or "
+                "`copier recopy --trust --vcs-ref :current:` brings it back."
             )
 
 
@@ -102,7 +106,8 @@ def data_settings(config: dict[str, Any], part: str, component: str) -> dict[str
         if data_config.get("name") == part:
             return defaults | {key: value for key, value in data_config[component].items() if key != "type"}
     raise ConfigError(
-        f"olive-config.yaml: data_configs has no entry named {part}. `copier recopy --trust` brings it back."
+        f"olive-config.yaml: data_configs has no entry named {part}. `git checkout` or "
+        "`copier recopy --trust --vcs-ref :current:` brings it back."
     )
 
 

@@ -303,8 +303,8 @@ def base_source(root: Path) -> Source:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ChatError(
-            "finetuning/olive-config.yaml does not name the model as it should: restore it with git or `copier recopy "
-            "--trust`."
+            "finetuning/olive-config.yaml does not name the model as it should: restore it with git or "
+            "`copier recopy --trust --vcs-ref :current:`."
         ) from error
 
 
@@ -316,7 +316,9 @@ def read_yaml(root: Path, file: str) -> dict[str, Any]:
         return dict(yaml.safe_load((root / file).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ChatError(f"{file} cannot be read ({reason}): restore it with git or `copier recopy --trust`.") from error
+        raise ChatError(
+            f"{file} cannot be read ({reason}): restore it with git or `copier recopy --trust --vcs-ref :current:`."
+        ) from error
 
 
 def check_adapter(source: Source, root: Path) -> None:

@@ -73,10 +73,13 @@ def read_config() -> tuple[str, str | None]:
         settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["input_model"]
         model, revision = settings["model_path"], (settings.get("load_kwargs") or {}).get("revision")
     except FileNotFoundError:
-        raise ModelError(f"{CONFIG} is not there: restore it with `copier recopy --trust`.") from None
+        raise ModelError(
+            f"{CONFIG} is not there: restore it with `copier recopy --trust --vcs-ref :current:`."
+        ) from None
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{CONFIG}: input_model.model_path cannot be read: restore it with git or `copier recopy --trust`."
+            f"{CONFIG}: input_model.model_path cannot be read: restore it with git or "
+            "`copier recopy --trust --vcs-ref :current:`."
         ) from error
     return str(model), None if revision is None else str(revision)
 
@@ -90,7 +93,9 @@ def read_facts(name: str) -> Any:
     except ModuleNotFoundError as error:
         raise ModelError(no_packages(error)) from error
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ModelError(f"setup/{name} cannot be read ({error}): restore it with `copier recopy --trust`.") from error
+        raise ModelError(
+            f"setup/{name} cannot be read ({error}): restore it with `copier recopy --trust --vcs-ref :current:`."
+        ) from error
 
 
 def no_packages(error: ModuleNotFoundError) -> str:

@@ -177,7 +177,8 @@ def test_the_list_shows_what_is_offered_and_marks_what_fits_this_machine(workspa
         facts | {"id": "huge", "parameters": 10**14, "gated": True, "onnx": True},
         facts | {"id": "gone", "parameters": 1, "deprecated": True},
     ]
-    workspace.fails_with("setup/models.yaml cannot be read", "copier recopy", options=["--list"])
+    restore = "`copier recopy --trust --vcs-ref :current:`"
+    workspace.fails_with("setup/models.yaml cannot be read", restore, options=["--list"])
     (workspace.root / "setup" / "models.yaml").write_text(json.dumps(models))
     done = workspace.run("--list")
     assert done.returncode == 0, done.stderr

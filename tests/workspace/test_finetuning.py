@@ -78,7 +78,7 @@ def test_wrong_settings_are_refused_in_one_sentence(invoke: Invoke, edit: Callab
 def test_missing_settings_are_named(workspace: Path) -> None:
     import check
 
-    with pytest.raises(check.ConfigError, match=r"absent\.yaml is missing: `copier recopy --trust`"):
+    with pytest.raises(check.ConfigError, match=r"absent\.yaml is missing: `copier recopy .* --vcs-ref :current:`"):
         check.read_config(workspace / "absent.yaml")
 
 
