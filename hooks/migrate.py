@@ -27,7 +27,7 @@ from typing import Any
 
 sys.dont_write_bytecode = True  # a template whose folder changes counts as one that is not committed
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from merging import Entry, merge, read
+from merging import Entry, merge, read  # noqa: E402 - Copier runs this file with -I
 
 # Old name → new name of a file, and of a setting in a file that has its new name already. They are followed where the
 # old render has the old name and the new one the new. Never shortened: a workspace may come from any release.
