@@ -121,6 +121,10 @@ def default(value: Any) -> str:
     written = " ".join(str(value).split())
     if "UNSET" in written:
         return "none; an answer is needed"
+    if name := re.fullmatch(r"\{\{ defaults\.(\w+) \}\}", written):  # they stand together in copier.yml
+        together = yaml.safe_load((ROOT / "copier.yml").read_text(encoding="utf-8"))["defaults"]["default"]
+        [expression] = re.findall(rf"'{name[1]}': (.+?)(?:,(?= ')| \}})", " ".join(together.split()))
+        written = f"{{{{ {expression} }}}}".replace("demo", "model == 'demo'").replace("t4", "azure_gpu is a T4")
     return code(written) if written else "empty"
 
 

@@ -58,7 +58,8 @@ def commands(workspace: Path) -> list[list[str]]:
     blocks = re.findall(r"^```shell\n(.*?)^```", readme(workspace), flags=re.MULTILINE | re.DOTALL)
     texts = [*spans, *"".join(blocks).splitlines(), *(step["run"] for step in steps(workspace) if "run" in step)]
     texts.append(read_json(workspace / ".devcontainer" / "devcontainer.json")["postCreateCommand"])
-    found = [shlex.split(text, comments=True)[1:] for text in texts if re.match(r"(\.venv/bin/)?python3? ", text)]
+    lines = "\n".join(texts).splitlines()
+    found = [shlex.split(line, comments=True)[1:] for line in lines if re.match(r"(\.venv/bin/)?python3? ", line)]
     found += [task["args"] for task in read_json(workspace / ".vscode" / "tasks.json")["tasks"]]
     for configuration in read_json(workspace / ".vscode" / "launch.json")["configurations"]:
         found.append([configuration["program"].removeprefix("${workspaceFolder}/"), *configuration["args"]])
@@ -78,14 +79,19 @@ def test_every_command_that_a_workspace_names_can_be_given(workspaces: dict[str,
     named = commands(workspaces[name])
     for first, *arguments in named:
         if first == "-m":
-            assert arguments == ["pytest"]
+            assert arguments in (["pytest"], ["pip", "install", "--quiet", "-r", "setup/requirements-copier.txt"])
             continue
         used = {argument for argument in arguments if argument.startswith("--")}
         command = arguments[:1] if first == "infra/azure.py" else []
         known = options(ROOT / "template" / first, *command)  # its file is the same everywhere
         assert used <= known, (first, arguments)
     scripts = {"setup/create_env.py", "setup/get_model.py", "inference/console_chat.py", "inference/gradio_chat.py"}
-    scripts |= {"finetuning/export.py", *(["infra/azure.py"] if name == "azure" else [])}
+    scripts |= {
+        "finetuning/export.py",
+        "setup/drift.py",
+        "setup/undo_update.py",
+        *(["infra/azure.py"] if name == "azure" else []),
+    }
     assert {command[0] for command in named} == {*scripts, "finetuning/invoke_olive.py", "-m"}
 
 
@@ -171,9 +177,7 @@ def test_git_ignores_what_is_made_and_keeps_the_rows(workspaces: dict[str, Path]
     assert done.stdout.split() == made
 
 
-def test_a_checkout_on_windows_leaves_the_script_for_linux_as_it_is(
-    workspaces: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_checkout_on_windows_has_the_same_line_ends(workspaces: dict[str, Path], tmp_path: Path) -> None:
     names = ("infra/environment.sh", "infra/provision/inference.bicep", ".gitattributes")
     (tmp_path / "infra" / "provision").mkdir(parents=True)
     for name in names:
@@ -184,7 +188,7 @@ def test_a_checkout_on_windows_leaves_the_script_for_linux_as_it_is(
     for name in names[:2]:
         (tmp_path / name).unlink()
     subprocess.run([*git, "checkout", "--", *names[:2]], check=True)
-    assert [b"\r\n" in (tmp_path / name).read_bytes() for name in names[:2]] == [False, True]
+    assert [b"\r\n" in (tmp_path / name).read_bytes() for name in names[:2]] == [False, False]
 
 
 @pytest.mark.parametrize("name", WORKSPACES)

@@ -126,5 +126,5 @@ def test_every_valid_combination_renders_right_and_every_other_is_refused(
 def wanted(name: str, device: str, target: str, **_: Any) -> bool:
     """Whether a plain file of the template is for these answers: the lock of the device; Azure's files for Azure."""
     unused_lock = f"setup/requirements-{'cpu' if device == 'gpu' else 'gpu'}.txt"
-    for_azure = name.startswith("infra/") or name in {".gitattributes", ".github/workflows/bicep.yml"}
+    for_azure = name.startswith("infra/") or name == ".github/workflows/bicep.yml"
     return name != unused_lock and (target == "azure" or not for_azure)

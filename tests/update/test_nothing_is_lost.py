@@ -311,3 +311,17 @@ def test_without_an_update_there_is_nothing_to_take_back(workspace: Path) -> Non
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "there is no update to take back" in done.stderr
     assert contents(workspace) and ROOT.is_dir()
+
+
+def test_a_default_that_was_only_confirmed_follows_the_model_and_a_chosen_value_stays(
+    copy: Copy, update: Copy, tmp_path: Path
+) -> None:
+    """«Every setting: yes», then Enter throughout; one value is typed."""
+    workspace = copy(tmp_path / "tone", NOW, **ANSWERS, advanced=True, epochs=5)
+    commit(workspace, "As copied")
+    given = {"model": "phi-4-mini-instruct", "device": "gpu"}
+    update(workspace, NOW, **given)
+    fresh = copy(tmp_path / "fresh/tone", NOW, **ANSWERS | given, advanced=True, epochs=5)
+    assert (workspace / CONFIG).read_text(encoding="utf-8") == (fresh / CONFIG).read_text(encoding="utf-8")
+    text = (workspace / CONFIG).read_text(encoding="utf-8")
+    assert "learning_rate: 0.0002" in text and "num_train_epochs: 5" in text and "type: QLoRA" in text
