@@ -1,4 +1,5 @@
-# make demo    render with the defaults, create the environment, fine-tune, show the answers before and after
+# make demo    render with the defaults into a repository of its own, create the environment, fine-tune, show the answers
+#              before and after
 # make test    everything CI runs
 # make lint    ruff and mypy
 # make test-all   the same, with updates for every valid combination of answers, every way to a model, and a second model
@@ -10,6 +11,11 @@
 # make newest  test a workspace with the newest releases instead of the lock, and show what differs
 #
 # Needs python3 (3.11 or later, with venv), git and make; everything else goes into .venv and .cache here.
+
+# A blank would cut the paths below in two, also where a command removes what is there.
+ifneq ($(words $(CURDIR)),1)
+$(error The path of this folder has a blank in it, which make cannot handle: move the folder to a path without one)
+endif
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
@@ -28,6 +34,8 @@ export PATH := $(BIN):$(PATH)
 
 demo: .venv/ready
 	copier copy --trust --defaults --overwrite --vcs-ref HEAD -d environment=venv "$(CURDIR)" demo
+	@git --git-dir demo/.git rev-parse --quiet --verify HEAD >/dev/null 2>&1 || { git -C demo init -q && git -C demo add -A \
+	  && git -C demo -c user.name=demo -c user.email=demo@localhost commit -q --no-gpg-sign -m "As rendered"; }
 	demo/.venv/bin/python demo/finetuning/invoke_olive.py --check
 	demo/.venv/bin/python demo/finetuning/invoke_olive.py
 

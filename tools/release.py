@@ -43,11 +43,15 @@ def check(root: Path, version: str) -> None:
 
 
 def cut(root: Path, version: str, day: str) -> None:
-    """Give the changelog's entry its version, commit and tag it, then name the commit in tests/update/releases.yml."""
-    text = changelog(root).read_text("utf-8")
-    entry = f"## Unreleased\n\n*Update impact*: none.\n\n## {version} ({day})\n"
-    changelog(root).write_text(text.replace("## Unreleased\n", entry, 1), encoding="utf-8")
-    git(root, "commit", "--quiet", "--all", "--message", f"Release {version}")
+    """Give the changelog's entry its version, commit and tag it, then name the commit in tests/update/releases.yml.
+
+    A pre-release leaves the entry under «Unreleased»: it is the final release's too.
+    """
+    if not Version(version).is_prerelease:
+        text = changelog(root).read_text("utf-8")
+        entry = f"## Unreleased\n\n*Update impact*: none.\n\n## {version} ({day})\n"
+        changelog(root).write_text(text.replace("## Unreleased\n", entry, 1), encoding="utf-8")
+        git(root, "commit", "--quiet", "--all", "--message", f"Release {version}")
     git(root, "tag", "--annotate", f"v{version}", "--message", f"Release {version}")
     lines = releases(root).read_text("utf-8").replace("{}\n", "")
     line = f'v{version}: "{git(root, "rev-parse", "HEAD")}"\n'  # quoted: YAML reads some hashes as numbers

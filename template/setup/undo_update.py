@@ -7,6 +7,7 @@ back too. The copies lie in git's own folder, of the last three updates.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import subprocess
@@ -37,6 +38,8 @@ def undo(workspace: Path) -> None:
     for name in sorted(touched):
         put(copy / "mine" / name, workspace / name)
     restore_index(workspace, state)
+    if pending.exists():
+        delete_again(workspace, state["gone"])
     (copy / "undone").touch()
     pending.unlink(missing_ok=True)
     print(f"The update of {names[-1][:10]} is taken back. What these files held until now lies in {now}.")
@@ -54,12 +57,13 @@ def put(source: Path, target: Path) -> None:
     """Let a file or link be as another is; it goes where the other is not there."""
     if target.is_dir() and not target.is_symlink():
         return
+    unfinished = target.with_name(f".{target.name}.new")  # an update that was interrupted may have left one
+    for path in (unfinished, target) if not source.is_file() and not source.is_symlink() else (unfinished,):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
     if not source.is_file() and not source.is_symlink():
-        target.unlink(missing_ok=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.new")
-    unfinished.unlink(missing_ok=True)
     shutil.copy2(source, unfinished, follow_symlinks=False)
     unfinished.replace(target)
 
@@ -77,6 +81,15 @@ def restore_index(workspace: Path, state: dict[str, list[str]]) -> None:
             lines.append(f"0 {'0' * 40}\t{prefix}{name}")
     lines += [f"{mode} {digest} {stage}\t{prefix}{name}" for name, (mode, digest, stage) in before.items()]
     git(workspace, "update-index", "-z", "--index-info", given="".join(f"{line}\0" for line in lines))
+
+
+def delete_again(workspace: Path, names: list[str]) -> None:
+    """Delete what was deleted before the update, which Copier restored from git and did not come to delete again."""
+    top = Path(git(workspace, "rev-parse", "--show-toplevel").rstrip("\n"))
+    changed = git(top, "ls-files", "--modified", "-z").split("\0")
+    for name in names:
+        if name not in changed:
+            (top / name).unlink(missing_ok=True)
 
 
 def files(folder: Path) -> set[str]:

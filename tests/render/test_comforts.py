@@ -123,6 +123,13 @@ def test_the_start_is_told_for_the_platform_and_the_environment(workspaces: dict
     assert {name for name, text in start.items() if "get_model.py" in text} == {"gated", "azure", "hub"}
 
 
+def test_what_an_update_needs_is_told_after_the_copy_and_in_the_readme(workspaces: dict[str, Path]) -> None:
+    command = 'git init && git add -A && git commit -m "As rendered"'
+    assert command in yaml.safe_load((ROOT / "copier.yml").read_text(encoding="utf-8"))["_message_after_copy"]
+    for workspace in workspaces.values():
+        assert f"- **Newer releases** need git. Unless this folder is in it already: `{command}`." in readme(workspace)
+
+
 def test_azure_is_named_only_where_it_was_chosen(workspaces: dict[str, Path]) -> None:
     assert {name for name, workspace in workspaces.items() if "Azure" in readme(workspace)} == {"azure"}
     assert {name for name, workspace in workspaces.items() if (workspace / "infra").exists()} == {"azure"}

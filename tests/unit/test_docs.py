@@ -31,11 +31,17 @@ FOREIGN = {
     "az login",
     "COPIER_FINETUNE_LIVE_AZURE=yes python -m pytest tests/azure/test_live.py",
     "cat models/run.json",
+    "cd my-project",
     "cd my-workspace",
     """export CHAT_API_KEY="$(python -c 'import secrets; print(secrets.token_urlsafe())')\"""",
+    "git add -A",
+    'git commit -am "The template moved"',
+    'git commit -m "Adopt the fine-tuning workspace"',
     "git diff",
     "git diff HEAD",
+    'git init && git add -A && git commit -m "As rendered"',
     "git push origin main v1.2.0",
+    "git status",
     "head -n 2 dataset/sample-train.jsonl",
     "hf auth login",
     "ls",
@@ -47,6 +53,8 @@ FOREIGN = {
     "pf flow test --flow inference/flow --interactive",
     "pipx install copier",
     "python -m pip install tensorboard",
+    "rm .copier-answers.yml.bak",
+    "sed -i.bak 's#^_src_path: .*#_src_path: gh:new-owner/new-name#' .copier-answers.yml",
     "sed -i.bak 's/num_train_epochs: [0-9]*/num_train_epochs: 1/' finetuning/olive-config.yaml",
     "source .venv/bin/activate",
     "source .venv-promptflow/bin/activate",
@@ -237,6 +245,13 @@ def test_the_commands_of_the_first_page_are_found() -> None:
     commands = list(fenced((ROOT / "README.md").read_text(encoding="utf-8")))
     assert {"make demo", "make test"} <= set(commands)
     assert any(command.startswith("copier copy --trust ") for command in commands)
+
+
+def test_a_file_is_brought_back_as_the_workspaces_own_release_had_it() -> None:
+    """Without `--vcs-ref :current:`, `copier recopy` renders the newest release, into a workspace of an older one."""
+    texts = [*PAGES, *(path for path in (ROOT / "template").rglob("*") if path.suffix in (".py", ".jinja", ".md"))]
+    named = [text for path in texts for text in re.findall(r"copier recopy[^`]*", path.read_text(encoding="utf-8"))]
+    assert set(named) == {"copier recopy --trust --vcs-ref :current:"}
 
 
 def test_no_foreign_command_is_left_over() -> None:

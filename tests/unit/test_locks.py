@@ -10,10 +10,11 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOCKS = {
     REPOSITORY / "locks" / "repository.txt": ["repository.in"],
+    REPOSITORY / "template" / "setup" / "requirements-copier.txt": ["copier.in"],
     REPOSITORY / "template" / "setup" / "requirements-cpu.txt": ["workspace-cpu.in"],
     REPOSITORY / "template" / "setup" / "requirements-gpu.txt": ["workspace-cpu.in", "workspace-gpu.in"],
 }
-CPU, GPU = list(LOCKS)[1:]
+CPU, GPU = list(LOCKS)[2:]
 CUDA = ("nvidia-", "cuda-", "triton", "bitsandbytes")
 
 every_lock = pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)

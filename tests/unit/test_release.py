@@ -61,6 +61,23 @@ def test_the_next_release_is_a_line_below(tool: Any, repository: Path) -> None:
         tool.check(repository, "1.0.5")
 
 
+def test_a_pre_release_leaves_the_entry_for_the_final_release(tool: Any, repository: Path) -> None:
+    for version in ("1.0.0rc1", "1.0.0rc2"):
+        tool.check(repository, version)
+        tool.cut(repository, version, "2026-02-03")
+    assert (repository / "CHANGELOG.md").read_text() == CHANGES
+    tool.check(repository, "1.0.0")
+    tool.cut(repository, "1.0.0", "2026-02-04")
+    text = (repository / "CHANGELOG.md").read_text()
+    assert "## 1.0.0 (2026-02-04)\n\n- New.\n" in text and "rc" not in text
+    lines = (repository / "tests/update/releases.yml").read_text().splitlines()
+    tags = ["v1.0.0rc1", "v1.0.0rc2", "v1.0.0"]
+    commits = [git(repository, "rev-parse", f"{tag}^{{commit}}") for tag in tags]
+    assert lines[1:] == [f'{tag}: "{commit}"' for tag, commit in zip(tags, commits, strict=True)]
+    with pytest.raises(tool.ReleaseError, match=r"not newer than 1\.0\.0"):
+        tool.check(repository, "1.0.0rc3")
+
+
 @pytest.mark.parametrize(
     ("version", "spoil", "words"),
     [

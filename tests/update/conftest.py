@@ -37,7 +37,7 @@ NEXT = tuple(f"v{MAJOR + 2}.{number}.0" for number in (1, 2, 3))
 
 
 def before(releases: list[str], every: bool) -> list[str]:
-    """Return the releases from which workspaces are brought to the working tree, the one that most people have first."""
+    """Return the releases from which workspaces are brought to the working tree, the newest stable one first."""
     newest = sorted(releases, key=Version, reverse=True)
     stable = [tag for tag in newest if not Version(tag).is_prerelease] or newest
     return list(dict.fromkeys([*stable[:1], *(newest if every else newest[-1:])])) or [OLDER]
