@@ -45,7 +45,7 @@ def test_a_lock_has_all_that_its_inputs_name_at_their_versions(lock: Path) -> No
     for source in LOCKS[lock]:
         for line in (REPOSITORY / "locks" / source).read_text().splitlines():
             if line and not line.startswith(("#", "-r")):
-                name, _, version = line.partition(" ;")[0].strip().partition("==")
+                name, version = re.match(r"([\w.-]+)(?:==([^\s;,]+))?", line).groups()  # type: ignore[union-attr]
                 assert canonical(name) in names, f"make lock: {name} is not in {lock.name}"
                 assert not version or (canonical(name), version) in locked, f"make lock: {line} is not in {lock.name}"
 
