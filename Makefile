@@ -120,6 +120,7 @@ test: lint workspace $(WORKSPACE)/.venv-promptflow/ready .cache/bitsandbytes/rea
   .cache/smollm2/ready
 	pytest -n 2 tests/unit tests/render tests/update tests/azure/test_bicep.py tests/azure/test_environment.py \
 	  --ignore tests/unit/test_get_model.py --ignore tests/unit/test_hub.py
+	AUTOCRLF=true pytest -n 2 tests/update/test_edits.py tests/update/test_migrations.py tests/update/test_update.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_hub.py tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/walk --ignore tests/walk/test_every_walk.py
@@ -128,6 +129,7 @@ test: lint workspace $(WORKSPACE)/.venv-promptflow/ready .cache/bitsandbytes/rea
 
 test-all: test .cache/gemma3-270m/ready
 	EVERY_ANSWER=1 pytest -n 2 tests/update/test_every_answer.py
+	UPDATE_DRAWS=2000 pytest -n 2 tests/update/test_property.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/walk/test_every_walk.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/real/test_gemma.py
 

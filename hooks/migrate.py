@@ -58,7 +58,7 @@ def main() -> int:
         return 1
     except Exception as error:  # whatever it is: the user must know where things stand
         where = f"take it back with `python {update.undo}`" if stage == "after" else "nothing was changed"
-        print(f"The update stopped ({type(error).__name__}: {error}): {where}.", file=sys.stderr)
+        print(f"The update stopped ({first_line(error)}): {where}.", file=sys.stderr)
         return 1
     return 0
 
@@ -105,13 +105,26 @@ class Update:
         hidden = [line[2:] for line in self.listed("ls-files", "-v", "-z") if line.startswith("S ")]
         if hidden:
             raise Refusal(f"the checkout is sparse ({hidden[0]} is not here): run `git sparse-checkout disable`.")
-        for name in self.names_of_template():
+        lock = self.workspace / git(self.workspace, "rev-parse", "--git-path", "index.lock").decode().rstrip("\n")
+        for _ in range(20):  # an editor may hold it for a moment
+            if not lock.exists():
+                break
+            time.sleep(0.25)
+        else:
+            raise Refusal(f"another program works with the repository: end it, or delete {lock} when there is none.")
+        for name in sorted(self.names_of_template()):
+            path = self.workspace / name
+            if path.is_dir() and not path.is_symlink():
+                raise Refusal(f"{name} is a folder, and the template has a file of that name: rename yours.")
             for parent in list(Path(name).parents)[:-1]:
-                if (self.workspace / parent).is_symlink():
+                path = self.workspace / parent
+                if path.is_symlink():
                     raise Refusal(
                         f"{parent} is a link, and Copier writes through none: put the folder itself there, and a link "
                         "to it where it is now."
                     )
+                if path.exists() and not path.is_dir():
+                    raise Refusal(f"{parent} is a file, and the template has a folder of that name: rename yours.")
 
     def has_begun(self) -> bool:
         """Tell whether the update that is noted changed anything: a question may have failed, which changes nothing."""
@@ -126,6 +139,7 @@ class Update:
         shutil.copytree(old, folder / "old", symlinks=True, ignore=shutil.ignore_patterns(".git"))
         shutil.rmtree(self.copies / "old", ignore_errors=True)
         names = set(files(folder / "old")) | self.names_of_template() | {self.answers_file}
+        names |= {f"{name}.rej" for name in names}  # which Copier makes, and leaves where git does not list it
         for path in sorted(names):
             source, target = self.workspace / path, folder / "mine" / path
             if source.is_symlink() or source.is_file():
@@ -168,7 +182,7 @@ class Update:
             return self.render(str(answers["_src_path"]), str(answers["_commit"]), folder)
         except Exception as error:
             raise Refusal(
-                f"the old release cannot be rendered ({error}): see whether _src_path and _commit in "
+                f"the old release cannot be rendered ({first_line(error)}): see whether _src_path and _commit in "
                 f"{self.answers_file} are still there."
             ) from error
 
@@ -195,13 +209,16 @@ class Update:
     def render(self, template: str, release: str, folder: Path) -> Path:
         """Render a release with the workspace's answers into a folder of its own."""
         from copier import run_copy
+        from plumbum import local
 
         shutil.rmtree(folder, ignore_errors=True)
         answers = folder / self.answers_file
         answers.parent.mkdir(parents=True)
         shutil.copy2(self.workspace / self.answers_file, answers)
         options: dict[str, Any] = {"defaults": True, "overwrite": True, "quiet": True, "skip_tasks": True}
-        with contextlib.redirect_stderr(io.StringIO()):
+        # Copier's own clone lies on this machine: no setting of the user's has a say, nor a hook of theirs
+        plain = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"} if template == str(self.template) else {}
+        with contextlib.redirect_stderr(io.StringIO()), local.env(**plain):
             run_copy(template, folder, answers_file=self.answers_file, vcs_ref=release, **options)
         shutil.copy2(self.workspace / self.answers_file, answers)  # which says where this template lies just now
         return folder
@@ -216,14 +233,22 @@ class Update:
             target = renames.get(name, name)
             old, mine = read(folder / "old", name), read(folder / "mine", name)
             theirs = read(new, target)
+            own = read(folder / "mine", target) if target != name else None
+            if mine is None and own:
+                mine, own = own, None  # the user renamed it before the template did
             if any(fnmatch(name, pattern) for pattern in OWNED) and mine:
                 theirs = mine
             outcome = merge(target, old, mine, theirs, RENAMED_SETTINGS.get(target))
+            if own and outcome.entry:  # a file of the user's under the new name
+                edited, entry = outcome.entry != theirs, outcome.entry
+                outcome = merge(target, None, own, entry)
+                if edited and not outcome.conflict and not own.same(entry):
+                    self.write(name, mine)
+                    self.write(target, own)
+                    said.append(f"{name} is {target} now, and you have a file of that name: yours are both kept.")
+                    continue
             if target != name:
                 self.write(name, None)
-                own = read(folder / "mine", target)
-                if own and outcome.entry:  # the user has a file of that name
-                    outcome = merge(target, None, own, outcome.entry)
             self.write(target, outcome.entry)
             said += outcome.notes
             if outcome.conflict:
@@ -310,6 +335,11 @@ class Update:
         for name in state["gone"]:
             if not name.startswith(self.prefix) or name[len(self.prefix) :] not in names:
                 (top / name).unlink(missing_ok=True)
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, without what follows on other lines."""
+    return (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".:")
 
 
 def files(folder: Path) -> set[str]:

@@ -57,11 +57,12 @@ def put(source: Path, target: Path) -> None:
     """Let a file or link be as another is; it goes where the other is not there."""
     if target.is_dir() and not target.is_symlink():
         return
+    there = source.is_file() or source.is_symlink()
     unfinished = target.with_name(f".{target.name}.new")  # an update that was interrupted may have left one
-    for path in (unfinished, target) if not source.is_file() and not source.is_symlink() else (unfinished,):
+    for path in (unfinished,) if there else (unfinished, target):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
-    if not source.is_file() and not source.is_symlink():
+    if not there:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(source, unfinished, follow_symlinks=False)
