@@ -192,10 +192,13 @@ class Update:
         """Merge every file from its three copies, and say how the update ended."""
         folder = self.folder
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        release = git(self.template, "rev-parse", "HEAD").decode().strip()
-        new = self.render(str(self.template), release, folder / "new")  # Copier's own is gone by now
-        self.restore_index(state["index"])
-        said, conflicts = self.merge_files(folder, state, new)
+        said: list[str] = []
+        conflicts: list[str] = []
+        if self.is_edited(folder, state):  # else there is nothing to merge, and what Copier wrote is right
+            release = git(self.template, "rev-parse", "HEAD").decode().strip()
+            new = self.render(str(self.template), release, folder / "new")  # Copier's own is gone by now
+            self.restore_index(state["index"])
+            said, conflicts = self.merge_files(folder, state, new)
         self.put_back_others(state)
         for line in said:
             print(line, file=sys.stderr)
@@ -205,6 +208,15 @@ class Update:
             shutil.rmtree(older, ignore_errors=True)
         found = f"{len(conflicts)} conflicts, which `git diff` shows" if conflicts else "no conflict"
         print(f"The update ended with {found}. `python {UNDO}` takes it back.", file=sys.stderr)
+
+    @staticmethod
+    def is_edited(folder: Path, state: dict[str, Any]) -> bool:
+        """Tell whether the user changed anything that the template knows, or git does not track all of it."""
+        tracked = {line.partition(TAB)[2] for line in state["index"]}
+        return any(
+            read(folder / "mine", name) != (old := read(folder / "old", name)) or (old and name not in tracked)
+            for name in state["names"]
+        )
 
     def render(self, template: str, release: str, folder: Path) -> Path:
         """Render a release with the workspace's answers into a folder of its own."""

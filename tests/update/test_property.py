@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from copier._main import Worker
+from copier._settings import SettingsModel
 
 from . import conftest, oracle
 from .conftest import BEFORE, NEXT, NOW, known, release
@@ -64,8 +66,8 @@ RENAMING = tuple(f"{NEXT[-1].rpartition('.')[0].rpartition('.')[0]}.{number}.0" 
 
 
 @pytest.fixture(scope="session")
-def tags(releases: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """All releases, oldest first, with the two that rename; they come without moving what the others look at."""
+def source(releases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone of the template's repository with two more releases, which rename; the others' tests do not see them."""
     clone = tmp_path_factory.mktemp("renaming") / "clone"
     conftest.git(releases, "clone", "--quiet", ".", str(clone))
     renamed: dict[str, str] = {}
@@ -83,18 +85,28 @@ def tags(releases: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         renamed |= names
         hook.write_text(text.replace(known_names, f"RENAMED_FILES: dict[str, str] = {renamed}"), encoding="utf-8")
         release(clone, tag)
-        conftest.git(clone, "push", "--quiet", "origin", tag)
-    return [*(known(releases, tag) for tag in BEFORE[:1]), NOW, *NEXT, *RENAMING]
+    return clone
 
 
 @pytest.fixture(scope="session")
-def rendered(copy: Copy, tags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def tags(source: Path) -> list[str]:
+    """All releases, oldest first."""
+    return [*(known(source, tag) for tag in BEFORE[:1]), NOW, *NEXT, *RENAMING]
+
+
+@pytest.fixture(scope="session")
+def rendered(
+    worker: type[Worker], source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Path]:
     """The workspace that a release renders with some answers, made once."""
     folder = tmp_path_factory.mktemp("rendered")
 
     @cache
     def render(tag: str, answers: str) -> Path:
-        return copy(Path(tempfile.mkdtemp(dir=folder)) / "tone", tag, **json.loads(answers))
+        target = Path(tempfile.mkdtemp(dir=folder)) / "tone"
+        options: dict[str, Any] = {**conftest.OPTIONS, "settings": SettingsModel()}
+        worker(src_path=str(source), dst_path=target, data=json.loads(answers), vcs_ref=tag, **options).run_copy()
+        return target
 
     return render
 
