@@ -13,25 +13,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib.util
 import json
-import logging
 import os
 import shutil
 import signal
 import sys
 import time
-import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from unittest.mock import MagicMock
+from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[1]
-MODELS = ROOT / "models"
-EXAMPLES = 10
-# set by accelerate launch and torchrun: which of the run's processes this is; the first one does all but training
-RANK = int(os.environ.get("RANK", "0"))
-PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+from preparing.workspace import MODELS, ROOT
+from settings.startup import explain, leave_out, quiet
+from training.processes import PROCESSES, RANK
+
+if TYPE_CHECKING:
+    from settings.run_settings import Settings
+
+EXAMPLES = 10  # questions with their answers, kept in run.json
 
 
 def main() -> int:
@@ -67,139 +66,103 @@ def main() -> int:
         return 1
 
 
-def explain(error: Exception) -> str:
-    """Return what is wrong and what to do, in one sentence."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # by name, as importing their files takes long
-    if kinds & {"ConfigError", "DataError", "ModelError"}:
-        return str(error)
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed in {sys.prefix}: run `python setup/create_env.py`, then use its Python."
-    if "Timeout" in kinds:
-        return "Another run is under way in this workspace: wait for its end, or stop it, then run this again."
-    reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".: ")
-    return f"Unforeseen: {reason}. Nothing that was there is lost; --debug shows where it happened."
-
-
-def quiet() -> None:
-    """Keep every library from calling home and from talking over the run. Olive sends nothing where CI is set."""
-    os.environ.update(
-        OLIVE_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_TELEMETRY="1", ORT_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1"
-    )
-    os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # `datasets` counts every file that it reads, also a local one
-    for name, value in (
-        ("CI", "1"),
-        ("TOKENIZERS_PARALLELISM", "false"),
-        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-        ("TRANSFORMERS_VERBOSITY", "error"),
-    ):
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for library in ("olive", "matplotlib"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-
-
-def leave_out(package: str) -> None:
-    """Let a stand-in take the place of a package that is imported and not used: a second less before the first step.
-
-    Olive imports torchmetrics for its evaluators, and scipy and matplotlib with it; evaluate.py evaluates here.
-    """
-    sys.modules.setdefault(package, MagicMock(__spec__=importlib.util.find_spec(package)))
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Check the settings, the data and the machine, then tune, unless only the check is asked for."""
-    import check
-    import machine
-    import preview
-    import screen
-    from estimate import Settings
+    from filelock import FileLock
+
+    from planning import hardware, show_plan
+    from planning.plan import read_rows, row_facts, run_facts
+    from settings.run_settings import read_settings
+    from settings.validation import validate
 
     started = time.monotonic()
     results = MODELS / "smoke" if arguments.smoke else MODELS
-    config = check.read_config()
+    settings = read_settings()
     if arguments.check:
-        return check_only(config, arguments.json)
-    check.validate(config)
+        return check_only(settings, arguments.json)
+    validate(settings)
     if arguments.smoke:
-        from smoke import shrink
+        from training.smoke import shrink
 
-        shrink(config, results)
-    machine.refuse(config)
-    rows = check.read_rows(config)
-    screen.show("run", preview.run_facts(config))
-    screen.show("rows", preview.row_facts(Settings.of(config), rows, len(rows["train"])))
-    from filelock import FileLock
-
+        settings = shrink(settings, results)
+    hardware.refuse(settings)
+    rows = read_rows(settings)
+    show_plan.show("run", run_facts(settings))
+    show_plan.show("rows", row_facts(settings, rows, len(rows["train"])))
     results.mkdir(parents=True, exist_ok=True)
     with FileLock(results / ".lock", timeout=0):  # two runs at once would mix their checkpoints
-        tune(config, rows, results, arguments.fresh, started)
+        tune(settings, rows, results, arguments.fresh, started)
     return 0
 
 
 def help_train() -> int:
     """Train beside the first process of several, silently: that one does everything else."""
-    from train import share, train
+    from training.processes import share
+    from training.train import train
 
     with contextlib.redirect_stdout(None):
         train(*share())
     return 0
 
 
-def check_only(config: dict[str, Any], as_json: bool) -> int:
+def check_only(settings: Settings, as_json: bool) -> int:
     """Show what the run will do and need; 1 when it cannot work."""
-    import preview
-    import screen
+    from planning import show_plan
+    from planning.plan import plan
 
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        report = preview.preview(config, (lambda part, facts: None) if as_json else screen.show)
+        report = plan(settings, (lambda part, facts: None) if as_json else show_plan.show)
     if as_json:
         print(json.dumps(report))
     if report["problem"]:
         print(f"error: {report['problem']}", file=sys.stderr)
         return 1
     if not as_json:
-        screen.verdict(report)
+        show_plan.verdict(report)
     return 0
 
 
-def tune(config: dict[str, Any], rows: dict[str, list[Any]], results: Path, fresh: bool, started: float) -> None:
+def tune(settings: Settings, rows: dict[str, list[Any]], results: Path, fresh: bool, started: float) -> None:
     """Evaluate, train, evaluate, report."""
-    import check
-    import screen
-    from advice import explained
-    from evaluate import evaluate
-    from model_card import write_model_card
-    from preview import settle
-    from record import data_facts, describe, keep_logs, publish, use_folder
-    from report import write_report
-    from train import share, train
+    from planning import show_plan
+    from planning.advice import explained
+    from planning.fit import settle
+    from planning.model_facts import base_model
+    from preparing.dataset import chat_tokens
+    from reporting.evaluate import evaluate
+    from reporting.model_card import write_model_card
+    from reporting.report import write_report
+    from reporting.run_record import data_facts, describe, keep_logs, publish
+    from reporting.show_results import show
+    from training.processes import share
+    from training.train import train
 
     gc.freeze()
     gc.enable()
-    base = check.base_model(config)
-    folder = str(base.folder)
-    run_json = describe(config, rows, base.commit, results)
+    base = base_model(settings)
+    run_json = describe(settings, rows, base.commit, results)
     # checkpoints of other settings, other data or another number of processes are never gone on from
     name = f"{run_json['config_sha256'][:8]}-{run_json['dataset_sha256'][:8]}-{PROCESSES}".removesuffix("-1")
-    run_folder = results / "checkpoints" / name
-    use_folder(config, folder)
-    tokens = check.tokenise_rows(config, rows)
-    estimated, line = settle(config, tokens)
-    screen.show("memory", {"line": line})
+    run_folder, folder = results / "checkpoints" / name, str(base.folder)
+    settings = replace(settings, model_path=folder, revision=None)  # by its id, Olive would ask the hub for it
+    tokens = {
+        part: chat_tokens(rows[part], folder, **vars(settings.data[part].tokens)) for part in ("train", "held_out")
+    }
+    settings, estimated, line = settle(settings, tokens)
+    show_plan.show("memory", {"line": line})
     if fresh or (run_folder / "finished").exists():
         shutil.rmtree(run_folder, ignore_errors=True)  # the result of a finished run stands in models/adapter
-    keep_logs(config, results / "logs")
+    keep_logs(settings, results / "logs")
 
-    with explained(config, estimated):
+    with explained(settings, estimated):
         print(f"Evaluating {run_json['base_model']} on the held-out rows")
-        before = evaluate(config, folder, None, rows["held_out"], tokens["held_out"])
+        before = evaluate(settings, folder, None, rows["held_out"], tokens["held_out"])
         print(f"Training an adapter: {run_json['method']}")
-        adapter, timings, losses = train(*share((config, tokens, run_folder)))
+        adapter, timings, losses = train(*share((settings, tokens, run_folder)))
         print("Evaluating the tuned model on the same rows")
-        after = evaluate(config, folder, adapter, rows["held_out"], tokens["held_out"])
+        after = evaluate(settings, folder, adapter, rows["held_out"], tokens["held_out"])
 
-    run_json["data"] = data_facts(config, rows, folder) | {"asked_rows": len(after.questions)}
+    run_json["data"] = data_facts(settings, rows, folder) | {"asked_rows": len(after.questions)}
     run_json["metrics"] = {"before": before.metrics, "after": after.metrics}
     run_json["examples"] = [
         {"question": row[-2]["content"], "expected": row[-1]["content"], "before": one, "after": other}
@@ -212,34 +175,6 @@ def tune(config: dict[str, Any], rows: dict[str, list[Any]], results: Path, fres
     report = write_report(run_json, losses, results / "report")
     (run_folder / "finished").touch()
     show(run_json, report.relative_to(ROOT))
-
-
-def show(run_json: dict[str, Any], report: Path) -> None:
-    """Print the metrics, some answers, and the next command."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console()
-    before, after = run_json["metrics"]["before"], run_json["metrics"]["after"]
-    table = Table("held-out rows", "before", "after")
-    table.add_row("exact answers", f"{before['accuracy']:.2%}", f"{after['accuracy']:.2%}")
-    for name in ("eval_loss", "perplexity"):
-        table.add_row(name.replace("_", " "), f"{before[name]:.4f}", f"{after[name]:.4f}")
-    console.print(table)
-    answers = Table("question", "expected", "before", "after")
-    for example in run_json["examples"][:5]:
-        answers.add_row(*(escape(example[key][:300]) for key in ("question", "expected", "before", "after")))
-    console.print(answers)
-    console.print(f"Done in {run_json['seconds']:.0f} s.")
-    for what, where in (
-        ("adapter", run_json["adapter"]),
-        ("figures", report.parents[1] / "run.json"),
-        ("report", report),
-    ):
-        console.print(f"  {what:8} {Path(where).as_posix()}", highlight=False)
-    smoke = "smoke" in report.parts
-    console.print(f"Next: python {'finetuning/invoke_olive.py' if smoke else 'inference/console_chat.py'}")
 
 
 if __name__ == "__main__":

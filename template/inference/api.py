@@ -14,13 +14,14 @@ import uuid
 from collections.abc import AsyncIterator, Coroutine
 from typing import Annotated, Any, Literal
 
-from engine import ChatError, Generation, Message, TooLongError, Usage
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
-from line import Line, Place
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from engine import ChatError, Generation, Message, TooLongError, Usage
+from line import Line, Place
 
 COME_AGAIN = {"Retry-After": "2"}  # seconds
 # Fields that say nothing about the answer, and the values at which others change nothing.

@@ -99,6 +99,7 @@ def open_page(line: Line, key: str) -> Any:
     """Return the page as an application: nothing of it is recorded, and nothing comes from elsewhere."""
     import gradio as gr
     from fastapi import FastAPI
+
     from page import STYLE, THEME, build_page
 
     def is_key(_: str, password: str) -> bool:

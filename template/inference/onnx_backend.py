@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime_genai
-from engine import ChatError, Generation, Message, read_yaml
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
+
+from engine import ChatError, Generation, Message, read_yaml
 
 # what a chat template may ask the tokenizer for
 MARKS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
+
 from api import failure
 from engine import COMPARE, Generation, Message
 from line import Line

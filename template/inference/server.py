@@ -15,15 +15,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
-from api import ApiError, router
-from engine import ChatError, Engine
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
-from line import Line, LineFullError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from api import ApiError, router
+from engine import ChatError, Engine
+from line import Line, LineFullError
 
 IN_USE = {errno.EADDRINUSE, errno.EACCES}  # Windows says the second of a port that another program holds
 PORTS = 100  # that are tried from the wanted one on

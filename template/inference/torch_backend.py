@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import BASE, TUNE, ChatError, Generation, Message, Source, read_yaml
 from jinja2 import TemplateError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging
+
+from engine import BASE, TUNE, ChatError, Generation, Message, Source, read_yaml
 
 warnings.filterwarnings(
     "ignore", category=FutureWarning

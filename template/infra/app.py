@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 
 import requests
+
 from az import AGAIN, UNREACHABLE, AzureError
+from azure_settings import INFRA
 from provisioned import Provisioned
-from settings import INFRA
 from share import Share
 from sync import send, send_results
 

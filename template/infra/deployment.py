@@ -11,8 +11,8 @@ from typing import Any
 
 import secret
 from az import AGAIN, AzureError, az, explain, require
+from azure_settings import INFRA, Settings
 from provisioned import KEYS, KINDS, Provisioned
-from settings import INFRA, Settings
 
 PROVIDERS = ("Microsoft.App", "Microsoft.Storage", "Microsoft.OperationalInsights", "Microsoft.ManagedIdentity")
 POLL = 5.0  # seconds between two looks at a deployment

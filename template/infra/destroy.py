@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from az import AzureError, az
-from settings import INFRA, Settings
+from azure_settings import INFRA, Settings
 
 # what runs, then what it runs in, then the rest
 ORDER = {"microsoft.app/jobs": 0, "microsoft.app/containerapps": 0, "microsoft.app/managedenvironments": 1}

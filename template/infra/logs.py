@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import requests
+
 from az import AzureError, az
 from provisioned import Provisioned
 

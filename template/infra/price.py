@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from az import AzureError
-from settings import INFRA, Settings
+from azure_settings import INFRA, Settings
 
 PRICES = "https://azure.microsoft.com/pricing/details/container-apps/"
 NOT_IN_IT = """\

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from az import AzureError, az
-from settings import INFRA
+from azure_settings import INFRA
 
 API = "2025-07-01"
 # purpose: the words of its az commands, its type in an id, and the key of its name

@@ -14,8 +14,8 @@ import sys
 from typing import Any
 
 from az import AzureError
+from azure_settings import INFRA
 from provisioned import Provisioned
-from settings import INFRA
 
 
 def set_secret(name: str, purpose: str) -> None:

@@ -16,9 +16,10 @@ from typing import Any, BinaryIO
 from urllib.parse import parse_qsl, quote, urlencode
 
 import requests
-from az import AGAIN, UNREACHABLE, AzureError, az
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
+
+from az import AGAIN, UNREACHABLE, AzureError, az
 
 CONNECTIONS = 16
 RANGE = 4 * 2**20  # bytes that go in one request, at most

@@ -20,9 +20,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
 
 import yaml
-from az import AzureError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from az import AzureError
 from share import CONNECTIONS, Share
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -110,8 +110,10 @@ def build_demo(found: Found | None) -> None:
     """Build the demo model unless it is there. Raises ModelError."""
     if found:
         print(f"The demo model is there: {found.folder}")
-    elif subprocess.run([sys.executable, str(ROOT / "finetuning" / "tiny_model.py")], check=False).returncode != 0:
-        raise ModelError("finetuning/tiny_model.py failed, as shown above: correct that and run this again.")
+        return
+    command = [sys.executable, "-m", "training.tiny_model"]
+    if subprocess.run(command, cwd=ROOT / "finetuning", check=False).returncode != 0:
+        raise ModelError("finetuning/training/tiny_model.py failed, as shown above: correct that and run this again.")
 
 
 def download(model: str, revision: str | None, here: Found | None) -> Found:

@@ -43,12 +43,13 @@ def smoke() -> dict[str, Any]:
 
 
 def test_the_settings_are_valid() -> None:
-    from invoke_olive import quiet
+    from settings.startup import quiet
 
     quiet()
-    from check import read_config, validate
+    from settings.run_settings import read_settings
+    from settings.validation import validate
 
-    validate(read_config())
+    validate(read_settings())
 
 
 def test_the_smoke_run_trains_an_adapter_and_measures_it_before_and_after(smoke: dict[str, Any]) -> None:
