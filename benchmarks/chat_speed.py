@@ -137,7 +137,8 @@ def prepare(workspace: Path) -> None:
 def answer(workspace: Path, name: str) -> dict[str, float]:
     """Answer through the engine; return the tokens per second behind the first."""
     sys.path.insert(0, str(workspace / "inference"))
-    from engine import Generation, load
+    from engine import Generation
+    from load_engine import load
 
     engine = load(engine=name, root=workspace)
     times: list[float] = []
@@ -161,7 +162,8 @@ def answer(workspace: Path, name: str) -> dict[str, float]:
 def api(workspace: Path, name: str) -> tuple[list[float], list[float]]:
     """Serve page and API; return the seconds of the same answers from the engine itself and for a client."""
     sys.path[:0] = [str(workspace / "inference"), str(ROOT / "tests" / "workspace")]
-    from engine import Generation, load
+    from engine import Generation
+    from load_engine import load
     from served import served
 
     engine = load(engine=name, root=workspace)

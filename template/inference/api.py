@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from engine import ChatError, Generation, Message, TooLongError, Usage
-from line import Line, Place
+from request_queue import RequestQueue, Ticket
 
 COME_AGAIN = {"Retry-After": "2"}  # seconds
 # Fields that say nothing about the answer, and the values at which others change nothing.
@@ -145,67 +145,67 @@ class ChatRequest(Fields):
 router = APIRouter()
 
 
-async def open_line(request: Request) -> Line:
-    """Return the model's line. Raises ApiError while the model is being loaded."""
-    if request.app.state.line is None:
+async def open_queue(request: Request) -> RequestQueue:
+    """Return the model's queue. Raises ApiError while the model is being loaded."""
+    if request.app.state.queue is None:
         raise ApiError(503, "The model is still being loaded.", "loading")
-    return request.app.state.line
+    return request.app.state.queue
 
 
-async def take_place(line: Annotated[Line, Depends(open_line)]) -> AsyncIterator[Place]:
-    """Take a place in the line until the response is sent, or its client gone."""
-    with line.place() as place:
-        yield place
+async def take_ticket(queue: Annotated[RequestQueue, Depends(open_queue)]) -> AsyncIterator[Ticket]:
+    """Hold a ticket until the response is sent, or its client gone."""
+    with queue.ticket() as ticket:
+        yield ticket
 
 
 @router.get("/health")
-async def health(line: Annotated[Line, Depends(open_line)]) -> dict[str, Any]:
+async def health(queue: Annotated[RequestQueue, Depends(open_queue)]) -> dict[str, Any]:
     """Say that the model answers, and what it has to do."""
-    running = int(line.engine.lock.locked())
-    return {"status": "ok", "running": running, "waiting": max(0, line.places - running)}
+    running = int(queue.engine.lock.locked())
+    return {"status": "ok", "running": running, "waiting": max(0, queue.tickets - running)}
 
 
 @router.get("/v1/models")
-async def models(line: Annotated[Line, Depends(open_line)]) -> dict[str, Any]:
+async def models(queue: Annotated[RequestQueue, Depends(open_queue)]) -> dict[str, Any]:
     """List what answers: the tuned model, and the base model where there is no other or the adapter can be left out."""
-    return {"object": "list", "data": [await model(name, line) for name in line.models]}
+    return {"object": "list", "data": [await model(name, queue) for name in queue.models]}
 
 
 @router.get("/v1/models/{name:path}")
-async def model(name: str, line: Annotated[Line, Depends(open_line)]) -> dict[str, Any]:
+async def model(name: str, queue: Annotated[RequestQueue, Depends(open_queue)]) -> dict[str, Any]:
     """Describe the model; `root` is what it was made from."""
-    check_name(name, line)
-    facts = {"id": name, "object": "model", "created": line.since, "owned_by": "workspace"}
-    return facts | {"root": line.engine.source.base}
+    check_name(name, queue)
+    facts = {"id": name, "object": "model", "created": queue.since, "owned_by": "workspace"}
+    return facts | {"root": queue.engine.source.base}
 
 
-def check_name(name: str, line: Line) -> None:
+def check_name(name: str, queue: RequestQueue) -> None:
     """Raise ApiError for a model that is not here."""
-    if name not in line.models:
-        message = f"There is no model {name!r} here: ask for {' or '.join(map(repr, line.models))}."
+    if name not in queue.models:
+        message = f"There is no model {name!r} here: ask for {' or '.join(map(repr, queue.models))}."
         raise ApiError(404, message, "model_not_found", "model")
 
 
 @router.post("/v1/chat/completions")
-async def complete(wanted: ChatRequest, request: Request, place: Annotated[Place, Depends(take_place)]) -> Any:
+async def complete(wanted: ChatRequest, request: Request, ticket: Annotated[Ticket, Depends(take_ticket)]) -> Any:
     """Answer a conversation, in one piece or as a stream of events."""
-    line = place.line
-    check_name(wanted.model, line)
+    queue = ticket.queue
+    check_name(wanted.model, queue)
     messages, generation, usage = wanted.conversation(), wanted.generation(), Usage()
 
     def refuse(_: str) -> None:
         raise TooLongError(
-            f"The conversation is longer than what the model reads ({line.engine.backend.context} tokens, of which "
+            f"The conversation is longer than what the model reads ({queue.engine.backend.context} tokens, of which "
             "those of the answer are kept free): leave out its oldest messages, or ask for a shorter answer."
         )
 
     try:
-        await asyncio.to_thread(line.engine.fit, messages, generation.max_new_tokens, refuse)
+        await asyncio.to_thread(queue.engine.fit, messages, generation.max_new_tokens, refuse)
     except ChatError as error:
         code = "context_length_exceeded" if isinstance(error, TooLongError) else None
         raise ApiError(400, str(error), code, "messages") from error
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": wanted.model}
-    pieces = place.stream(messages, generation, lambda _: None, usage)  # the cut is told by finish_reason
+    pieces = ticket.stream(messages, generation, lambda _: None, usage)  # the cut is told by finish_reason
     if wanted.stream:
         return EventSourceResponse(events(head, pieces, usage, wanted.stream_options.include_usage))
     text = await unless_gone(request, whole(pieces))

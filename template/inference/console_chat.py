@@ -14,7 +14,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from engine import ENGINES, ChatError, Engine, Generation, Message, load
+from engine import ENGINES, ChatError, Engine, Generation, Message
+from load_engine import load
 
 END_KEY = "Ctrl-Z Enter" if os.name == "nt" else "Ctrl-D"
 HELP = f"""/system TEXT  set the system prompt; without TEXT there is none

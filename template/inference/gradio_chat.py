@@ -12,10 +12,11 @@ import secrets
 import sys
 from typing import TYPE_CHECKING, Any
 
-from engine import ENGINES, ChatError, Engine, load, not_installed
+from engine import ENGINES, ChatError, Engine
+from load_engine import load, not_installed
 
 if TYPE_CHECKING:
-    from line import Line
+    from request_queue import RequestQueue
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, which is later
 
@@ -87,7 +88,7 @@ def serve(options: argparse.Namespace) -> None:
         server.should_exit = True
 
     app = create_app(
-        prepare, lambda line: open_page(line, options.api_key), is_ready, fail, options.host, options.api_key
+        prepare, lambda queue: open_page(queue, options.api_key), is_ready, fail, options.host, options.api_key
     )
     server = create_server(app)
     server.run(sockets=[listener])
@@ -95,7 +96,7 @@ def serve(options: argparse.Namespace) -> None:
         raise failures[0]
 
 
-def open_page(line: Line, key: str) -> Any:
+def open_page(queue: RequestQueue, key: str) -> Any:
     """Return the page as an application: nothing of it is recorded, and nothing comes from elsewhere."""
     import gradio as gr
     from fastapi import FastAPI
@@ -107,7 +108,7 @@ def open_page(line: Line, key: str) -> Any:
 
     return gr.mount_gradio_app(
         FastAPI(openapi_url=None),
-        build_page(line).queue(),
+        build_page(queue).queue(),
         "/",
         auth=is_key if key else None,
         auth_message="The password is the API key; the user name may be any.",

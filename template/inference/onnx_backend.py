@@ -19,7 +19,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from engine import ChatError, Generation, Message, read_yaml
+from engine import ChatError, Generation, Message
+from sources import read_yaml
 
 # what a chat template may ask the tokenizer for
 MARKS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -13,7 +13,7 @@ import gradio as gr
 
 from api import failure
 from engine import COMPARE, Generation, Message
-from line import Line
+from request_queue import RequestQueue
 
 # The columns stand side by side where there is room, share what height is left, and scroll by themselves, below their
 # names. Gradio's own buttons to clear would clear one column alone, and its sliders' knobs are white on white.
@@ -83,7 +83,7 @@ class Chat:
         ]
 
     async def answer(
-        self, line: Line, comparing: bool, system: str, generation: Generation, notify: Callable[[str], None]
+        self, queue: RequestQueue, comparing: bool, system: str, generation: Generation, notify: Callable[[str], None]
     ) -> AsyncIterator[None]:
         """Let the tuned model answer what it has not, then the base model if it shall; yield after each piece.
 
@@ -95,16 +95,16 @@ class Chat:
                 known = self.turns(adapter)[: 2 * len(answers) + 1]
                 messages = [{"role": "system", "content": system}, *known]
                 answers.append("")
-                with line.place() as place:
-                    async for piece in place.stream(messages, replace(generation, adapter=adapter), notify):
+                with queue.ticket() as ticket:
+                    async for piece in ticket.stream(messages, replace(generation, adapter=adapter), notify):
                         answers[-1] += piece
                         yield
                 yield  # an empty answer is one too
 
 
-def build_page(line: Line) -> gr.Blocks:
+def build_page(queue: RequestQueue) -> gr.Blocks:
     """Build the page: what answers, the chat, its settings, and what fine-tuning has changed."""
-    engine = line.engine
+    engine = queue.engine
     source, most = engine.source, min(4096, engine.backend.context)
     adapter = f"adapter **{source.adapter}** ({source.method})" if source.adapter else "**the base model alone**"
     column: dict[str, Any] = {"height": None, "buttons": ["copy"]}
@@ -144,7 +144,7 @@ def build_page(line: Line) -> gr.Blocks:
                 taken = ""
             yield [taken, *chat.columns(), *usable(answering=True)]
             try:
-                async for _ in chat.answer(line, comparing, system, generation(*how), gr.Info):
+                async for _ in chat.answer(queue, comparing, system, generation(*how), gr.Info):
                     yield [gr.skip(), *chat.columns(), *[gr.skip()] * len(controls)]
             except Exception as error:  # gr.Error would write "Error" over both columns
                 gr.Warning(str(failure(error)), duration=None)
@@ -155,7 +155,7 @@ def build_page(line: Line) -> gr.Blocks:
             [question, tuned, base, compare, *settings],
             [question, tuned, base, *controls],
             trigger_mode="once",
-            concurrency_limit=None,  # all wait in the same line as the API's requests
+            concurrency_limit=None,  # all wait in the same queue as the API's requests
             show_progress="hidden",
             api_visibility="private",
         )
@@ -177,7 +177,7 @@ def build_page(line: Line) -> gr.Blocks:
             before = history or []
             chat = Chat([*(turn[0] for turn in before), question], {True: [turn[1] for turn in before]})
             try:
-                async for _ in chat.answer(line, False, system, generation(longest, temperature, top_p), gr.Info):
+                async for _ in chat.answer(queue, False, system, generation(longest, temperature, top_p), gr.Info):
                     yield chat.answers[True][-1]
             except Exception as error:
                 raise gr.Error(str(failure(error)), print_exception=False) from error

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api import ApiError, router
 from engine import ChatError, Engine
-from line import Line, LineFullError
+from request_queue import QueueFullError, RequestQueue
 
 IN_USE = {errno.EADDRINUSE, errno.EACCES}  # Windows says the second of a port that another program holds
 PORTS = 100  # that are tried from the wanted one on
@@ -63,7 +63,7 @@ def is_loopback(host: str) -> bool:
 
 def create_app(
     prepare: Callable[[], Engine],
-    open_page: Callable[[Line], FastAPI],
+    open_page: Callable[[RequestQueue], FastAPI],
     is_ready: Callable[[], None],
     fail: Callable[[Exception], None],
     host: str = "127.0.0.1",
@@ -79,8 +79,8 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async def open_when_prepared() -> None:
             try:
-                app.state.line = Line(await in_thread(prepare))
-                page = open_page(app.state.line)
+                app.state.queue = RequestQueue(await in_thread(prepare))
+                page = open_page(app.state.queue)
                 async with page.router.lifespan_context(page):
                     app.state.page = page
                     is_ready()
@@ -95,7 +95,7 @@ def create_app(
 
     # FastAPI's own pages would load scripts from elsewhere
     app = FastAPI(lifespan=lifespan, openapi_url=None)
-    app.state.line, app.state.page = None, HTMLResponse(LOADING, 503, {"Retry-After": "2"})
+    app.state.queue, app.state.page = None, HTMLResponse(LOADING, 503, {"Retry-After": "2"})
 
     async def page(scope: Scope, receive: Receive, send: Send) -> None:
         await app.state.page(scope, receive, send)
@@ -216,7 +216,7 @@ async def http_error(_: Request, error: Any) -> Response:
 
 EXPLAIN: dict[Any, Any] = {
     ApiError: refused,
-    LineFullError: full,
+    QueueFullError: full,
     RequestValidationError: invalid,
     HTTPException: http_error,
 }

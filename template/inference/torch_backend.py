@@ -1,6 +1,6 @@
 """The backend that works everywhere: transformers, with the adapter on top of the base model as it was trained.
 
-engine.py imports this file when it loads a model; it is the only one here that imports torch.
+load_engine.py imports this file when it loads a model; it is the only one here that imports torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging
 
-from engine import BASE, TUNE, ChatError, Generation, Message, Source, read_yaml
+from engine import ChatError, Generation, Message, Source
+from sources import BASE, TUNE, read_yaml
 
 warnings.filterwarnings(
     "ignore", category=FutureWarning

@@ -111,7 +111,7 @@ def folders(workspace: SimpleNamespace, config: dict[str, Any], named: Named) ->
         source = workspace.engine.Source(named.model, revision, None, "lora", "float32", "")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(workspace.engine, "base_source", lambda root, source=source: source)
-            loaded = workspace.engine.load(baseonly=True, engine="torch", root=workspace.root)
+            loaded = workspace.load_engine.load(baseonly=True, engine="torch", root=workspace.root)
         found[chat] = Path(loaded.backend.model.config._name_or_path)
     return found
 

@@ -15,7 +15,7 @@ def served(prepare: Callable[[], Any], key: str = "") -> Iterator[tuple[str, Any
 
     with serving(prepare, lambda line: gradio_chat.open_page(line, key), key) as (address, app, ready):
         assert ready.wait(60)
-        assert app.state.line, "the engine could not be prepared"
+        assert app.state.queue, "the engine could not be prepared"
         yield address, app
 
 

@@ -43,7 +43,7 @@ def modules(workspace: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def engine(workspace: Path) -> Any:
-    from engine import load
+    from load_engine import load
 
     return load(baseonly=True, root=workspace)
 
@@ -476,11 +476,11 @@ def test_requests_are_answered_in_their_order_and_too_many_are_told_to_come_agai
 
 def test_a_reader_that_stops_reading_holds_nobody_up(echo: Echo) -> None:
     from engine import Engine, Generation, Source
-    from line import Line
+    from request_queue import RequestQueue
 
     async def read_a_piece_then_let_the_next_be_answered() -> str:
-        line = Line(Engine(Source("models/demo", None, None, "lora", "float32", ""), echo))
-        with line.place() as slow, line.place() as following:
+        queue = RequestQueue(Engine(Source("models/demo", None, None, "lora", "float32", ""), echo))
+        with queue.ticket() as slow, queue.ticket() as following:
             await anext(slow.stream(HELLO, Generation(), print))
             return "".join([piece async for piece in following.stream(HELLO, Generation(), print)])
 
@@ -520,7 +520,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
 
     with serving(prepare, print) as (_, app, ended):
         assert ended.wait(60)
-        assert app.state.line is None
+        assert app.state.queue is None
 
 
 @pytest.fixture(scope="module")

@@ -238,7 +238,8 @@ def test_a_share_out_of_range_is_a_usage_error(export: Export) -> None:
 @pytest.mark.usefixtures("models")
 def test_an_int4_model_answers_held_out_rows_as_torch_does(exported: Path, models: Path) -> None:
     from dataset import load_tokenizer
-    from engine import Generation, load
+    from engine import Generation
+    from load_engine import load
     from evaluate import generate, load_model
 
     figures = json.loads((models / "run.json").read_text())["export"]["onnx"]
@@ -264,7 +265,7 @@ def test_the_model_for_a_gpu_computes_the_same_on_the_cpus_kernels(
     """The nearest to a run on a GPU that a machine without one allows: the same graph and float16 weights."""
     import int4
     import onnx
-    from engine import tuned_source
+    from sources import tuned_source
 
     int4.build(models / "merged", tmp_path, provider)
     file = tmp_path / "genai_config.json"
@@ -453,7 +454,9 @@ def stale_export(onnx: Path) -> None:
 def test_an_export_that_is_absent_torn_or_stale_never_answers(
     exported: Path, models: Path, tmp_path: Path, damage: Callable[[Path], None], words: str
 ) -> None:
-    from engine import ChatError, choose, load, tuned_source
+    from engine import ChatError
+    from load_engine import load
+    from sources import choose, tuned_source
 
     shutil.copytree(exported, tmp_path / "onnx")
     try:
@@ -471,7 +474,7 @@ def test_an_export_that_is_absent_torn_or_stale_never_answers(
 
 
 def test_auto_leaves_a_workspace_for_a_gpu_to_torch(exported: Path, models: Path) -> None:
-    from engine import choose, tuned_source
+    from sources import choose, tuned_source
 
     source, file = tuned_source(models.parent), models.parent / "setup/environment.toml"
     text = file.read_text(encoding="utf-8")
@@ -520,7 +523,8 @@ def test_a_ready_made_model_chats_for_its_own_base_model_only(
     exported: Path, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import console_chat
-    from engine import ChatError, load
+    from engine import ChatError
+    from load_engine import load
 
     ready = models / "onnx-base"  # where get_model.py --onnx puts it
     row = held_out(models)[0]

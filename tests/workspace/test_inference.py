@@ -463,13 +463,13 @@ def teach(model: Any, tokenizer: Any, says: dict[str, str], lr: float) -> None:
 @pytest.fixture(scope="module")
 def engine(tuned: Path) -> Any:
     """The tuned model, loaded."""
-    from engine import load
+    from load_engine import load
 
     return load(root=tuned)
 
 
 def test_the_adapter_that_was_trained_is_the_one_that_answers(tuned: Path, engine: Any) -> None:
-    from engine import load
+    from load_engine import load
 
     base = load(baseonly=True, root=tuned)
     for question in ("hello", "poem"):
@@ -483,7 +483,8 @@ def test_the_adapter_left_out_is_the_base_model_alone_and_comes_back_whole(
 ) -> None:
     import peft
     import torch
-    from engine import Generation, load
+    from engine import Generation
+    from load_engine import load
     from transformers import AutoModelForCausalLM
 
     shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
@@ -598,7 +599,8 @@ def test_the_same_seed_draws_the_same_answer(engine: Any) -> None:
 
 
 def test_an_adapter_that_does_not_fit_the_base_model_is_an_error(tuned: Path, tmp_path: Path) -> None:
-    from engine import ChatError, load
+    from engine import ChatError
+    from load_engine import load
     from safetensors.torch import load_file, save_file
 
     weights = load_file(tuned / "models/adapter/adapter_model.safetensors")
@@ -615,7 +617,8 @@ def test_an_adapter_that_does_not_fit_the_base_model_is_an_error(tuned: Path, tm
 
 
 def test_a_torn_base_model_is_an_error(tuned: Path, tmp_path: Path) -> None:
-    from engine import ChatError, load
+    from engine import ChatError
+    from load_engine import load
 
     root = tmp_path / "torn"
     shutil.copytree(tuned, root)
@@ -746,13 +749,13 @@ def test_the_page_offers_to_compare_where_it_can_and_says_how_where_it_cannot(
     adapter: str | None, switchable: bool
 ) -> None:
     from engine import Engine, Source
-    from line import Line
+    from request_queue import RequestQueue
     from page import build_page
 
     backend = Recorded(b"yes")
     backend.switchable = switchable  # type: ignore[misc]
     engine = Engine(Source("models/demo", None, adapter, "lora", "float32", ""), backend)
-    parts = build_page(Line(engine)).get_config_file()["components"]
+    parts = build_page(RequestQueue(engine)).get_config_file()["components"]
     (switch,) = [part["props"] for part in parts if part["props"].get("elem_id") == "compare"]
     texts = "\n".join(str(part["props"].get("value")) for part in parts)
     assert switch["visible"] == switchable

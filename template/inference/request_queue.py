@@ -1,4 +1,4 @@
-"""One model and those who wait for it: the page's users and the API's clients stand in the same line."""
+"""One model and the requests that wait for it, from the web page and from the API."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from engine import ChatError, Engine, Generation, Message, Usage
 WAITING = 32  # requests that may wait while one is answered; more are told to come again
 
 
-class LineFullError(ChatError):
+class QueueFullError(ChatError):
     """Too many wait already."""
 
 
-class Line:
+class RequestQueue:
     """First come, first served. Lives in one event loop; the model computes in a thread."""
 
     def __init__(self, engine: Engine) -> None:
-        """Open the line."""
-        self.engine, self.turn, self.places = engine, asyncio.Lock(), 0
+        """Start with an empty queue."""
+        self.engine, self.turn, self.tickets = engine, asyncio.Lock(), 0
         self.since = int(time.time())
         self.models = ["tuned"] if engine.source.adapter else ["base"]  # those that can answer
         if engine.backend.switchable:
             self.models = ["tuned", "base"]
 
     @contextlib.contextmanager
-    def place(self) -> Iterator[Place]:
-        """Give a place in the line; leaving it stops what is computed for it. Raises LineFullError."""
-        if self.places > WAITING:
-            raise LineFullError(f"{WAITING} requests are waiting already: try again later.")
-        self.places += 1
-        place = Place(self)
+    def ticket(self) -> Iterator[Ticket]:
+        """Give a ticket; handing it back stops what is computed for it. Raises QueueFullError."""
+        if self.tickets > WAITING:
+            raise QueueFullError(f"{WAITING} requests are waiting already: try again later.")
+        self.tickets += 1
+        ticket = Ticket(self)
         try:
-            yield place
+            yield ticket
         finally:
-            self.places -= 1
-            place.left.set()
-            if place.work:
-                place.work.cancel()
+            self.tickets -= 1
+            ticket.left.set()
+            if ticket.work:
+                ticket.work.cancel()
 
 
 @dataclass
-class Place:
-    """A place in the line, for one answer."""
+class Ticket:
+    """The right to one answer, when its turn comes."""
 
-    line: Line
+    queue: RequestQueue
     left: threading.Event = field(default_factory=threading.Event)
     work: asyncio.Task[None] | None = None
 
@@ -65,7 +65,7 @@ class Place:
 
         def compute() -> None:
             try:
-                with contextlib.closing(self.line.engine.stream(messages, generation, notify, usage)) as pieces:
+                with contextlib.closing(self.queue.engine.stream(messages, generation, notify, usage)) as pieces:
                     for piece in pieces:
                         if self.left.is_set():
                             return
@@ -76,7 +76,7 @@ class Place:
                 hand(made.put_nowait, None)
 
         async def wait_and_compute() -> None:
-            async with self.line.turn:
+            async with self.queue.turn:
                 await asyncio.to_thread(compute)
 
         self.work = asyncio.create_task(wait_and_compute())

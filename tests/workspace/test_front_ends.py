@@ -46,7 +46,7 @@ def tuned(workspace: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def engines(tuned: Path) -> dict[str, Any]:
-    from engine import load
+    from load_engine import load
 
     return {name: load(engine=name, root=tuned) for name in ENGINES}
 
