@@ -33,11 +33,16 @@ export PATH := $(BIN):$(PATH)
 	@touch $@
 
 demo: .venv/ready
-	copier copy --trust --defaults --overwrite --vcs-ref HEAD -d environment=venv "$(CURDIR)" demo
+	copier copy --quiet --trust --defaults --overwrite --vcs-ref HEAD -d environment=venv "$(CURDIR)" demo
 	@git --git-dir demo/.git rev-parse --quiet --verify HEAD >/dev/null 2>&1 || { git -C demo init -q && git -C demo add -A \
 	  && git -C demo -c user.name=demo -c user.email=demo@localhost commit -q --no-gpg-sign -m "As rendered"; }
 	demo/.venv/bin/python demo/finetuning/invoke_olive.py --check
 	demo/.venv/bin/python demo/finetuning/invoke_olive.py
+	@printf '\nFrom here:\n'; printf '  cd demo && .venv/bin/python %s\n' \
+	  'inference/console_chat.py            # chat with the tuned model' \
+	  'inference/gradio_chat.py             # the same in the browser, beside the base model' \
+	  'finetuning/export.py                 # one model of both, in 4 bits: fast on a CPU'
+	@printf '  %s\n' 'cd demo && ../.venv/bin/copier update --trust --vcs-ref :current: -d model=qwen3-0.6b   # a real model'
 
 lint: .venv/ready
 	ruff format --check .

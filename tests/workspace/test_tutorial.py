@@ -14,7 +14,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TUTORIAL = (REPOSITORY / "docs" / "tutorial" / "first-fine-tuning.md").read_text(encoding="utf-8")
-PUBLISHED = "gh:copier-finetune/copier-finetune"
+PUBLISHED = "PATH-OR-URL-OF-THIS-REPOSITORY"
 BETWEEN = "=== the next block ==="
 # Instead of the hook, which would install the packages a second time: they are in the environment of these tests.
 HOOK = f"import pathlib\npathlib.Path('.venv').symlink_to({sys.prefix!r})\n"
