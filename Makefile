@@ -29,7 +29,7 @@ export PATH := $(BIN):$(PATH)
 .venv/ready: locks/repository.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r locks/repository.txt
+	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -r locks/repository.txt
 	@touch $@
 
 demo: .venv/ready

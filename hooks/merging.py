@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from codecs import BOM_UTF8
 from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
 from pathlib import Path
 
 LABELS = ("before updating", "last update", "after updating")  # as Copier names the sides of a conflict
@@ -49,8 +51,8 @@ class Outcome:
 
 
 def lf(entry: Entry) -> bytes:
-    """Return the bytes with plain line ends."""
-    return entry.data.replace(b"\r\n", b"\n") if entry.is_text else entry.data
+    """Return the bytes with plain line ends, and without the mark that some editors of Windows put first."""
+    return entry.data.removeprefix(BOM_UTF8).replace(b"\r\n", b"\n") if entry.is_text else entry.data
 
 
 def read(folder: Path, name: str) -> Entry | None:
@@ -92,6 +94,11 @@ def merge(
         base, theirs, values = keep_values(base, ours, theirs)
         notes = [f"{name}: {value}." for value in values]
     data, conflicts = three_way(base, ours, theirs)
+    if conflicts:  # what was put before the first line or behind the last has its place, whatever became of those
+        first, rest, last = ends(base, ours)
+        data_of_rest, conflicts_of_rest = three_way(base, rest, theirs)
+        if not conflicts_of_rest:
+            data, conflicts = first + data_of_rest + last, False
     outcome = Outcome(replace(ended_as(mine, Entry(data)), executable=mode), notes)
     if conflicts:
         outcome.conflict = (lf(old) if old else None, lf(mine), lf(new))
@@ -100,10 +107,11 @@ def merge(
 
 
 def ended_as(mine: Entry, new: Entry) -> Entry:
-    """Return the new text with line ends like the user's."""
+    """Return the new text with line ends, and a mark at its start, like the user's."""
     if not new.is_text:
         return new
-    return replace(new, data=lf(new).replace(b"\n", b"\r\n") if mine.crlf else lf(new))
+    data = lf(new).replace(b"\n", b"\r\n") if mine.crlf else lf(new)
+    return replace(new, data=BOM_UTF8 + data if mine.data.startswith(BOM_UTF8) else data)
 
 
 def three_way(base: bytes, ours: bytes, theirs: bytes) -> tuple[bytes, bool]:
@@ -118,6 +126,54 @@ def three_way(base: bytes, ours: bytes, theirs: bytes) -> tuple[bytes, bool]:
     if done.returncode < 0 or done.returncode > 127:
         raise OSError(f"git merge-file: {done.stderr.decode(errors='replace').strip()}")
     return done.stdout, done.returncode > 0
+
+
+def edits(base: bytes, ours: bytes) -> list[tuple[bool, list[bytes], list[bytes], int]]:
+    """Return both texts in pieces: whether a piece is the same, its lines in each, and where it stands in the old."""
+    before, after = base.splitlines(keepends=True), ours.splitlines(keepends=True)
+    codes = SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    return [(tag == "equal", before[i1:i2], after[j1:j2], i1) for tag, i1, i2, j1, j2 in codes]
+
+
+def ends(base: bytes, ours: bytes) -> tuple[bytes, bytes, bytes]:
+    """Take off what was added before the first line and behind the last, unless it belongs to what stands beside it."""
+    pieces = edits(base, ours)
+    first, last = b"", b""
+    if len(pieces) > 1 and not pieces[-1][1] and not pieces[-1][2][0][:1].isspace() and base.endswith(b"\n"):
+        last = b"".join(pieces.pop()[2])
+    if len(pieces) > 1 and not pieces[0][1] and not pieces[0][2][-1][:1].isspace():
+        first = b"".join(pieces.pop(0)[2])
+    return first, b"".join(line for piece in pieces for line in piece[2]), last
+
+
+def follow(base: bytes, ours: bytes, target: bytes, parts: dict[str, bytes]) -> tuple[bytes, dict[str, bytes]]:
+    """Make the user's edits where the template moved what they are in.
+
+    `target` is what the old file is now, `parts` the other files that took something of it. Returns the user's text
+    without the edits that were made in a part, and the parts with them. An edit goes where the lines around it are.
+    """
+    texts = {name: text.splitlines(keepends=True) for name, text in {"": target, **parts}.items()}
+    before = base.splitlines(keepends=True)
+    rest: list[bytes] = []
+    for same, old, new, start in edits(base, ours):
+        if same:
+            rest += old
+            continue
+        above, below = before[max(start - 2, 0) : start], before[start + len(old) : start + len(old) + 2]
+        block = [*above, *old, *below]
+        found = [
+            (name, at + len(above))
+            for name, lines in texts.items()
+            for at in range(len(lines) - len(block) + 1)
+            if lines[at : at + len(block)] == block
+        ]
+        if len(found) == 1 and found[0][0] and b"".join(block).strip():
+            ((name, at),) = found
+            texts[name][at : at + len(old)] = new
+            rest += old
+        else:
+            rest += new
+    return b"".join(rest), {name: b"".join(texts[name]) for name in parts}
 
 
 @dataclass(frozen=True)

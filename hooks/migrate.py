@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,11 +28,63 @@ from typing import Any
 
 sys.dont_write_bytecode = True  # a template whose folder changes counts as one that is not committed
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from merging import Entry, merge, read  # noqa: E402 - Copier runs this file with -I
+from merging import Entry, ended_as, follow, lf, merge, read  # noqa: E402 - Copier runs this file with -I
 
 # Old name → new name of a file, and of a setting in a file that has its new name already. They are followed where the
 # old render has the old name and the new one the new. Never shortened: a workspace may come from any release.
-RENAMED_FILES: dict[str, str] = {}
+RENAMED_FILES: dict[str, str] = {
+    "finetuning/advice.py": "finetuning/planning/advice.py",
+    "finetuning/batches.py": "finetuning/training/batches.py",
+    "finetuning/check.py": "finetuning/settings/validation.py",
+    "finetuning/cost.py": "finetuning/planning/cost.py",
+    "finetuning/dataset.py": "finetuning/preparing/dataset.py",
+    "finetuning/estimate.py": "finetuning/planning/memory.py",
+    "finetuning/evaluate.py": "finetuning/reporting/evaluate.py",
+    "finetuning/int4.py": "finetuning/exporting/int4.py",
+    "finetuning/lengths.py": "finetuning/planning/token_counts.py",
+    "finetuning/machine.py": "finetuning/planning/hardware.py",
+    "finetuning/messages.py": "finetuning/preparing/formats.py",
+    "finetuning/model_card.py": "finetuning/reporting/model_card.py",
+    "finetuning/model_facts.py": "finetuning/planning/model_facts.py",
+    "finetuning/preview.py": "finetuning/planning/plan.py",
+    "finetuning/progress.py": "finetuning/training/progress.py",
+    "finetuning/record.py": "finetuning/reporting/run_record.py",
+    "finetuning/report.py": "finetuning/reporting/report.py",
+    "finetuning/rows.py": "finetuning/preparing/rows.py",
+    "finetuning/schema.py": "finetuning/settings/allowed.py",
+    "finetuning/screen.py": "finetuning/planning/show_plan.py",
+    "finetuning/smoke.py": "finetuning/training/smoke.py",
+    "finetuning/tiny_model.py": "finetuning/training/tiny_model.py",
+    "finetuning/train.py": "finetuning/training/train.py",
+    "finetuning/model_card.md": "finetuning/reporting/model_card.md",
+    "finetuning/report.html": "finetuning/reporting/report.html",
+    "inference/line.py": "inference/request_queue.py",
+    "infra/settings.py": "infra/azure_settings.py",
+}
+# Old name → the other files that took a part of it: an edit there goes with the lines around it.
+SPLIT_FILES: dict[str, tuple[str, ...]] = {
+    "finetuning/check.py": (
+        "finetuning/settings/config_file.py",
+        "finetuning/settings/run_settings.py",
+        "finetuning/planning/plan.py",
+        "finetuning/planning/fit.py",
+    ),
+    "finetuning/dataset.py": ("finetuning/preparing/tokens.py",),
+    "finetuning/estimate.py": ("finetuning/planning/architecture.py", "finetuning/planning/row_lengths.py"),
+    "finetuning/export.py": (
+        "finetuning/exporting/exported_folder.py",
+        "finetuning/exporting/int4.py",
+        "finetuning/exporting/merged.py",
+        "finetuning/exporting/tuned_model.py",
+    ),
+    "finetuning/int4.py": ("finetuning/exporting/agreement.py",),
+    "finetuning/invoke_olive.py": ("finetuning/settings/startup.py", "finetuning/reporting/show_results.py"),
+    "finetuning/messages.py": ("finetuning/preparing/conversations.py",),
+    "finetuning/preview.py": ("finetuning/planning/fit.py",),
+    "finetuning/record.py": ("finetuning/training/whole_files.py",),
+    "finetuning/train.py": ("finetuning/training/checkpoints.py", "finetuning/training/processes.py"),
+    "inference/engine.py": ("inference/load_engine.py", "inference/sources.py"),
+}
 RENAMED_SETTINGS: dict[str, dict[str, str]] = {}
 OWNED = ("dataset/*.jsonl",)  # the user's from the first day, as `_skip_if_exists` of copier.yml says
 KEPT = 3  # safety copies
@@ -239,12 +292,13 @@ class Update:
         """Give every name what it holds after the update; return what to say, and the names with conflicts."""
         renames = dict(self.renames(files(folder / "old"), files(new)))
         said, conflicts = [], []
+        left, parts = self.follow_parts(folder, new, renames)
         for name in sorted({*state["names"], *files(new)}):
             if name in renames.values():
                 continue  # comes with its old name
             target = renames.get(name, name)
-            old, mine = read(folder / "old", name), read(folder / "mine", name)
-            theirs = read(new, target)
+            old, mine = read(folder / "old", name), left.get(name) or read(folder / "mine", name)
+            theirs = parts.get(target) or read(new, target)
             own = read(folder / "mine", target) if target != name else None
             if mine is None and own:
                 mine, own = own, None  # the user renamed it before the template did
@@ -267,6 +321,25 @@ class Update:
                 conflicts.append(target)
                 self.mark_conflict(target, outcome.conflict)
         return said, conflicts
+
+    @staticmethod
+    def follow_parts(folder: Path, new: Path, renames: dict[str, str]) -> tuple[dict[str, Entry], dict[str, Entry]]:
+        """Make edits in the files that took a part of another; return what is left of the others, and the parts."""
+        left: dict[str, Entry] = {}
+        parts: dict[str, Entry] = {}
+        for name, others in SPLIT_FILES.items():
+            old, mine, target = (
+                read(*where)
+                for where in ((folder / "old", name), (folder / "mine", name), (new, renames.get(name, name)))
+            )
+            taken = {other: parts.get(other) or read(new, other) for other in others if not read(folder / "old", other)}
+            texts = {other: entry for other, entry in taken.items() if entry and entry.is_text}
+            if not (texts and old and mine and target and old.is_text and mine.is_text and target.is_text):
+                continue
+            rest, edited = follow(lf(old), lf(mine), lf(target), {other: lf(entry) for other, entry in texts.items()})
+            left[name] = ended_as(mine, replace(mine, data=rest))
+            parts |= {other: replace(texts[other], data=data) for other, data in edited.items()}
+        return left, parts
 
     @staticmethod
     def renames(old: set[str], new: set[str]) -> Iterator[tuple[str, str]]:
