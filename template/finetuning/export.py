@@ -15,10 +15,14 @@ import logging
 import os
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from preparing.workspace import MODELS, ROOT
 from settings.startup import explain, quiet
+
+if TYPE_CHECKING:
+    from exporting.exported_folder import MadeFrom
+    from reporting.run_record import RunRecord
 
 
 def main() -> int:
@@ -80,7 +84,11 @@ def export(kind: str, provider: str | None, agreement: float, debug: bool) -> No
         provider = choose_provider(provider)
 
     with FileLock(MODELS / ".lock", timeout=0):  # a run would change the adapter meanwhile
-        made_from = {"adapter_sha256": check_adapter(run), "base_model": run["base_model"], "revision": run["revision"]}
+        made_from: MadeFrom = {
+            "adapter_sha256": check_adapter(run),
+            "base_model": run["base_model"],
+            "revision": run["revision"],
+        }
         base = base_folder(run)
         check_disk(base, kind, made_from)
         made = run.setdefault("export", {})
@@ -91,7 +99,7 @@ def export(kind: str, provider: str | None, agreement: float, debug: bool) -> No
             started = time.monotonic()
             merge(run, base, made_from)
             record(run, "merged", made_from, started, {})
-        made_for = made_from | {"provider": provider}
+        made_for: MadeFrom = {**made_from, "provider": provider or ""}
         if kind == "onnx" and is_made_from(ONNX, made_for) and made.get("onnx", {}).get("tokens", -1) >= agreement:
             print(f"Using {shown(ONNX)} again: it was made from this adapter.")
         elif kind == "onnx":
@@ -102,7 +110,7 @@ def export(kind: str, provider: str | None, agreement: float, debug: bool) -> No
     show(made, kind)
 
 
-def record(run: dict[str, Any], kind: str, made_from: dict[str, Any], started: float, figures: dict[str, Any]) -> None:
+def record(run: RunRecord, kind: str, made_from: MadeFrom, started: float, figures: dict[str, Any]) -> None:
     """Add what was made to models/run.json, under `export`."""
     from exporting.exported_folder import MERGED, ONNX, shown
     from training.whole_files import write_json

@@ -5,18 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from preparing.workspace import MODELS, ROOT
 from settings.config_file import ConfigError
 from training.whole_files import replace_folder
+
+
+class MadeFrom(TypedDict):
+    """What an export was made from, and for."""
+
+    adapter_sha256: str
+    base_model: str
+    revision: str | None
+    provider: NotRequired[str]  # of ONNX Runtime: cpu, cuda or dml
+
 
 MERGED, ONNX = MODELS / "merged", MODELS / "onnx"
 MARK = "export.json"  # in a folder that is complete: what it was made from, its files and their sizes in bytes
 INT4_BYTES = 0.65  # for a weight, with the scale of each block of 32
 
 
-def check_disk(base: Path, kind: str, made_from: dict[str, Any]) -> None:
+def check_disk(base: Path, kind: str, made_from: MadeFrom) -> None:
     """Raise ConfigError unless there is room for what will be made, beside what is there."""
     from safetensors import safe_open
 
@@ -37,7 +47,7 @@ def check_disk(base: Path, kind: str, made_from: dict[str, Any]) -> None:
         )
 
 
-def is_made_from(folder: Path, made_from: dict[str, Any]) -> bool:
+def is_made_from(folder: Path, made_from: MadeFrom) -> bool:
     """Tell whether a folder is complete and was made from this adapter and base model."""
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
@@ -47,7 +57,7 @@ def is_made_from(folder: Path, made_from: dict[str, Any]) -> bool:
     return bool(whole and mark == made_from)
 
 
-def put_in_place(unfinished: Path, folder: Path, made_from: dict[str, Any]) -> None:
+def put_in_place(unfinished: Path, folder: Path, made_from: MadeFrom) -> None:
     """Mark a folder as complete and rename it; what was there before goes when the new one is in its place."""
     sizes = {path.name: path.stat().st_size for path in unfinished.iterdir() if path.is_file()}
     (unfinished / MARK).write_text(json.dumps(made_from | {"files": sizes}, indent=2) + "\n", encoding="utf-8")

@@ -11,8 +11,9 @@ from typing import Any
 from unittest import mock
 
 from exporting.agreement import compare
-from exporting.exported_folder import MERGED, ONNX, put_in_place, shown
+from exporting.exported_folder import MERGED, ONNX, MadeFrom, put_in_place, shown
 from exporting.tuned_model import held_out_rows
+from reporting.run_record import RunRecord
 from settings.config_file import ConfigError
 from training.whole_files import new_folder
 
@@ -89,7 +90,7 @@ def old_names(auto_config: Any) -> Any:
     return OldNames
 
 
-def build_int4(run: dict[str, Any], agreement: float, debug: bool, made_for: dict[str, Any]) -> dict[str, Any]:
+def build_int4(run: RunRecord, agreement: float, debug: bool, made_for: MadeFrom) -> dict[str, Any]:
     """Build models/onnx of models/merged and return how far they agree. Raises ConfigError when that is not enough."""
     unfinished = new_folder(ONNX)
     try:

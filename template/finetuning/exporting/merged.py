@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from exporting.exported_folder import MERGED, put_in_place
+from exporting.exported_folder import MERGED, MadeFrom, put_in_place
 from exporting.tuned_model import held_out_rows
 from preparing.tokens import load_tokenizer, tokenise
 from preparing.workspace import ROOT
 from reporting.evaluate import end_of_turn
+from reporting.run_record import RunRecord
 from settings.config_file import ConfigError
 from training.whole_files import new_folder
 
 
-def merge(run: dict[str, Any], base: Path, made_from: dict[str, Any]) -> None:
+def merge(run: RunRecord, base: Path, made_from: MadeFrom) -> None:
     """Add the adapter to the base model's own weights, in their precision, and put the result into models/merged.
 
     Raises ConfigError.
@@ -53,7 +54,7 @@ def merge(run: dict[str, Any], base: Path, made_from: dict[str, Any]) -> None:
     put_in_place(unfinished, MERGED, made_from)
 
 
-def ends_of_answer(run: dict[str, Any], tokenizer: Any, end_of_text: int | list[int] | None) -> list[int]:
+def ends_of_answer(run: RunRecord, tokenizer: Any, end_of_text: int | list[int] | None) -> list[int]:
     """Return the tokens at which an answer ends: the base model's, the tokenizer's, and the template's end of turn."""
     examples = [tokenise(tokenizer, row, "responses") for row in held_out_rows(run)]
     known = end_of_text if isinstance(end_of_text, list) else [] if end_of_text is None else [end_of_text]

@@ -10,16 +10,17 @@ from typing import Any
 from preparing.dataset import chat_rows
 from preparing.tokens import with_system
 from preparing.workspace import MODELS, ROOT, find_model
+from reporting.run_record import RunRecord
 from settings.config_file import ConfigError
 
 COMPARED_ROWS = 64  # more would take longer and change the figures by little
 
 
-def read_run() -> dict[str, Any]:
+def read_run() -> RunRecord:
     """Return models/run.json. Raises ConfigError."""
     again = "run `python finetuning/invoke_olive.py`"
     try:
-        run: dict[str, Any] = json.loads((MODELS / "run.json").read_text(encoding="utf-8"))
+        run: RunRecord = json.loads((MODELS / "run.json").read_text(encoding="utf-8"))
         missing = {"base_model", "revision", "method", "adapter", "dtype", "system_prompt", "config"} - set(run)
     except FileNotFoundError:
         raise ConfigError(f"There is no tuned model yet (models/run.json): {again} first.") from None
@@ -30,7 +31,7 @@ def read_run() -> dict[str, Any]:
     return run
 
 
-def check_adapter(run: dict[str, Any]) -> str:
+def check_adapter(run: RunRecord) -> str:
     """Return the hash of the adapter, settings and weights, as inference/engine.py makes it. Raises ConfigError."""
     from safetensors import SafetensorError, safe_open
 
@@ -55,12 +56,12 @@ def check_adapter(run: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def base_folder(run: dict[str, Any]) -> Path:
+def base_folder(run: RunRecord) -> Path:
     """Return the folder of the base model that the run used. Raises ModelError when it is missing or torn."""
     return find_model(run["base_model"], run["revision"], ROOT).folder
 
 
-def held_out_rows(run: dict[str, Any]) -> list[Any]:
+def held_out_rows(run: RunRecord) -> list[Any]:
     """Return some of the held-out rows that the run had, with its system prompt. Raises DataError."""
     rows = chat_rows("held_out", **run["config"]["rows"])[:COMPARED_ROWS]
     return [with_system(row, run["system_prompt"]) for row in rows]

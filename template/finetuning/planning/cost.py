@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from planning.architecture import Shape
+from planning.facts import AzureGpu
 from planning.memory import BYTES, adapter_parameters
 from planning.row_lengths import Lengths, batches
 from settings.run_settings import EVALUATIONS, Settings
@@ -132,6 +131,6 @@ def seconds(
     return START + (operations(shape, settings, lengths) + passes) / reached + 2 * generated
 
 
-def dollars(gpu: Mapping[str, Any], run_seconds: float) -> float | None:
+def dollars(gpu: AzureGpu, run_seconds: float) -> float | None:
     """Return the price of a run on one of Azure's GPUs in US dollars, None where the price is not known."""
     return gpu["price"]["usd_per_hour"] * run_seconds / 3600 if gpu["price"] else None

@@ -10,6 +10,7 @@ from typing import Any
 from planning import cost, hardware
 from planning.advice import advice
 from planning.architecture import Shape
+from planning.facts import AzureGpus
 from planning.memory import GIB, memory
 from planning.model_facts import Model, find
 from planning.row_lengths import Lengths
@@ -24,14 +25,14 @@ RESERVE = GIB // 4  # of the disk: the report, caches, and what else runs on thi
 USABLE = 0.92  # of the memory that a GPU is sold with
 
 
-def limit(settings: Settings, here: hardware.Machine, azure: dict[str, Any]) -> float:
+def limit(settings: Settings, here: hardware.Machine, azure: AzureGpus | None) -> float:
     """Return the memory that the training may fill: this GPU's, the chosen one's in Azure, or this machine's RAM.
 
     It is infinite where there is no GPU to hold the estimate against.
     """
     if not settings.gpu:
         return here.ram_free / settings.processes
-    if azure["target"] == "azure" and here.gpu is None:
+    if azure and azure["target"] == "azure" and here.gpu is None:
         chosen = next(gpu for gpu in azure["gpus"] if gpu["id"] == azure["gpu"])
         return USABLE * chosen["gpu_memory_gib"] * GIB
     return here.vram_free if here.gpu else math.inf
@@ -52,7 +53,7 @@ def problem(
     counted: dict[str, Tokens],
     lengths: dict[str, Lengths],
     here: hardware.Machine,
-    azure: dict[str, Any],
+    azure: AzureGpus,
 ) -> str | None:
     """Return why the run cannot work and which setting to change, in one sentence; None when it can."""
     if model.problem:
@@ -111,7 +112,7 @@ def settle(settings: Settings, tokens: Mapping[str, list[dict[str, list[int]]]])
     model, here = find(settings), hardware.look()
     if model.shape is None:
         return settings, 0.0, "not estimated: config.json names its numbers in a way of its own"
-    room = limit(settings, here, {"target": "local"})
+    room = limit(settings, here, None)
     lengths = {part: lengths_of(rows) for part, rows in tokens.items()}
     settled = decided(model.shape, settings, lengths, room)
     if complaint := too_large(model.shape, settled, lengths, room, here.disk_free, 0):

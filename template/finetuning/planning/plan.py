@@ -6,12 +6,24 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from planning import cost, hardware
 from planning.architecture import Shape
+from planning.facts import (
+    AzureFacts,
+    AzureGpuFacts,
+    AzureGpus,
+    DataFacts,
+    EstimateFacts,
+    MachineFacts,
+    ModelFacts,
+    Plan,
+    RowFacts,
+    RunFacts,
+)
 from planning.fit import USABLE, check_count, decided, limit, problem
 from planning.memory import GIB, adapter_parameters, memory
 from planning.model_facts import Model, find
@@ -27,33 +39,32 @@ LONG = 3600  # seconds: from here on, a rented GPU is shown as well
 Rows = dict[str, list[Any]]  # train and held_out: their conversations
 
 
-def plan(settings: Settings, show: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
+def plan(settings: Settings, show: Callable[[str, Any], None]) -> Plan:
     """Find out everything, and pass each part to `show` as soon as it is known.
 
     Returns all parts as one dict, with `problem`: why the run cannot work, or None. Raises ConfigError and DataError
     for settings and data that cannot be read at all.
     """
-    report: dict[str, Any] = {}
-
-    def add(part: str, facts: dict[str, Any]) -> None:
-        report[part] = facts
-        show(part, facts)
-
-    add("run", run_facts(settings))
+    report: Plan = {"run": run_facts(settings)}
+    show("run", report["run"])
     here = hardware.look()
-    add("machine", asdict(here))
+    report["machine"] = cast("MachineFacts", asdict(here))
+    show("machine", report["machine"])
     validate(settings)  # imports what is heavy
     rows = read_rows(settings)
     model = find(settings)
-    add("model", model_facts(model, settings))
+    report["model"] = model_facts(model, settings)
+    show("model", report["model"])
     counted = {part: count(settings.data[part].tokens, rows[part], model) for part in rows}
     lengths = {part: tokens.cut(settings.max_seq_len) for part, tokens in counted.items()}
-    add("data", data_facts(settings, rows, counted["train"]))
-    azure = yaml.safe_load((ROOT / "setup" / "azure_gpus.yaml").read_text(encoding="utf-8"))
+    report["data"] = data_facts(settings, rows, counted["train"])
+    show("data", report["data"])
+    azure: AzureGpus = yaml.safe_load((ROOT / "setup" / "azure_gpus.yaml").read_text(encoding="utf-8"))
     if model.shape and lengths["train"].tokens:
         settings = decided(model.shape, settings, lengths, limit(settings, here, azure))
-        add("estimate", estimate_facts(model, settings, lengths, here, azure))
-        report["azure"] = {"target": azure["target"], "gpus": azure_facts(model.shape, settings, lengths, azure)}
+        report["estimate"] = estimate_facts(model, settings, lengths, here, azure)
+        show("estimate", report["estimate"])
+        report["azure"] = AzureFacts(target=azure["target"], gpus=azure_facts(model.shape, settings, lengths, azure))
         if azure["target"] == "azure" or (report["estimate"]["seconds"] or LONG) >= LONG:
             show("azure", report["azure"])
     report["problem"] = problem(model, settings, counted, lengths, here, azure)
@@ -67,7 +78,7 @@ def read_rows(settings: Settings) -> Rows:
     return rows
 
 
-def run_facts(settings: Settings) -> dict[str, Any]:
+def run_facts(settings: Settings) -> RunFacts:
     """Return what stands in the settings."""
     return {
         "model": settings.model_path,
@@ -77,7 +88,7 @@ def run_facts(settings: Settings) -> dict[str, Any]:
     }
 
 
-def model_facts(model: Model, settings: Settings) -> dict[str, Any]:
+def model_facts(model: Model, settings: Settings) -> ModelFacts:
     """Return where the model is, and how large."""
     return {
         "name": model.name,
@@ -91,7 +102,7 @@ def model_facts(model: Model, settings: Settings) -> dict[str, Any]:
     }
 
 
-def row_facts(settings: Settings, rows: Rows, trained: int) -> dict[str, Any]:
+def row_facts(settings: Settings, rows: Rows, trained: int) -> RowFacts:
     """Return how many rows there are, and how many steps it takes to go through those that are trained on."""
     steps, of_epochs = settings.steps(trained)
     return {
@@ -106,14 +117,15 @@ def row_facts(settings: Settings, rows: Rows, trained: int) -> dict[str, Any]:
     }
 
 
-def data_facts(settings: Settings, rows: Rows, train: Tokens) -> dict[str, Any]:
+def data_facts(settings: Settings, rows: Rows, train: Tokens) -> DataFacts:
     """Return what there is to learn from."""
     ordered, total = sorted(train.tokens), sum(train.tokens)
     cut = Lengths(train.tokens, train.labels).cut(settings.max_seq_len)
     kept = sum(labels > 0 for labels in cut.labels)
     scale = train.rows / max(len(ordered), 1)
     width = max(1, -(-(ordered[-1] - ordered[0] + 1) // 12))
-    return row_facts(settings, rows, round(kept * scale)) | {
+    return {
+        **row_facts(settings, rows, round(kept * scale)),
         "tokens_estimated": train.estimated,
         "rows_counted": len(ordered),
         "tokens": {
@@ -138,8 +150,8 @@ def estimate_facts(
     settings: Settings,
     lengths: dict[str, Lengths],
     here: hardware.Machine,
-    azure: dict[str, Any],
-) -> dict[str, Any]:
+    azure: AzureGpus,
+) -> EstimateFacts:
     """Return memory and disk in bytes, and the time in seconds with where it comes from."""
     assert model.shape
     needed, room = memory(model.shape, settings, lengths["train"], lengths["held_out"]), limit(settings, here, azure)
@@ -154,18 +166,16 @@ def estimate_facts(
     return {
         "memory": {part: round(size) for part, size in vars(needed).items()} | {"total": round(needed.total)},
         "memory_limit": None if math.isinf(room) else round(room),
-        "gradient_checkpointing": settings.gradient_checkpointing,
+        "gradient_checkpointing": bool(settings.gradient_checkpointing),
         "disk": {part: round(size) for part, size in vars(disk).items()} | {"run": round(disk.run)},
-        "seconds": seconds and round(seconds),
+        "seconds": None if seconds is None else round(seconds),
         "seconds_source": source,
     }
 
 
-def azure_facts(
-    shape: Shape, settings: Settings, lengths: dict[str, Lengths], azure: dict[str, Any]
-) -> list[dict[str, Any]]:
+def azure_facts(shape: Shape, settings: Settings, lengths: dict[str, Lengths], azure: AzureGpus) -> list[AzureGpuFacts]:
     """Return for each GPU of Azure whose price is known, and for the chosen one, whether it fits, hours and dollars."""
-    found = []
+    found: list[AzureGpuFacts] = []
     for gpu in azure["gpus"]:
         if not gpu["price"] and gpu["id"] != azure["gpu"]:
             continue
@@ -174,8 +184,11 @@ def azure_facts(
         there = replace(settings, device="gpu", torch_dtype=dtype)
         seconds = cost.seconds(shape, there, lengths["train"], lengths["held_out"], gpu["tflops"] * 1e12)
         found.append(
-            {key: gpu[key] for key in ("id", "name", "price", "tflops_source")}
-            | {
+            {
+                "id": gpu["id"],
+                "name": gpu["name"],
+                "price": gpu["price"],
+                "tflops_source": gpu["tflops_source"],
                 "chosen": gpu["id"] == azure["gpu"],
                 "memory": round(memory(shape, there, lengths["train"], lengths["held_out"]).total),
                 "memory_limit": round(USABLE * gpu["gpu_memory_gib"] * GIB),

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from planning.facts import (
+    AzureFacts,
+    DataFacts,
+    EstimateFacts,
+    MachineFacts,
+    ModelFacts,
+    Plan,
+    RowFacts,
+    RunFacts,
+)
 from planning.memory import GIB
 
 Lines = list[tuple[str, str]]  # label and text
@@ -19,7 +29,7 @@ PARTS = {
 }
 
 
-def show(part: str, facts: dict[str, Any]) -> None:
+def show(part: str, facts: Any) -> None:
     """Print one part of the plan."""
     from rich.console import Console
     from rich.markup import escape
@@ -48,7 +58,7 @@ def show(part: str, facts: dict[str, Any]) -> None:
     console.print(table)
 
 
-def verdict(report: dict[str, Any]) -> None:
+def verdict(report: Plan) -> None:
     """Say that the run can work, and what comes first."""
     model = report["model"]
     if model["folder"] is None and model["name"] != "models/demo":
@@ -64,12 +74,12 @@ def size(number: float) -> str:
     return f"{number / GIB:.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:.1f} MiB"
 
 
-def run_lines(facts: dict[str, Any]) -> Lines:
+def run_lines(facts: RunFacts) -> Lines:
     """Return what stands in the settings."""
     return [("model", facts["model"]), ("method", f"{facts['method']}, rank {facts['rank']}, {facts['dtype']}")]
 
 
-def machine_lines(facts: dict[str, Any]) -> Lines:
+def machine_lines(facts: MachineFacts) -> Lines:
     """Return device, memory and disk."""
     lines = [("device", f"CPU, {facts['cores']} cores")]
     if facts["gpu"]:
@@ -82,7 +92,7 @@ def machine_lines(facts: dict[str, Any]) -> Lines:
     return [*lines, ("disk", f"{size(facts['disk_free'])} free")]
 
 
-def model_lines(facts: dict[str, Any]) -> Lines:
+def model_lines(facts: ModelFacts) -> Lines:
     """Return where the model is, and how large."""
     here = "on this machine"
     if facts["commit"] and facts["commit"] != facts["revision"]:
@@ -93,16 +103,13 @@ def model_lines(facts: dict[str, Any]) -> Lines:
             here += f", a download of {size(facts['download_bytes'])}: python setup/get_model.py"
     if facts["parameters"] is None:
         return [("base", here), ("", "size and needs not known: the hub does not answer, or config.json is unusual")]
-    trained = facts["trained_parameters"] / facts["parameters"]
-    lines = [("base", f"{number(facts['parameters'])} parameters, {here}"), ("adapter", adapter_line(facts, trained))]
+    lines = [("base", f"{number(facts['parameters'])} parameters, {here}")]
+    if trained := facts["trained_parameters"]:
+        share = f"{trained / facts['parameters']:.2%}"
+        lines.append(("adapter", f"{number(trained)} parameters, {share} of the base"))
     if not facts["own_template"]:
         lines.append(("template", "the model brings no chat template: the one in setup/model.yaml is used"))
     return lines
-
-
-def adapter_line(facts: dict[str, Any], trained: float) -> str:
-    """Return how much is trained."""
-    return f"{number(facts['trained_parameters'])} parameters, {trained:.2%} of the base"
 
 
 def number(count: float) -> str:
@@ -113,7 +120,7 @@ def number(count: float) -> str:
     return f"{count:.0f}"
 
 
-def data_lines(facts: dict[str, Any]) -> Lines:
+def data_lines(facts: DataFacts) -> Lines:
     """Return rows, tokens, what is cut, and the length of the run."""
     tokens, rows = facts["tokens"], facts["rows"]
     guess = ", estimated from characters" if facts["tokens_estimated"] else ""
@@ -137,7 +144,7 @@ def data_lines(facts: dict[str, Any]) -> Lines:
     ]
 
 
-def row_lines(facts: dict[str, Any]) -> Lines:
+def row_lines(facts: RowFacts) -> Lines:
     """Return rows and steps, and what is odd about the rows."""
     rows, steps, batch, epochs = facts["rows"], facts["steps"], facts["rows_a_step"], facts["epochs"]
     length = f"{steps} steps of {batch} rows: {epochs} epochs"
@@ -153,7 +160,7 @@ def row_lines(facts: dict[str, Any]) -> Lines:
     ]
 
 
-def estimate_lines(facts: dict[str, Any]) -> Lines:
+def estimate_lines(facts: EstimateFacts) -> Lines:
     """Return memory, disk and time."""
     memory, disk = facts["memory"], facts["disk"]
     parts = " · ".join(f"{name} {size(memory[part])}" for part, name in PARTS.items())
@@ -180,7 +187,7 @@ def duration(seconds: float | None) -> str:
     return f"about {seconds / 60:.0f} min" if seconds < 6000 else f"about {seconds / 3600:.1f} h"
 
 
-def azure_lines(facts: dict[str, Any]) -> Lines:
+def azure_lines(facts: AzureFacts) -> Lines:
     """Return what the run would take and cost on the GPUs of Azure, where that is of interest."""
     lines = []
     for gpu in facts["gpus"]:

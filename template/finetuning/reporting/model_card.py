@@ -7,12 +7,12 @@ no row of the data and no path of this machine, so that it can be published as i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from preparing.workspace import MODEL_FACTS
 from reporting.report import metrics
+from reporting.run_record import RunRecord
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 LICENCES = {  # the licences of the catalogue, as the hub names them
@@ -25,7 +25,7 @@ LICENCES = {  # the licences of the catalogue, as the hub names them
 }
 
 
-def write_model_card(run: dict[str, Any], folder: Path) -> Path:
+def write_model_card(run: RunRecord, folder: Path) -> Path:
     """Write README.md into the adapter's folder and return its path. `run` is the content of run.json."""
     from jinja2 import Environment, StrictUndefined
 
@@ -47,7 +47,7 @@ def write_model_card(run: dict[str, Any], folder: Path) -> Path:
     return unfinished.replace(folder / "README.md")
 
 
-def front_matter(run: dict[str, Any]) -> str:
+def front_matter(run: RunRecord) -> str:
     """Return the card's metadata as YAML, see https://huggingface.co/docs/hub/model-cards."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -81,7 +81,7 @@ def front_matter(run: dict[str, Any]) -> str:
     return str(card.to_yaml())
 
 
-def name(run: dict[str, Any]) -> str:
+def name(run: RunRecord) -> str:
     """Name the adapter after its base model and method."""
     return f"{Path(run['base_model']).name}-{run['method']}"
 
@@ -91,7 +91,7 @@ def published(path: str) -> str:
     return Path(path).name if Path(path).is_absolute() else path
 
 
-def licence(run: dict[str, Any]) -> dict[str, str]:
+def licence(run: RunRecord) -> dict[str, str]:
     """Return the base model's licence as the hub writes it, by what follows `license`: "", "_name" and "_link".
 
     Nothing when it is not known: setup/model.yaml may be about another model than the one that was trained.

@@ -8,6 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from reporting.run_record import RunRecord
+
 TEMPLATE = Path(__file__).with_name("report.html")
 # background, ink, training, held out: the two curves stay apart for colour-blind eyes too
 LIGHT = ("#ffffff", "#333333", "#0072b2", "#d55e00")
@@ -33,7 +35,7 @@ NAMES = {  # of what run.json calls more shortly
 SHOWN_ELSEWHERE = ("config", "data", "metrics", "timings")
 
 
-def write_report(run: dict[str, Any], history: list[dict[str, float]], folder: Path) -> Path:
+def write_report(run: RunRecord, history: list[dict[str, float]], folder: Path) -> Path:
     """Write index.html and loss.png to a folder, in place of what was there, and return the page's path.
 
     `run` is the content of run.json; `history` is the Trainer's log: dicts with `step` and `loss` or `eval_loss`.
@@ -60,7 +62,7 @@ def write_report(run: dict[str, Any], history: list[dict[str, float]], folder: P
     return folder / "index.html"
 
 
-def metrics(run: dict[str, Any]) -> list[dict[str, str]]:
+def metrics(run: RunRecord) -> list[dict[str, str]]:
     """Return the rows of the table before and after."""
     before, after = run["metrics"]["before"], run["metrics"]["after"]
     rows = [
@@ -75,7 +77,7 @@ def metrics(run: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def facts(run: dict[str, Any]) -> dict[str, dict[str, str]]:
+def facts(run: RunRecord) -> dict[str, dict[str, str]]:
     """Return the other facts of run.json as tables by title: its groups of values, then what stands alone."""
     timings = dict(run["timings"])
     speed = timings.pop("tokens_per_second", None)
@@ -93,7 +95,7 @@ def facts(run: dict[str, Any]) -> dict[str, dict[str, str]]:
     return {title: table(group) for title, group in groups.items()}
 
 
-def settings(run: dict[str, Any]) -> dict[str, dict[str, str]]:
+def settings(run: RunRecord) -> dict[str, dict[str, str]]:
     """Return the settings by what they concern, named as in olive-config.yaml."""
     return {
         title: {name: in_text(value) for name, value in group.items()} for title, group in run.get("config", {}).items()

@@ -14,7 +14,7 @@ import statistics
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from preparing.formats import Message
 from preparing.tokens import IGNORED, load_tokenizer, tokenise, with_system
@@ -23,12 +23,34 @@ from settings.config_file import the_pass
 from settings.run_settings import Settings, olive_config
 from training.whole_files import new_folder, replace_folder, write_json
 
+
+class RunRecord(TypedDict, total=False):
+    """models/run.json: what went into a run, and what came out of it."""
+
+    base_model: str  # a hub id, or a folder relative to the workspace
+    revision: str | None  # the commit of the model's repository
+    method: str
+    adapter: str  # a folder relative to the workspace
+    dtype: str
+    system_prompt: str
+    dataset_sha256: str
+    config_sha256: str
+    config: dict[str, dict[str, Any]]  # the settings that decide the result, by what they concern
+    packages: dict[str, str]
+    machine: dict[str, str | int | None]
+    data: dict[str, Any]
+    metrics: dict[str, dict[str, float]]  # before and after: eval_loss, perplexity, accuracy
+    examples: list[dict[str, str]]  # question, expected, before, after
+    timings: dict[str, float]
+    seconds: float
+    finished: str
+    export: dict[str, dict[str, Any]]  # merged and onnx
+
+
 PACKAGES = ("olive-ai", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "bitsandbytes")
 
 
-def describe(
-    settings: Settings, rows: dict[str, list[list[Message]]], commit: str | None, results: Path
-) -> dict[str, Any]:
+def describe(settings: Settings, rows: dict[str, list[list[Message]]], commit: str | None, results: Path) -> RunRecord:
     """Return the part of run.json that is known before the run. `commit` is the base model's; None: a folder."""
     # a branch by its commit: checkpoints on one must not be resumed on the next
     config = olive_config(replace(settings, revision=commit))
@@ -144,7 +166,7 @@ def data_facts(settings: Settings, rows: dict[str, list[list[Message]]], folder:
     }
 
 
-def publish(run_json: dict[str, Any], adapter: Path, folder: str, results: Path) -> None:
+def publish(run_json: RunRecord, adapter: Path, folder: str, results: Path) -> None:
     """Put the adapter and run.json in their places. What was there before goes when the new ones are complete."""
     config_file = adapter / "adapter_config.json"
     adapter_config = json.loads(config_file.read_text(encoding="utf-8"))

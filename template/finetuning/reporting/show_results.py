@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from reporting.run_record import RunRecord
 
 
-def show(run_json: dict[str, Any], report: Path) -> None:
+def show(run_json: RunRecord, report: Path) -> None:
     """Print the metrics, some answers, and the next command."""
     from rich.console import Console
     from rich.markup import escape
