@@ -390,7 +390,7 @@ def test_the_share_is_reached_with_todays_encryption_only(purpose: str, make: Ma
     assert account["properties"]["supportsHttpsTrafficOnly"] is True
     assert account["properties"]["allowBlobPublicAccess"] is False
     smb = files["properties"]["protocolSettings"]["smb"]
-    assert (smb["versions"], smb["channelEncryption"]) == ("SMB3.1.1", "AES-256-GCM")
+    assert (smb["versions"], smb["channelEncryption"]) == ("SMB3.1.1", "AES-128-GCM;AES-256-GCM")
 
 
 @for_both

@@ -148,7 +148,7 @@ resource newFileService 'Microsoft.Storage/storageAccounts/fileServices@2025-06-
   name: 'default'
   properties: {
     protocolSettings: {
-      smb: { versions: 'SMB3.1.1', channelEncryption: 'AES-256-GCM', authenticationMethods: 'NTLMv2' }
+      smb: { versions: 'SMB3.1.1', channelEncryption: 'AES-128-GCM;AES-256-GCM', authenticationMethods: 'NTLMv2' }
     }
     shareDeleteRetentionPolicy: { enabled: true, days: 7 }
   }
