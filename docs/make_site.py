@@ -39,9 +39,7 @@ def main() -> int:
     shutil.rmtree(STAGE, ignore_errors=True)
     try:
         stage()
-        script = DOCS / "configurator" / "configurator.js"
-        target = PAGES / "docs" / "configurator" / "configurator.js"
-        target.write_text(f"{script.read_text(encoding='utf-8')}\n{questionnaire()}", encoding="utf-8")
+        configurator()
     except transpile.UnknownError as error:
         print(f"make_site: {error}: docs/configurator/transpile.py does not know it; teach it", file=sys.stderr)
         return 1
@@ -124,6 +122,15 @@ def toml(value: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ The configurator
+
+
+def configurator() -> None:
+    """Write the script with the questions, and let the page load it: a page in a repository has no scripts."""
+    script = (DOCS / "configurator" / "configurator.js").read_text(encoding="utf-8")
+    folder = PAGES / "docs" / "configurator"
+    (folder / "configurator.js").write_text(f"{script}\n{questionnaire()}", encoding="utf-8")
+    with (folder / "index.md").open("a", encoding="utf-8") as page:
+        page.write('\n<link rel="stylesheet" href="configurator.css">\n<script src="configurator.js" defer></script>\n')
 
 
 def questionnaire() -> str:

@@ -232,7 +232,7 @@ const POWERSHELL = {
   place: (text) => POWERSHELL.word(text),
 };
 const SHELLS = { posix: POSIX, powershell: POWERSHELL };
-const LONGEST = 78; // a longer command takes a line for each answer
+const LONGEST = 64; // a longer command takes a line for each answer
 
 function command(shell, start, answers, places) {
   const options = answers.map(([name, value]) => `-d ${shell.word(`${name}=${value}`)}`);

@@ -16,7 +16,7 @@ from copier._jinja_ext import UnsetError
 from copier._user_data import Question
 from jinja2 import StrictUndefined
 from render.test_questions import AZURE, CUSTOM, FILE, HUB, REFUSED
-from update.test_every_answer import answers_of, pairwise
+from update.test_every_answer import SETS, answers_of
 
 States = dict[str, dict[str, Any]]
 FOLDER = "tone"
@@ -24,7 +24,21 @@ SYSTEM = {"Darwin": "macos", "Windows": "windows"}.get(platform.system(), "linux
 # What a person mistypes, or types in another way than expected.
 NUMBERS = ("", "1", "0", "-1", "3.5", " 7 ", "1e-3", "1_000", "nan", "inf", "0.12345678901", "4294967296", "x", "½")
 TEXTS = ("", "a b", "owner/name", "owner/name\n", "../a ", "../`a`", "a\nb", "a\tb", "\x85", "\ud800", "😀", "Nul")
-TEXTS += ("{}", "{a}", "{a}\u2028", "com1.x", "my-ft", "My", "a.jsonl\xa0", " x", "train[:5]", "v1..2", "~/m", "C:\\m")
+TEXTS += (
+    "{}",
+    "{a}",
+    "{a}\u2028",
+    "com1.x",
+    "lpt0",
+    "my-ft",
+    "My",
+    "a.jsonl\xa0",
+    " x",
+    "train[:5]",
+    "v1..2",
+    "~/m",
+    "C:\\m",
+)
 TEXTS += ("yes", "Off", "no ", "-x", "x-", "a" * 40)
 # Answers with which every question is asked, all together.
 EVERYTHING: list[dict[str, Any]] = [
@@ -85,15 +99,16 @@ def ask(worker: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Ask:
     return answer
 
 
-def evaluated(page: Any, sets: list[dict[str, Any]], os: str) -> list[list[dict[str, Any]]]:
-    """Let the page answer; return each set's states. Texts go as JSON, since some are no valid UTF-8."""
-    script = """([sets, machine]) => JSON.stringify(JSON.parse(sets).map((given) => evaluate(given, machine)))"""
-    return json.loads(page.evaluate(script, [json.dumps(sets), {"folder": FOLDER, "os": os}]))
+def evaluated(page: Any, sets: list[dict[str, Any]], names: list[str] | None = None) -> list[list[dict[str, Any]]]:
+    """Let the page answer; return each set's states, or the one of a name. As JSON: some texts are no valid UTF-8."""
+    script = """([sets, names, machine]) => JSON.stringify(JSON.parse(sets).map(
+        (given, index) => evaluate(given, machine).filter(({ name }) => !names || name === names[index])))"""
+    return json.loads(page.evaluate(script, [json.dumps(sets), names, {"folder": FOLDER, "os": SYSTEM}]))
 
 
 def differences(ask: Ask, page: Any, sets: list[dict[str, Any]]) -> Iterator[str]:
     """Yield where the page and Copier differ: up to the question at which Copier stops, and in what it says there."""
-    for answers, states in zip(sets, evaluated(page, sets, SYSTEM), strict=True):
+    for answers, states in zip(sets, evaluated(page, sets), strict=True):
         expected, refusal = ask(answers)
         stop = list(expected)[-1] if refusal else ""
         for state in states[: len(expected)]:
@@ -116,7 +131,7 @@ def comparable(value: Any) -> Any:
 
 
 def test_every_two_answers_that_go_together_are_asked_as_copier_does(ask: Ask, page: Any) -> None:
-    assert list(differences(ask, page, [answers_of(row) for row in pairwise()])) == []
+    assert list(differences(ask, page, [answers_of(row) for row in SETS])) == []
 
 
 def test_every_refusal_is_copiers(ask: Ask, page: Any) -> None:
@@ -135,19 +150,20 @@ def test_whatever_is_typed_is_taken_or_refused_as_copier_does(base: dict[str, An
         for name, question in asked.items()
         for text in (CHOICES if question.choices else NUMBERS if question.type in ("int", "float") else TEXTS)
     ]
-    shown = evaluated(page, [base | {name: text} for name, text in sets], SYSTEM)
-    for (name, text), states in zip(sets, shown, strict=True):
-        [state] = [state for state in states if state["name"] == name]
-        assert (state["error"], text) == (refused(asked[name], text), text), name
+    shown = evaluated(page, [base | {name: text} for name, text in sets], [name for name, _ in sets])
+    for (name, text), [state] in zip(sets, shown, strict=True):
+        taken = None if state["error"] else state.get("value")
+        assert (state["error"], taken, text) == (*outcome(asked[name], text), text), name
 
 
-def refused(question: Question, text: str) -> str:
-    """Return what Copier says to an answer."""
+def outcome(question: Question, text: str) -> tuple[str, Any]:
+    """Return what Copier says to an answer, and what it makes of one that it takes."""
     try:
-        question.validate_answer(question.parse_answer(text))
+        value = question.parse_answer(text)
+        question.validate_answer(value)
     except ValueError as error:
-        return in_a_terminal(error)
-    return ""
+        return in_a_terminal(error), None
+    return "", value
 
 
 def in_a_terminal(error: ValueError) -> str:

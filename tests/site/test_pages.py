@@ -98,9 +98,10 @@ def test_no_page_asks_another_host_throws_or_is_wider_than_a_phone(browser: Any,
 
 def test_the_search_finds_a_question(browser: Any, address: str) -> None:
     page = browser.new_page()
-    page.goto(address)
-    page.keyboard.press("Control+k")
-    page.keyboard.type("gradient_accumulation_steps")
-    page.get_by_role("link", name=re.compile("gradient_accumulation_steps|questions", re.IGNORECASE)).first.click()
-    page.wait_for_url(re.compile(r"questions\.html"))
+    with page.expect_response(re.compile(r"search\.json")):
+        page.goto(address)
+    page.get_by_role("button", name="Search").click()
+    page.get_by_role("combobox", name="Search").fill("gradient_accumulation_steps")
+    page.get_by_role("option", name="gradient_accumulation_steps").click()
+    page.wait_for_url(re.compile(r"questions\.html.*#gradient_accumulation_steps"))
     page.close()
