@@ -7,6 +7,7 @@
 # make bench   what it costs, beside its peers
 # make workspace   render and install the workspace that the tests use
 # make docs    the reference pages, made from copier.yml and catalog/
+# make site    the documentation as a site in site/, with the configurator
 # make lock    pin what the repository and the workspaces install
 # make newest  test a workspace with the newest releases instead of the lock, and show what differs
 #
@@ -24,7 +25,7 @@ NEWEST := $(CURDIR)/.cache/newest
 RENDER := copier copy --quiet --defaults --overwrite --skip-tasks --vcs-ref HEAD -d environment=venv .
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test test-all release lint workspace bench docs lock newest clean
+.PHONY: demo test test-all release lint workspace bench docs site lock newest clean
 
 .venv/ready: locks/repository.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
@@ -122,9 +123,10 @@ $(WORKSPACE)/.venv-promptflow/ready: template/inference/flow/requirements.txt | 
 
 test: lint workspace $(WORKSPACE)/.venv-promptflow/ready .cache/bitsandbytes/ready .cache/tensorboard/ready \
   .cache/openai/ready .cache/playwright/ready .cache/rattler/ready .cache/bicep-tools/ready .cache/azure-cli/ready \
-  .cache/smollm2/ready
+  .cache/smollm2/ready site
 	pytest -n 2 tests/unit tests/render tests/update tests/azure/test_bicep.py tests/azure/test_environment.py \
 	  --ignore tests/unit/test_get_model.py --ignore tests/unit/test_hub.py
+	pytest -n 2 tests/site
 	AUTOCRLF=true pytest -n 2 tests/update/test_edits.py tests/update/test_migrations.py tests/update/test_update.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_hub.py tests/unit/test_get_model.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace
@@ -154,6 +156,15 @@ bench: workspace .cache/azure-cli/ready
 docs: .venv/ready
 	python docs/make_reference.py
 
+# The generator stands apart: nothing else needs its packages.
+.cache/site/ready: locks/site.txt
+	$(PYTHON) -m venv --clear .cache/site
+	.cache/site/bin/python -m pip install --quiet --disable-pip-version-check -r locks/site.txt
+	@touch $@
+
+site: .cache/site/ready
+	.cache/site/bin/python docs/make_site.py
+
 lock: .venv/ready
 	python locks/lock.py
 
@@ -168,4 +179,4 @@ newest: .venv/ready $(if $(REAL),.cache/smollm2/ready .cache/gemma3-270m/ready .
 	  --ignore tests/walk/test_every_walk.py
 
 clean:
-	rm -rf .venv .cache demo
+	rm -rf .venv .cache demo site

@@ -14,6 +14,7 @@ HEADER = "# made by make lock; do not edit\n"
 # Input, output, and what uv is told besides.
 TARGETS = [
     (LOCKS / "repository.in", LOCKS / "repository.txt", []),
+    (LOCKS / "site.in", LOCKS / "site.txt", []),
     (LOCKS / "copier.in", SETUP / "requirements-copier.txt", []),
     (LOCKS / "workspace-cpu.in", SETUP / "requirements-cpu.txt", ["--excludes", str(LOCKS / "without-cuda.txt")]),
     (LOCKS / "workspace-gpu.in", SETUP / "requirements-gpu.txt", []),

@@ -10,11 +10,12 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOCKS = {
     REPOSITORY / "locks" / "repository.txt": ["repository.in"],
+    REPOSITORY / "locks" / "site.txt": ["site.in"],
     REPOSITORY / "template" / "setup" / "requirements-copier.txt": ["copier.in"],
     REPOSITORY / "template" / "setup" / "requirements-cpu.txt": ["workspace-cpu.in"],
     REPOSITORY / "template" / "setup" / "requirements-gpu.txt": ["workspace-cpu.in", "workspace-gpu.in"],
 }
-CPU, GPU = list(LOCKS)[2:]
+CPU, GPU = list(LOCKS)[3:]
 CUDA = ("nvidia-", "cuda-", "triton", "bitsandbytes")
 
 every_lock = pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)
