@@ -47,7 +47,7 @@ FOREIGN = {
     "ls",
     "ls models/adapter models/report",
     "mv finetuning/olive-config.yaml.bak finetuning/olive-config.yaml",
-    # tests/workspace/test_faces.py runs them, in the environment that `make test` makes
+    # tests/workspace/test_front_ends.py runs them, in the environment that `make test` makes
     "pf flow test --flow inference/flow",
     """pf flow test --flow inference/flow --inputs question="We won." api=http://127.0.0.1:7860/v1""",
     "pf flow test --flow inference/flow --interactive",
