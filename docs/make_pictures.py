@@ -1,6 +1,6 @@
-"""Draw docs/pictures/: what a terminal shows of a run, and what a browser does of the chat page.
+"""Create docs/pictures/: a run in a terminal, and the chat page in a browser.
 
-Run it with the Python of a workspace, on that workspace, when `make test` has fetched playwright:
+Run it with the Python of a workspace, on that workspace, after `make test` has downloaded playwright:
 
 demo/.venv/bin/python docs/make_pictures.py demo
 """
@@ -27,20 +27,20 @@ PLAYWRIGHT = PICTURES.parents[1] / ".cache" / "playwright"
 
 
 def main() -> int:
-    """Do the run and draw what it printed, then ask the tuned and the base model on the page."""
+    """Run the fine-tuning and draw its output, then ask the tuned and the base model on the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workspace", type=Path, help="a workspace whose model can be trained in a minute")
     script = parser.parse_args().workspace / COMMAND.split()[1]
     if not script.is_file():
-        print(f"{script} is not there: name the folder of a workspace; `make demo` makes one.", file=sys.stderr)
+        print(f"{script} does not exist: name the folder of a workspace; `make demo` creates one.", file=sys.stderr)
         return 1
     if not (CHROMIUM and PLAYWRIGHT.is_dir()):
-        print(f"Chromium and {PLAYWRIGHT} are needed for the page; `make test` fetches the latter.", file=sys.stderr)
+        print(f"The page needs Chromium and {PLAYWRIGHT}; `make test` downloads the latter.", file=sys.stderr)
         return 1
     terminal = os.environ | {"COLUMNS": str(WIDTH), "FORCE_COLOR": "1", "PYTHONUTF8": "1"}
     done = subprocess.run([sys.executable, str(script)], env=terminal, stdout=subprocess.PIPE, check=False)
     if done.returncode != 0:
-        print("The run failed, as shown above; the picture stays as it was.", file=sys.stderr)
+        print("The run failed, see above; the pictures are unchanged.", file=sys.stderr)
         return 1
     PICTURES.mkdir(exist_ok=True)
     (PICTURES / "run.svg").write_text(draw(done.stdout.decode()), encoding="utf-8")
@@ -51,23 +51,23 @@ def main() -> int:
 
 
 def draw(output: str) -> str:
-    """Return a terminal with this output as SVG."""
+    """Return a terminal with this output, as SVG."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(record=True, width=WIDTH, file=io.StringIO())
     console.print(Text.assemble(("$ ", "bold green"), (COMMAND, "bold")))
     console.print(Text.from_ansi(output.replace("\r\n", "\n").rstrip()))
-    console.print()  # the frame cuts the feet off the last line
+    console.print()  # the frame cuts off the bottom of the last line
     svg = console.export_svg(title="my-workspace", unique_id="run")
-    # rich names a font on a server; the one that the reader has does as well, and is asked of nobody
+    # rich loads a font from a server; use the reader's own fonts, without any request
     svg = re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)
     return svg.replace("Fira Code, monospace", "'Fira Code', Menlo, Consolas, 'DejaVu Sans Mono', monospace") + "\n"
 
 
 @contextmanager
 def served(script: Path) -> Iterator[str]:
-    """Serve the page; yield its address."""
+    """Serve the page and yield its address."""
     command = [sys.executable, str(script), "--port", "0", "--engine", "torch"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -78,8 +78,8 @@ def served(script: Path) -> Iterator[str]:
 
 
 def photograph(address: str) -> None:
-    """Compare the models on the page: in a window with the table of the run, and on a phone in the dark."""
-    sys.path.append(str(PLAYWRIGHT))  # at the end: what the workspace has comes first
+    """Take screenshots of the comparison: a window with the metrics table, and a phone in dark mode."""
+    sys.path.append(str(PLAYWRIGHT))  # at the end: the workspace's own packages come first
     from playwright.sync_api import expect, sync_playwright
 
     with sync_playwright() as playwright:
@@ -99,7 +99,7 @@ def photograph(address: str) -> None:
             if name == "page":
                 page.get_by_role("button", name="Before and after").click()
                 expect(page.get_by_role("table")).to_be_visible()
-            page.mouse.click(1, 1)  # nothing is focused
+            page.mouse.click(1, 1)  # remove the focus
             page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
         browser.close()
 

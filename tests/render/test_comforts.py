@@ -127,7 +127,7 @@ def test_what_an_update_needs_is_told_after_the_copy_and_in_the_readme(workspace
     command = 'git init && git add -A && git commit -m "As rendered"'
     assert command in yaml.safe_load((ROOT / "copier.yml").read_text(encoding="utf-8"))["_message_after_copy"]
     for workspace in workspaces.values():
-        assert f"- **Newer releases** need git. Unless this folder is in it already: `{command}`." in readme(workspace)
+        assert f"- **Updates** need git. If this folder is not in git yet: `{command}`." in readme(workspace)
 
 
 def test_azure_is_named_only_where_it_was_chosen(workspaces: dict[str, Path]) -> None:

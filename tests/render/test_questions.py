@@ -49,7 +49,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         ({"model": "custom", "custom_model_id": name}, "type owner/name or ../folder")
         for name in ("", "gpt2", "a/b/c", "owner/na me", "owner/", "../a\nb", "owner/name\n", "../a\x85", "../\udcff")
     ],
-    ({"model": "custom", "custom_model_id": "../a "}, "blank at an end: type ../folder"),
+    ({"model": "custom", "custom_model_id": "../a "}, "space at an end: type ../folder"),
     ({"model": "custom", "custom_model_id": "../`a`"}, "no `: type ../folder"),
     *[(CUSTOM | {"custom_model_revision": name}, "type main, or a commit") for name in ("a b", "-b", "a/../b")],
     ({"platform": "macos", "device": "gpu"}, "a Mac has no CUDA: choose cpu, or target azure"),
@@ -57,12 +57,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"device": "cpu", "method": "qlora"}, "needs an NVIDIA GPU: choose lora"),
     ({"model": "phi-2", "platform": "macos", "method": "qlora"}, "needs an NVIDIA GPU: choose lora"),
     (AZURE | {"azure_gpu": "serverless-t4", "azure_location": "northeurope"}, "'northeurope' is not in"),
-    *[(AZURE | {"azure_resource_group": name}, "type a name such as rg-me") for name in ("ends.with.", "-n", "--yes")],
+    *[(AZURE | {"azure_resource_group": name}, "type a name like rg-me") for name in ("ends.with.", "-n", "--yes")],
     *[
         (FILE | {"dataset_path": path}, "type dataset/train.jsonl")
         for path in ("", "  ", "a\nb", "a\x00b", "a\x85b", "a\u2028b", "\udcff.csv", "a\uffff")
     ],
-    *[(FILE | {"dataset_path": path}, "blank at an end: type data.jsonl") for path in (" a.jsonl", "a.jsonl\xa0")],
+    *[(FILE | {"dataset_path": path}, "space at an end: type data.jsonl") for path in (" a.jsonl", "a.jsonl\xa0")],
     (FILE | {"dataset_path": "`a`.jsonl"}, "no `: type dataset/train.jsonl"),
     *[(HUB | {"dataset_name": name}, "type owner/name") for name in ("rows", "a/b/c", "a b/c", "a/b\n")],
     (HUB | {"dataset_split": "train; rm"}, "type train"),

@@ -47,7 +47,7 @@ FOREIGN = {
     "ls",
     "ls models/adapter models/report",
     "mv finetuning/olive-config.yaml.bak finetuning/olive-config.yaml",
-    # tests/workspace/test_faces.py runs them, in the environment that `make test` makes
+    # tests/workspace/test_front_ends.py runs them, in the environment that `make test` makes
     "pf flow test --flow inference/flow",
     """pf flow test --flow inference/flow --inputs question="We won." api=http://127.0.0.1:7860/v1""",
     "pf flow test --flow inference/flow --interactive",
@@ -275,7 +275,7 @@ def test_a_stale_reference_is_said_in_a_sentence_and_made_again(tmp_path: Path) 
     stale = make_reference(tmp_path)
 
     assert (stale.returncode, stale.stdout) == (1, "")
-    assert stale.stderr == "docs/reference/questions.md: not what copier.yml and catalog/ say; run `make docs`.\n"
+    assert stale.stderr == "docs/reference/questions.md: out of date; run `make docs`.\n"
     assert (tmp_path / "docs/reference/questions.md").read_bytes() == before
     assert make_reference(tmp_path, check=False).returncode == 0
     assert make_reference(tmp_path).returncode == 0
