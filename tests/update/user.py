@@ -78,8 +78,8 @@ class User:
 
     def new_name(self) -> str:
         folder = self.rng.choice(["", "finetuning/", "mine/", "Über uns/", "infra/", ".github/", "later/"])
-        word = self.rng.choice(["my notes", "größe", "it's", "-x", "#1", "a[1]", "mine"])
-        return f"{folder}{word}-{self.token()}.txt"
+        word = self.rng.choice(["my notes", "größe", "it's", "-x", "#1", "a[1]", "mine", "a\nb"])
+        return f"{folder}{word}-{self.token()}.txt{self.rng.choice(['', '', '', ' '])}"
 
     # ---- in a text
 
