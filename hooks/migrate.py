@@ -108,6 +108,10 @@ class Update:
         hidden = [line[2:] for line in self.listed("ls-files", "-v", "-z") if line.startswith("S ")]
         if hidden:
             raise Refusal(f"the checkout is sparse ({hidden[0]} is not here): run `git sparse-checkout disable`.")
+        tracked = set(self.listed("ls-files", "-z"))
+        for name in self.listed("ls-files", "--others", "-z", "--", "*.rej"):
+            if name.removesuffix(".rej") not in tracked:  # Copier would look there for what the file belongs to
+                raise Refusal(f"{name} has a name that Copier gives to what it could not merge: rename or delete it.")
         lock = self.workspace / git(self.workspace, "rev-parse", "--git-path", "index.lock").decode().rstrip("\n")
         for _ in range(20):  # an editor may hold it for a moment
             if not lock.exists():

@@ -221,6 +221,16 @@ def test_a_sparse_checkout_is_refused(workspace: Path) -> None:
     assert copier_update(workspace).returncode == 0
 
 
+def test_a_rejected_patch_of_a_file_that_is_gone_is_refused_as_copier_would_stop_over_it(workspace: Path) -> None:
+    (workspace / "setup/azure_gpus.yaml").unlink()
+    commit(workspace, "Gone")
+    (workspace / "setup/azure_gpus.yaml.rej").write_text("mine\n")
+    refused(copier_update(workspace), "setup/azure_gpus.yaml.rej", "rename or delete it")
+    assert (workspace / "setup/azure_gpus.yaml.rej").read_text() == "mine\n"
+    (workspace / "setup/azure_gpus.yaml.rej").unlink()
+    assert copier_update(workspace).returncode == 0
+
+
 @pytest.mark.parametrize("where", ["hooksPath", "templateDir"])
 def test_a_hook_that_lets_copier_commit_nothing_is_refused_before_anything_changes(
     workspace: Path, settings: Callable[[str], None], tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
