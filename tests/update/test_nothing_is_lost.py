@@ -223,6 +223,7 @@ def test_a_sparse_checkout_is_refused(workspace: Path) -> None:
 
 def test_a_rejected_patch_of_a_file_that_is_gone_is_refused_as_copier_would_stop_over_it(workspace: Path) -> None:
     (workspace / "setup/azure_gpus.yaml").unlink()
+    (workspace / ".git/info").mkdir(exist_ok=True)
     (workspace / ".git/info/exclude").write_text("*.rej\n")  # else Copier itself says that the repository is dirty
     commit(workspace, "Gone")
     (workspace / "setup/azure_gpus.yaml.rej").write_text("mine\n")
