@@ -14,17 +14,20 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 sys.dont_write_bytecode = True  # a template whose folder changes counts as one that is not committed
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -98,14 +101,14 @@ class Refusal(Exception):  # noqa: N818 - it is no error
 
 def main() -> int:
     """Do the stage that the command line names, for the workspace in the current folder."""
-    stage, answers_file, template = sys.argv[1:4]
+    stage, answers_file, template, given = sys.argv[1:5]
     update = Update(Path.cwd(), answers_file, Path(template))
     try:
         if stage == "before":
             update.refuse()
             update.save()
         else:
-            update.finish()
+            update.finish(given.split())
     except Refusal as refusal:
         print(f"The update did not begin, and nothing was changed: {refusal}", file=sys.stderr)
         return 1
@@ -158,6 +161,10 @@ class Update:
         hidden = [line[2:] for line in self.listed("ls-files", "-v", "-z") if line.startswith("S ")]
         if hidden:
             raise Refusal(f"the checkout is sparse ({hidden[0]} is not here): run `git sparse-checkout disable`.")
+        tracked = set(self.listed("ls-files", "-z"))
+        for name in self.listed("ls-files", "--others", "-z", "--", "*.rej"):
+            if name.removesuffix(".rej") not in tracked:  # Copier would look there for what the file belongs to
+                raise Refusal(f"{name} has a name that Copier gives to what it could not merge: rename or delete it.")
         lock = self.workspace / git(self.workspace, "rev-parse", "--git-path", "index.lock").decode().rstrip("\n")
         for _ in range(20):  # an editor may hold it for a moment
             if not lock.exists():
@@ -187,9 +194,11 @@ class Update:
     def save(self) -> None:
         """Copy what the user has, and the old render beside it, into a folder of git's."""
         old = self.old_render()
+        try_git(old)
         name = datetime.now(UTC).strftime("%Y-%m-%d-%H%M%S-%f")
         folder = self.copies / f".{name}"
         shutil.copytree(old, folder / "old", symlinks=True, ignore=shutil.ignore_patterns(".git"))
+        defaults = self.recorded_defaults()
         shutil.rmtree(self.copies / "old", ignore_errors=True)
         names = set(files(folder / "old")) | self.names_of_template() | {self.answers_file}
         names |= {f"{name}.rej" for name in names}  # which Copier makes, and leaves where git does not list it
@@ -204,6 +213,7 @@ class Update:
             "names": sorted(names),
             "index": self.listed("ls-files", "--stage", "-z"),
             "gone": split(git(top, "ls-files", "--deleted", "-z")),
+            "defaults": defaults,
         }
         (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
         shutil.copy2(self.template / "template" / UNDO, folder / "undo_update.py")
@@ -221,37 +231,60 @@ class Update:
         Copier makes it before this runs, in the folder for temporary files, and does not say where: it is the one with
         the same answers that is no repository yet.
         """
-        import yaml
-
-        answers = yaml.safe_load((self.workspace / self.answers_file).read_text(encoding="utf-8"))
+        answers = self.answers()
         for folder in sorted(Path(tempfile.gettempdir()).glob("*old_copy.*")):
             with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
                 rendered = folder / self.prefix
                 text = (rendered / self.answers_file).read_text(encoding="utf-8")
                 if yaml.safe_load(text) == answers and not (folder / ".git").exists():
                     return rendered
-        folder = self.copies / "old"
+        self.render_old()
+        return self.copies / "old"
+
+    def render_old(self, without: Collection[str] = ()) -> dict[str, Any]:
+        """Render the old release without some answers; return all answers. Raises Refusal when it cannot be had."""
+        answers = self.answers()
         try:
-            return self.render(str(answers["_src_path"]), str(answers["_commit"]), folder)
+            return self.render(str(answers["_src_path"]), str(answers["_commit"]), self.copies / "old", without)
         except Exception as error:
             raise Refusal(
                 f"the old release cannot be rendered ({first_line(error)}): see whether _src_path and _commit in "
                 f"{self.answers_file} are still there."
             ) from error
 
+    def recorded_defaults(self) -> dict[str, Any]:
+        """Return the answers that nobody chose: 0.1.0 and 0.1.1 recorded every default, once all questions were asked.
+
+        They are those that the old release gives when they are left out.
+        """
+        answers = self.answers()
+        if not answers.get("advanced"):
+            return {}
+        questions = yaml.safe_load((self.template / "copier.yml").read_text(encoding="utf-8"))
+        # a default that depends on other answers, and is not recorded any more
+        names = [name for name in answers if f"or {name} is defined" in str(questions.get(name))]
+        defaults = self.render_old(without=names) if names else {}
+        return {name: answers[name] for name in names if defaults.get(name) == answers[name]}
+
     # ---- after
 
-    def finish(self) -> None:
-        """Merge every file from its three copies, and say how the update ended."""
+    def finish(self, given: list[str]) -> None:
+        """Merge every file from its three copies, and say how the update ended. `given` are answers of this command."""
         folder = self.folder
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         said: list[str] = []
         conflicts: list[str] = []
-        if self.is_edited(folder, state):  # else there is nothing to merge, and what Copier wrote is right
+        answers = self.answers()
+        stale = {name: old for name, old in state["defaults"].items() if answers.get(name) == old and name not in given}
+        if stale or self.is_edited(folder, state):  # else there is nothing to merge, and what Copier wrote is right
             release = git(self.template, "rev-parse", "HEAD").decode().strip()
-            new = self.render(str(self.template), release, folder / "new")  # Copier's own is gone by now
+            # Copier's own is gone by now
+            answers = self.render(str(self.template), release, folder / "new", without=stale)
             self.restore_index(state["index"])
-            said, conflicts = self.merge_files(folder, state, new)
+            said, conflicts = self.merge_files(folder, state, folder / "new")
+        changed = [f"{name} {old} -> {answers[name]}" for name, old in stale.items() if answers[name] != old]
+        if changed:
+            said.append(f"What you never chose follows the new answers: {', '.join(changed)}.")
         self.put_back_others(state)
         for line in said:
             print(line, file=sys.stderr)
@@ -271,22 +304,32 @@ class Update:
             for name in state["names"]
         )
 
-    def render(self, template: str, release: str, folder: Path) -> Path:
-        """Render a release with the workspace's answers into a folder of its own."""
+    def answers(self) -> dict[str, Any]:
+        """Return the answers that the workspace records."""
+        answers: dict[str, Any] = yaml.safe_load((self.workspace / self.answers_file).read_text(encoding="utf-8"))
+        return answers
+
+    def render(self, template: str, release: str, folder: Path, without: Collection[str] = ()) -> dict[str, Any]:
+        """Render a release into a folder, with the workspace's answers but some; return all answers."""
         from copier import run_copy
         from plumbum import local
 
         shutil.rmtree(folder, ignore_errors=True)
-        answers = folder / self.answers_file
-        answers.parent.mkdir(parents=True)
-        shutil.copy2(self.workspace / self.answers_file, answers)
+        file = folder / self.answers_file
+        file.parent.mkdir(parents=True)
+        recorded = entries((self.workspace / self.answers_file).read_text(encoding="utf-8"))
+        kept = "".join(text for name, text in recorded.items() if name not in without)
+        file.write_text(kept, encoding="utf-8", newline="\n")
         options: dict[str, Any] = {"defaults": True, "overwrite": True, "quiet": True, "skip_tasks": True}
         # Copier's own clone lies on this machine: no setting of the user's has a say, nor a hook of theirs
         plain = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"} if template == str(self.template) else {}
         with contextlib.redirect_stderr(io.StringIO()), local.env(**plain):
-            run_copy(template, folder, answers_file=self.answers_file, vcs_ref=release, **options)
-        shutil.copy2(self.workspace / self.answers_file, answers)  # which says where this template lies just now
-        return folder
+            worker = run_copy(template, folder, answers_file=self.answers_file, vcs_ref=release, **options)
+        # the workspace's file says where the template is; this one, where it lies just now
+        rendered = entries(file.read_text(encoding="utf-8"))
+        rendered |= {name: text for name, text in recorded.items() if name.startswith("_")}
+        file.write_text("".join(rendered.values()), encoding="utf-8", newline="\n")
+        return dict(worker.answers.combined)
 
     def merge_files(self, folder: Path, state: dict[str, Any], new: Path) -> tuple[list[str], list[str]]:
         """Give every name what it holds after the update; return what to say, and the names with conflicts."""
@@ -425,6 +468,32 @@ class Update:
 def first_line(error: Exception) -> str:
     """Return what an error says, without what follows on other lines."""
     return (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".:")
+
+
+def try_git(rendered: Path) -> None:
+    """Commit a render in another folder, as Copier does next. Raises Refusal where a setting or a hook forbids it."""
+    who = {f"GIT_{role}_{fact}": "copier" for role in ("AUTHOR", "COMMITTER") for fact in ("NAME", "EMAIL")}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        copy = shutil.copytree(rendered, Path(folder) / "copy", symlinks=True)
+        for command, to_do in (
+            ("init --quiet", "see what init.templateDir of git's settings names."),
+            ("add .", "run `git config --global core.safecrlf warn`, and try again."),
+            (
+                "commit --quiet --message=Rendered --no-gpg-sign --no-verify",
+                "a hook from git's core.hooksPath or init.templateDir forbids it; let it pass, and try again.",
+            ),
+        ):
+            done = subprocess.run(
+                ["git", *command.split()], cwd=copy, env=os.environ | who, capture_output=True, check=False
+            )
+            if done.returncode != 0:
+                reason = first_line(OSError(done.stderr.decode(errors="replace")))
+                raise Refusal(f"`git {command.split()[0]}` fails in Copier's temporary folder ({reason}): {to_do}")
+
+
+def entries(answers: str) -> dict[str, str]:
+    """Return the text of each answer by its name; what stands above them is one, too."""
+    return {text.partition(":")[0]: text for text in re.split(r"(?m)^(?=\S)", answers)}
 
 
 def files(folder: Path) -> set[str]:

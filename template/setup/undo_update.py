@@ -87,10 +87,11 @@ def restore_index(workspace: Path, state: dict[str, list[str]]) -> None:
 def delete_again(workspace: Path, names: list[str]) -> None:
     """Delete what was deleted before the update, which Copier restored from git and did not come to delete again."""
     top = Path(git(workspace, "rev-parse", "--show-toplevel").rstrip("\n"))
-    changed = git(top, "ls-files", "--modified", "-z").split("\0")
     for name in names:
-        if name not in changed:
-            (top / name).unlink(missing_ok=True)
+        if (top / name).is_file():
+            staged = git(top, "ls-files", "--stage", "-z", "--", f":(literal){name}").split(" ")[1:2]
+            if staged == [git(top, "hash-object", "--", name).strip()]:  # as git has it, not changed since
+                (top / name).unlink()
 
 
 def files(folder: Path) -> set[str]:

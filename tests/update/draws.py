@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +16,14 @@ core.autocrlf=true
 core.autocrlf=input
 core.eol=crlf
 core.safecrlf=true
+core.safecrlf=true;core.autocrlf=true
+core.safecrlf=true;core.autocrlf=input
 core.whitespace=trailing-space,tab-in-indent,blank-at-eof
 core.quotePath=true
 core.fileMode=false
 core.ignoreCase=true
 core.hooksPath={hooks}
+core.hooksPath={refusing}
 core.excludesFile={excludes}
 core.attributesFile={attributes};filter.up.clean=tr a-z A-Z;filter.up.smudge=tr A-Z a-z
 core.untrackedCache=true;core.splitIndex=true
@@ -51,6 +54,7 @@ merge.conflictStyle=zdiff3
 merge.conflictStyle=diff3
 merge.renames=false;merge.tool=none
 commit.gpgSign=true;tag.gpgSign=true;gpg.program=false
+commit.gpgSign=true;gpg.format=ssh;user.signingKey=/does/not/exist
 commit.template=/does/not/exist;commit.verbose=true;commit.cleanup=scissors
 color.ui=always;color.status=always
 column.ui=always
@@ -127,11 +131,12 @@ def git(folder: Path, *arguments: str) -> str:
 
 def write_settings(file: Path, settings: Iterable[str], base: str) -> None:
     """Write git's configuration, and the files that it names, beside it."""
-    names = {name: file.with_name(name) for name in ("hooks", "excludes", "attributes")}
-    names["hooks"].mkdir()
-    for name in ("pre-commit", "commit-msg", "post-checkout", "post-index-change"):
-        (names["hooks"] / name).write_text("#!/bin/sh\nexit 1\n")
-        (names["hooks"] / name).chmod(0o755)
+    names = {name: file.with_name(name) for name in ("hooks", "refusing", "excludes", "attributes")}
+    hooks = [names["hooks"] / hook for hook in ("pre-commit", "commit-msg", "post-checkout", "post-index-change")]
+    for hook in [*hooks, names["refusing"] / "prepare-commit-msg"]:
+        hook.parent.mkdir(exist_ok=True)
+        hook.write_text("#!/bin/sh\nexit 1\n")
+        hook.chmod(0o755)
     names["excludes"].write_text(".vscode/\n*.toml\n")
     names["attributes"].write_text("*.md -text diff=none\n*.txt filter=up\n*.yaml whitespace=-trailing-space\n")
     text = [base]
@@ -185,6 +190,12 @@ def monorepo(base: Path, put: Callable[[Path], None]) -> Place:
     return Place(base / "all/of it/tone", [base / "all"], base / "all")
 
 
+def beside_another(base: Path, put: Callable[[Path], None]) -> Place:
+    put(base / "all/other")
+    place = monorepo(base, put)
+    return replace(place, outside=None)
+
+
 def submodule(base: Path, put: Callable[[Path], None]) -> Place:
     place = own(base / "outer", put)
     place.commit()
@@ -217,4 +228,5 @@ def own_in_ignored(base: Path, put: Callable[[Path], None]) -> Place:
     return Place(place.workspace, [place.workspace, base / "outer"])
 
 
-PLACES = {own: 8, with_blanks: 3, separate: 1, monorepo: 8, submodule: 3, worktree: 3, ignored: 1, own_in_ignored: 3}
+PLACES = {own: 8, with_blanks: 3, separate: 1, monorepo: 8, beside_another: 2, submodule: 3, worktree: 3}
+PLACES |= {ignored: 1, own_in_ignored: 3}

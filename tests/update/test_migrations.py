@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from copier import run_copy, run_update
 
-from .conftest import OPTIONS, ROOT, commit, contents, release, working_tree
+from .conftest import OPTIONS, ROOT, commit, contents, git, release, working_tree
 
 CONFIG = "finetuning/olive-config.yaml"
 FILES = '{"finetuning/smoke.py": "finetuning/rehearse.py"}'
@@ -65,6 +65,51 @@ def test_a_renamed_file_takes_its_edits_along_though_the_release_changed_it_too(
     fresh["finetuning/rehearse.py"] = b"# mine\n" + fresh["finetuning/rehearse.py"]
     assert contents(workspace) == fresh
     assert "finetuning/smoke.py" not in fresh
+
+
+def test_a_renamed_file_that_git_ignores_takes_its_edits_along(template: Path, tmp_path: Path) -> None:
+    workspace = workspace_of(template, tmp_path / "tone")
+    git(workspace, "rm", "--cached", "--quiet", "finetuning/smoke.py")
+    (workspace / ".gitignore").write_text(f"{(workspace / '.gitignore').read_text()}smoke.py\n")
+    commit(workspace, "Ignored")
+    file = workspace / "finetuning/smoke.py"
+    file.write_text(f"# mine\n{file.read_text()}")
+    run_update(workspace, vcs_ref="v1.1.0", **OPTIONS)
+    text = (workspace / "finetuning/rehearse.py").read_text()
+    assert text.startswith("# mine\n") and text.endswith("# since v1.1.0\n")
+    assert not file.exists()
+
+
+def test_a_rename_is_followed_in_a_clone_of_the_template_that_has_no_tags(template: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "--quiet", str(template), str(clone))
+    first = git(clone, "rev-parse", "v1.0.0").strip()
+    git(clone, "tag", "--delete", *git(clone, "tag").split())
+    workspace = workspace_of(clone, tmp_path / "tone", first)
+    file = workspace / "finetuning/smoke.py"
+    file.write_text(f"# mine\n{file.read_text()}")
+    replace(workspace / CONFIG, "max_rows: null", "max_rows: 100")
+    commit(workspace, "My edits")
+    run_update(workspace, vcs_ref="HEAD", **OPTIONS)
+    assert (workspace / "finetuning/rehearse.py").read_text().startswith("# mine\n")
+    assert "row_limit: 100" in (workspace / CONFIG).read_text(encoding="utf-8")
+    assert not file.exists()
+
+
+def test_a_file_that_you_deleted_or_renamed_does_not_come_back_under_its_new_name(
+    template: Path, tmp_path: Path
+) -> None:
+    for number, target in enumerate([None, "finetuning/mine.py"]):
+        workspace = workspace_of(template, tmp_path / str(number) / "tone")
+        if target:
+            (workspace / "finetuning/smoke.py").rename(workspace / target)
+        else:
+            (workspace / "finetuning/smoke.py").unlink()
+        commit(workspace, "My edits")
+        run_update(workspace, vcs_ref="v1.1.0", **OPTIONS)
+        assert not (workspace / "finetuning/rehearse.py").exists()
+        assert not (workspace / "finetuning/smoke.py").exists()
+        assert not target or (workspace / target).exists()
 
 
 def test_a_renamed_setting_keeps_the_value_of_the_user(template: Path, tmp_path: Path) -> None:
@@ -140,7 +185,7 @@ def test_a_conflict_in_the_lock_waits_for_the_user(template: Path, tmp_path: Pat
 
 
 def test_outside_of_any_repository_nothing_begins(tmp_path: Path) -> None:
-    command = [sys.executable, "-I", str(ROOT / "hooks/migrate.py"), "before", ".copier-answers.yml", str(ROOT)]
+    command = [sys.executable, "-I", str(ROOT / "hooks/migrate.py"), "before", ".copier-answers.yml", str(ROOT), ""]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from copier import run_copy
 
-from .conftest import NEXT, NOW, OPTIONS, ROOT, commit, contents, git
+from .conftest import NEXT, NOW, OPTIONS, RELEASES, ROOT, commit, contents, git, known
 
 Copy = Callable[..., Path]
 CONFIG = "finetuning/olive-config.yaml"
@@ -221,6 +221,72 @@ def test_a_sparse_checkout_is_refused(workspace: Path) -> None:
     assert copier_update(workspace).returncode == 0
 
 
+def test_a_rejected_patch_of_a_file_that_is_gone_is_refused_as_copier_would_stop_over_it(workspace: Path) -> None:
+    (workspace / "setup/azure_gpus.yaml").unlink()
+    (workspace / ".git/info").mkdir(exist_ok=True)
+    (workspace / ".git/info/exclude").write_text("*.rej\n")  # else Copier itself says that the repository is dirty
+    commit(workspace, "Gone")
+    (workspace / "setup/azure_gpus.yaml.rej").write_text("mine\n")
+    refused(copier_update(workspace), "setup/azure_gpus.yaml.rej", "rename or delete it")
+    assert (workspace / "setup/azure_gpus.yaml.rej").read_text() == "mine\n"
+    (workspace / "setup/azure_gpus.yaml.rej").unlink()
+    assert copier_update(workspace).returncode == 0
+
+
+@pytest.mark.parametrize("where", ["hooksPath", "templateDir"])
+def test_a_hook_that_lets_copier_commit_nothing_is_refused_before_anything_changes(
+    workspace: Path, settings: Callable[[str], None], tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = tmp_path / "hooks/prepare-commit-msg"
+    hook.parent.mkdir()
+    hook.write_text("#!/bin/sh\necho 'no ticket is named' >&2\nexit 1\n")
+    hook.chmod(0o755)
+    monkeypatch.delenv("GIT_TEMPLATE_DIR")
+    settings(f"[core]\nhooksPath = {hook.parent}" if where == "hooksPath" else f"[init]\ntemplateDir = {tmp_path}")
+    before = whole(workspace)
+    refused(copier_update(workspace), "`git commit`", "no ticket is named", "core.hooksPath or init.templateDir")
+    assert whole(workspace) == before and not git(workspace, "status", "--porcelain")
+    hook.write_text("#!/bin/sh\n")
+    assert copier_update(workspace).returncode == 0
+
+
+def test_line_ends_that_git_refuses_are_refused_before_anything_changes(
+    copy: Copy, releases: Path, settings: Callable[[str], None], tmp_path: Path
+) -> None:
+    """0.1.0 had no .gitattributes for all of its files."""
+    workspace = copy(tmp_path / "tone", known(releases, "v0.1.0"), **ANSWERS)
+    replace(workspace / CONFIG, "max_rows: null", "max_rows: 100")
+    commit(workspace, "My edits")
+    before = whole(workspace)
+    settings("[core]\nautocrlf = true\nsafecrlf = true")
+    refused(copier_update(workspace, tag=NOW), "LF would be replaced by CRLF", "core.safecrlf warn")
+    assert whole(workspace) == before
+    settings("[core]\nautocrlf = true\nsafecrlf = warn")
+    done = copier_update(workspace, tag=NOW)
+    assert done.returncode == 0, done.stderr
+    assert "max_rows: 100" in (workspace / CONFIG).read_text(encoding="utf-8")
+
+
+def test_a_template_in_a_folder_that_git_may_not_clone_changes_nothing_and_the_page_says_what_helps(
+    workspace: Path, settings: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copier clones the template before it runs anything of it."""
+    before = whole(workspace)
+    settings('[protocol "file"]\nallow = never')
+    said = copier_update(workspace).stderr
+    assert "fatal: transport 'file' not allowed" in said and whole(workspace) == before
+    page = (ROOT / "docs/how-to/template-moved.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if "fatal: transport 'file' not allowed" in line)
+    assert "`GIT_ALLOW_PROTOCOL=file copier update --trust`" in row
+    monkeypatch.setenv("GIT_ALLOW_PROTOCOL", "file")
+    assert copier_update(workspace).returncode == 0
+
+
+def test_a_key_that_cannot_sign_is_no_obstacle(workspace: Path, settings: Callable[[str], None]) -> None:
+    settings("[commit]\ngpgSign = true\n[gpg]\nformat = ssh\n[user]\nsigningKey = /does/not/exist")
+    assert copier_update(workspace).returncode == 0
+
+
 # ---- what was edited, and how
 
 
@@ -325,3 +391,38 @@ def test_a_default_that_was_only_confirmed_follows_the_model_and_a_chosen_value_
     assert (workspace / CONFIG).read_text(encoding="utf-8") == (fresh / CONFIG).read_text(encoding="utf-8")
     text = (workspace / CONFIG).read_text(encoding="utf-8")
     assert "learning_rate: 0.0002" in text and "num_train_epochs: 5" in text and "type: QLoRA" in text
+
+
+@pytest.mark.parametrize("tag", RELEASES)
+def test_a_default_that_an_early_release_recorded_follows_the_model_and_a_chosen_value_stays(
+    tag: str, copy: Copy, update: Copy, releases: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the very update that brings this release; one value is typed at first, one now, and one is edited."""
+    typed = {"advanced": True, "epochs": 5}
+    workspace = copy(tmp_path / "tone", known(releases, tag), **ANSWERS, **typed)
+    assert "learning_rate: 0.004" in (workspace / ".copier-answers.yml").read_text()
+    replace(workspace / CONFIG, "lora_dropout: 0.0", "lora_dropout: 0.3")
+    commit(workspace, "As copied, and edited")
+    given = {"model": "phi-4-mini-instruct", "device": "gpu", "eval_batch_size": 32}  # 32 is the demo's default, too
+    update(workspace, NOW, **given)
+    said = capfd.readouterr().err
+    fresh = copy(tmp_path / "fresh/tone", NOW, **ANSWERS | given | typed)
+    replace(fresh / CONFIG, "lora_dropout: 0.05", "lora_dropout: 0.3")
+    assert contents(workspace) == contents(fresh)
+    line = next(line for line in said.splitlines() if line.startswith("What you never chose follows the new answers: "))
+    assert "learning_rate 0.004 -> 0.0002" in line and "method lora -> qlora" in line
+    assert "packing False -> True" in line and "epochs" not in line and "eval_batch_size" not in line
+    assert "no conflict" in said
+    commit(workspace, "Updated")
+    update(workspace, NEXT[0])
+    assert "learning_rate: 0.0002" in (workspace / CONFIG).read_text(encoding="utf-8")
+
+
+def test_recorded_defaults_stay_as_they_are_where_no_answer_changes(
+    copy: Copy, update: Copy, releases: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    workspace = copy(tmp_path / "tone", known(releases, "v0.1.1"), **ANSWERS, advanced=True)
+    commit(workspace, "As copied")
+    update(workspace, NOW)
+    assert "never chose" not in capfd.readouterr().err
+    assert contents(workspace) == contents(copy(tmp_path / "fresh/tone", NOW, **ANSWERS, advanced=True))

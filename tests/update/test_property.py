@@ -232,9 +232,16 @@ def one(
         before = State.of(base / "all", place)
         outcome = run(rng, place.workspace, update, tags[end], changes, fault, capfd)
         after = State.of(base / "all", place)
+
+        def again() -> list[str]:
+            """Update once more after it was taken back."""
+            said = run(rng, place.workspace, update, tags[end], changes, "", capfd).said
+            now = State.of(base / "all", place)
+            return [f"again: {said}", *different(after.workspace, now.workspace, "again: ")] * (now != after)
+
         counts["updates"] += 1
         draw.did.append(f"status {outcome.status}: {outcome.said.strip()[-600:]}")
-        return judged(draw, place, user, outcome, fault, (old, new, renames), before, after, counts)
+        return judged(draw, place, user, outcome, fault, (old, new, renames), before, after, again, counts)
 
 
 @dataclass
@@ -271,6 +278,7 @@ def judged(
     renders: tuple[Tree, Tree, dict[str, str]],
     before: State,
     after: State,
+    again: Callable[[], list[str]],
     counts: Counter[str],
 ) -> list[str]:
     """Return what breaks the promise."""
@@ -289,11 +297,10 @@ def judged(
         if found or draw.rng.random() < 0.7:
             return found
         counts["taken back"] += 1
-        return taken_back(place, before)
+        return taken_back(place, before) or again()
     if before == after:
-        by_copier = outcome.said.startswith("Unexpected exit code")  # of git, in Copier's own copies: core.safecrlf
-        counts["refusals by Copier" if by_copier else "refusals"] += not outcome.killed
-        checked = fault in ("", "locked") and not by_copier
+        counts["refusals"] += not outcome.killed
+        checked = fault in ("", "locked")
         unsaid = checked and len(outcome.said.strip().splitlines()) != 1
         return [f"refused with other than one sentence: {outcome.said!r}"] if unsaid else []
     if not fault:

@@ -78,8 +78,8 @@ class User:
 
     def new_name(self) -> str:
         folder = self.rng.choice(["", "finetuning/", "mine/", "Über uns/", "infra/", ".github/", "later/"])
-        word = self.rng.choice(["my notes", "größe", "it's", "-x", "#1", "a[1]", "mine"])
-        return f"{folder}{word}-{self.token()}.txt"
+        word = self.rng.choice(["my notes", "größe", "it's", "-x", "#1", "a[1]", "mine", "a\nb"])
+        return f"{folder}{word}-{self.token()}.txt{self.rng.choice(['', '', '', ' '])}"
 
     # ---- in a text
 
@@ -301,7 +301,8 @@ class User:
     def reject(self) -> str:
         """Keep what `git apply` left of a patch, as Copier leaves it too."""
         self.exclude("*.rej")
-        return self.add(f"{self.rng.choice(sorted(self.old))}.rej")
+        name = f"{self.rng.choice(sorted(self.old))}.rej"
+        return "" if any((self.workspace / parent).is_file() for parent in Path(name).parents) else self.add(name)
 
     def pattern(self) -> str:
         return self.rng.choice(["*.toml", "/finetuning/", ".vscode/", "README.md", "*.py", "/setup", "*.rej", "later/"])
