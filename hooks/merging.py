@@ -94,7 +94,7 @@ def merge(
         base, theirs, values = keep_values(base, ours, theirs)
         notes = [f"{name}: {value}." for value in values]
     data, conflicts = three_way(base, ours, theirs)
-    if conflicts:  # what was put before the first line or behind the last has its place, whatever became of those
+    if conflicts:  # what was put before the first line or after the last has its place, whatever became of those
         first, rest, last = ends(base, ours)
         data_of_rest, conflicts_of_rest = three_way(base, rest, theirs)
         if not conflicts_of_rest:
@@ -146,34 +146,63 @@ def ends(base: bytes, ours: bytes) -> tuple[bytes, bytes, bytes]:
     return first, b"".join(line for piece in pieces for line in piece[2]), last
 
 
-def follow(base: bytes, ours: bytes, target: bytes, parts: dict[str, bytes]) -> tuple[bytes, dict[str, bytes]]:
-    """Make the user's edits where the template moved what they are in.
+def follow(base: bytes, ours: bytes, texts: dict[str, bytes]) -> tuple[bytes, dict[str, bytes]]:
+    """Make the user's edits in what the template has now, wherever it moved the lines around them.
 
-    `target` is what the old file is now, `parts` the other files that took something of it. Returns the user's text
-    without the edits that were made in a part, and the parts with them. An edit goes where the lines around it are.
+    `texts` are the new file and those that took a part of the old one. An edit goes where the lines around it are; what
+    was added before a function or class goes before the one of that name. Returns the user's text without the edits
+    that found their place, and the new texts with them.
     """
-    texts = {name: text.splitlines(keepends=True) for name, text in {"": target, **parts}.items()}
+    lines = {name: text.splitlines(keepends=True) for name, text in texts.items()}
     before = base.splitlines(keepends=True)
     rest: list[bytes] = []
     for same, old, new, start in edits(base, ours):
-        if same:
+        end = start + len(old)
+        above, below = before[max(start - 2, 0) : start], before[end : end + 2]
+        places = places_of([*above, *old, *below], lines)
+        if same or len(places) > 1 or not b"".join([*above, *old, *below]).strip():
+            rest += new
+        elif places:
+            ((name, at),) = places
+            lines[name][at + len(above) : at + len(above) + len(old)] = new
             rest += old
-            continue
-        above, below = before[max(start - 2, 0) : start], before[start + len(old) : start + len(old) + 2]
-        block = [*above, *old, *below]
-        found = [
-            (name, at + len(above))
-            for name, lines in texts.items()
-            for at in range(len(lines) - len(block) + 1)
-            if lines[at : at + len(block)] == block
-        ]
-        if len(found) == 1 and found[0][0] and b"".join(block).strip():
-            ((name, at),) = found
-            texts[name][at : at + len(old)] = new
-            rest += old
+        elif not old and len(homes := definitions(before[end:], lines)) == 1:
+            ((name, at),) = homes
+            lines[name][at:at] = new
         else:
             rest += new
-    return b"".join(rest), {name: b"".join(texts[name]) for name in parts}
+    return b"".join(rest), {name: b"".join(text) for name, text in lines.items()}
+
+
+def places_of(block: list[bytes], texts: dict[str, list[bytes]]) -> list[tuple[str, int]]:
+    """Return where in the texts a block of lines stands."""
+    return [
+        (name, at)
+        for name, lines in texts.items()
+        for at in range(len(lines) - len(block) + 1)
+        if lines[at : at + len(block)] == block
+    ]
+
+
+DEFINITION = re.compile(rb"(?:async )?(?:def|class) \w+\b")
+
+
+def definitions(following: list[bytes], texts: dict[str, list[bytes]]) -> list[tuple[str, int]]:
+    """Return where the function or class starts, decorators included, that `following` starts with; or the next one."""
+    if not DEFINITION.match(next((line for line in following if not line.startswith(b"@")), b"")):
+        return []
+    for line in following:
+        if named := DEFINITION.match(line):
+            found = []
+            for name, lines in texts.items():
+                for number, other in enumerate(lines):
+                    if (match := DEFINITION.match(other)) and match[0] == named[0]:
+                        while number and lines[number - 1].startswith(b"@"):
+                            number -= 1
+                        found.append((name, number))
+            if found:
+                return found
+    return []
 
 
 @dataclass(frozen=True)

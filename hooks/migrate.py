@@ -335,13 +335,13 @@ class Update:
         """Give every name what it holds after the update; return what to say, and the names with conflicts."""
         renames = dict(self.renames(files(folder / "old"), files(new)))
         said, conflicts = [], []
-        left, parts = self.follow_parts(folder, new, renames)
+        left, edited_there = self.follow_edits(folder, new, renames)
         for name in sorted({*state["names"], *files(new)}):
             if name in renames.values():
                 continue  # comes with its old name
             target = renames.get(name, name)
             old, mine = read(folder / "old", name), left.get(name) or read(folder / "mine", name)
-            theirs = parts.get(target) or read(new, target)
+            theirs = edited_there.get(target) or read(new, target)
             own = read(folder / "mine", target) if target != name else None
             if mine is None and own:
                 mine, own = own, None  # the user renamed it before the template did
@@ -349,7 +349,7 @@ class Update:
                 theirs = mine
             outcome = merge(target, old, mine, theirs, RENAMED_SETTINGS.get(target))
             if own and outcome.entry:  # a file of the user's under the new name
-                edited, entry = outcome.entry != theirs, outcome.entry
+                edited, entry = outcome.entry != read(new, target), outcome.entry
                 outcome = merge(target, None, own, entry)
                 if edited and not outcome.conflict and not own.same(entry):
                     self.write(name, mine)
@@ -366,23 +366,23 @@ class Update:
         return said, conflicts
 
     @staticmethod
-    def follow_parts(folder: Path, new: Path, renames: dict[str, str]) -> tuple[dict[str, Entry], dict[str, Entry]]:
-        """Make edits in the files that took a part of another; return what is left of the others, and the parts."""
+    def follow_edits(folder: Path, new: Path, renames: dict[str, str]) -> tuple[dict[str, Entry], dict[str, Entry]]:
+        """Make edits of code where the template moved it; return what is left of the old files, and the new ones."""
         left: dict[str, Entry] = {}
-        parts: dict[str, Entry] = {}
-        for name, others in SPLIT_FILES.items():
-            old, mine, target = (
-                read(*where)
-                for where in ((folder / "old", name), (folder / "mine", name), (new, renames.get(name, name)))
-            )
-            taken = {other: parts.get(other) or read(new, other) for other in others if not read(folder / "old", other)}
-            texts = {other: entry for other, entry in taken.items() if entry and entry.is_text}
-            if not (texts and old and mine and target and old.is_text and mine.is_text and target.is_text):
+        edited: dict[str, Entry] = {}
+        for name in sorted(files(folder / "old")):
+            old, mine = read(folder / "old", name), read(folder / "mine", name)
+            others = (renames.get(name, name), *(other for other in SPLIT_FILES.get(name, ()) if other != name))
+            taken = {other: edited.get(other) or read(new, other) for other in others}
+            texts = {other: lf(entry) for other, entry in taken.items() if entry and entry.is_text}
+            if not (name.endswith(".py") and old and mine and old.is_text and mine.is_text) or mine.same(old):
                 continue
-            rest, edited = follow(lf(old), lf(mine), lf(target), {other: lf(entry) for other, entry in texts.items()})
+            rest, texts = follow(lf(old), lf(mine), texts)
             left[name] = ended_as(mine, replace(mine, data=rest))
-            parts |= {other: replace(texts[other], data=data) for other, data in edited.items()}
-        return left, parts
+            edited |= {
+                other: replace(entry, data=texts[other]) for other, entry in taken.items() if entry and other in texts
+            }
+        return left, edited
 
     @staticmethod
     def renames(old: set[str], new: set[str]) -> Iterator[tuple[str, str]]:

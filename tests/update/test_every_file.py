@@ -82,7 +82,7 @@ def test_every_file_keeps_its_edit_and_is_otherwise_as_in_this_release(
     with capsys.disabled():
         print(f"\n{tag}: {len(edits)} files edited, {len(lost)} edits lost, {len(conflicts)} conflicts {conflicts}")
     assert not lost, done.stderr
-    assert set(conflicts) <= CONFLICTS
+    assert set(conflicts) <= CONFLICTS, conflicts
     assert conflicts == [name for name, text in sorted(after.items()) if "<<<<<<< before updating" in text]
     assert f"The update ended with {f'{len(conflicts)} conflict' if conflicts else 'no conflict'}" in done.stderr
     for name, (found, *_) in where.items():
