@@ -6,7 +6,7 @@
 # make release VERSION=1.2.0   check, test, date the changelog, tag
 # make bench   what it costs, beside its peers
 # make workspace   render and install the workspace that the tests use
-# make docs    the reference pages, made from copier.yml and catalog/
+# make docs    the reference pages, made from copier.yml and catalog/, and the example workspace
 # make site    the documentation as a site in site/, with the configurator
 # make lock    pin what the repository and the workspaces install
 # make newest  test a workspace with the newest releases instead of the lock, and show what differs
@@ -155,6 +155,7 @@ bench: workspace .cache/azure-cli/ready
 
 docs: .venv/ready
 	python docs/make_reference.py
+	python docs/make_example.py
 
 # The generator stands apart: nothing else needs its packages.
 .cache/site/ready: locks/site.txt

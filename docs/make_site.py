@@ -65,7 +65,8 @@ def main() -> int:
 def stage() -> None:
     """Copy what the site shows, each at its place."""
     for path in DOCS.rglob("*"):
-        if path.suffix in KINDS and path.is_file():
+        is_shown = DOCS / "example" not in path.parents or path == DOCS / "example" / "README.md"
+        if path.suffix in KINDS and path.is_file() and is_shown:
             copy(path, PAGES / path.relative_to(ROOT))
     for name, target in OUTSIDE.items():
         copy(ROOT / name, PAGES / target)

@@ -17,7 +17,9 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLE = ROOT / "docs/example"  # made from the template, whose own tests read it
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+PAGES += sorted(page for page in (ROOT / "docs").rglob("*.md") if EXAMPLE not in page.parents)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 CHECKED = ("python", "make", "copier", "olive")
@@ -279,6 +281,14 @@ def test_a_stale_reference_is_said_in_a_sentence_and_made_again(tmp_path: Path) 
     assert (tmp_path / "docs/reference/questions.md").read_bytes() == before
     assert make_reference(tmp_path, check=False).returncode == 0
     assert make_reference(tmp_path).returncode == 0
+
+
+def test_the_example_is_current() -> None:
+    command = [sys.executable, str(ROOT / "docs/make_example.py"), "--check"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    text = b"".join(path.read_bytes() for path in EXAMPLE.rglob("*") if path.is_file())
+    assert b"\0" not in text
 
 
 def test_the_reference_has_every_question_that_can_be_answered_and_every_model() -> None:

@@ -1,0 +1,147 @@
+"""Make one model of base and adapter: int4 for ONNX Runtime, or a Hugging Face folder at full precision.
+
+python finetuning/export.py                    models/merged, then models/onnx: fast chat, on a CPU above all
+python finetuning/export.py --format merged    models/merged alone: for transformers, vLLM and other tools
+
+The int4 model is compared with the merged one on held-out rows before it takes its place. What is whole and made from
+this adapter is used again. The figures go into models/run.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from preparing.workspace import MODELS, ROOT
+from settings.startup import explain, quiet
+
+if TYPE_CHECKING:
+    from exporting.exported_folder import MadeFrom
+    from reporting.run_record import RunRecord
+
+
+def main() -> int:
+    """Read the command line, export, and turn a user's mistake into one sentence."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--format", choices=("onnx", "merged"), default="onnx", help="(default: onnx)")
+    parser.add_argument(
+        "--provider",
+        choices=("cpu", "cuda", "dml"),
+        help="what the int4 model is for (default: what the installed onnxruntime-genai computes with)",
+    )
+    parser.add_argument(
+        "--agreement",
+        type=share,
+        default=0.95,
+        metavar="SHARE",
+        help="of the answer tokens that int4 must choose as the merged model does, 0 to 1 (default: 0.95)",
+    )
+    parser.add_argument(
+        "--debug", action="store_true", help="show what the libraries say and the traceback of an error"
+    )
+    options = parser.parse_args()
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # a pipe on Windows has another encoding
+    os.chdir(ROOT)  # paths of data files are relative to the workspace
+    quiet()
+    logging.getLogger("onnxruntime").setLevel(logging.ERROR)
+    try:
+        export(options.format, options.provider, options.agreement, options.debug)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command uses again what is complete.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def share(text: str) -> float:
+    """Parse a number from 0 to 1."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+
+
+def export(kind: str, provider: str | None, agreement: float, debug: bool) -> None:
+    """Merge, and for `onnx` build the int4 model, compare and publish it. Raises ConfigError and DataError."""
+    from filelock import FileLock
+
+    from exporting.exported_folder import MERGED, ONNX, check_disk, is_made_from, shown
+    from exporting.int4 import build_int4, choose_provider
+    from exporting.merged import merge
+    from exporting.tuned_model import base_folder, check_adapter, read_run
+
+    run = read_run()
+    if kind == "onnx":
+        provider = choose_provider(provider)
+
+    with FileLock(MODELS / ".lock", timeout=0):  # a run would change the adapter meanwhile
+        made_from: MadeFrom = {
+            "adapter_sha256": check_adapter(run),
+            "base_model": run["base_model"],
+            "revision": run["revision"],
+        }
+        base = base_folder(run)
+        check_disk(base, kind, made_from)
+        made = run.setdefault("export", {})
+        if is_made_from(MERGED, made_from) and "merged" in made:
+            print(f"Using {shown(MERGED)} again: it was made from this adapter.")
+        else:
+            print(f"Merging {run['adapter']} into {run['base_model']}", flush=True)
+            started = time.monotonic()
+            merge(run, base, made_from)
+            record(run, "merged", made_from, started, {})
+        made_for: MadeFrom = {**made_from, "provider": provider or ""}
+        if kind == "onnx" and is_made_from(ONNX, made_for) and made.get("onnx", {}).get("tokens", -1) >= agreement:
+            print(f"Using {shown(ONNX)} again: it was made from this adapter.")
+        elif kind == "onnx":
+            print(f"Building the int4 model for {provider} (minutes where weights are billions)", flush=True)
+            started = time.monotonic()
+            figures = build_int4(run, agreement, debug, made_for)
+            record(run, "onnx", made_from, started, {"precision": "int4", "provider": provider} | figures)
+    show(made, kind)
+
+
+def record(run: RunRecord, kind: str, made_from: MadeFrom, started: float, figures: dict[str, Any]) -> None:
+    """Add what was made to models/run.json, under `export`."""
+    from exporting.exported_folder import MERGED, ONNX, shown
+    from training.whole_files import write_json
+
+    folder = {"merged": MERGED, "onnx": ONNX}[kind]
+    run["export"][kind] = {
+        "folder": shown(folder),
+        "adapter_sha256": made_from["adapter_sha256"],
+        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        "seconds": round(time.monotonic() - started, 2),
+        **figures,
+    }
+    write_json(MODELS / "run.json", run)
+
+
+def show(made: dict[str, Any], kind: str) -> None:
+    """Print what was made, and the next command."""
+    from exporting.exported_folder import MERGED, shown
+
+    for name in ("merged", "onnx") if kind == "onnx" else ("merged",):
+        print(f"  {name:6} {made[name]['folder']}, {made[name]['bytes'] / 2**20:,.1f} MiB")
+    if kind == "onnx":
+        figures = made["onnx"]
+        print(
+            f"On {figures['rows']} held-out rows {figures['answers']:.1%} of its answers, and {figures['tokens']:.1%} "
+            f"of their tokens, are the merged model's; logits differ by {figures['logits_mean']} on average, "
+            f"{figures['logits_max']} at most."
+        )
+    serve = f"transformers serve {shown(MERGED)} (after python -m pip install openai), or vllm serve {shown(MERGED)}"
+    print(f"Next: {'python inference/console_chat.py' if kind == 'onnx' else serve}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

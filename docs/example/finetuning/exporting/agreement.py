@@ -1,0 +1,86 @@
+"""Whether an int4 model answers as the merged model does: the comparison that it must pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from preparing.tokens import NO_THINKING, load_tokenizer, tokenise
+from settings.config_file import ConfigError
+
+COMPARED_TOKENS = 64  # of an answer; more would take longer and change the figures by little
+
+
+def compare(merged: Path, folder: Path, rows: list[Any], dtype: str) -> dict[str, Any]:
+    """Let the ONNX model answer held-out rows greedily, and see whether torch would have chosen the same tokens.
+
+    Returns `rows`; `answers`, the share of answers (up to COMPARED_TOKENS) that torch gives token for token; `tokens`,
+    the share of tokens that torch chooses behind the same beginning; and `logits_max` and `logits_mean`, the absolute
+    difference of the logits for the first token of an answer. `dtype` is torch's, as in models/run.json.
+    """
+    import numpy
+    import torch
+
+    from reporting.evaluate import load_base
+
+    if not torch.cuda.is_available() and dtype == "float16":
+        dtype = "float32"
+    model = load_base(str(merged), dtype)
+    onnx, tokenizer = load_onnx(folder), load_tokenizer(str(merged))
+    context = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["context_length"]
+    alike: list[Any] = []
+    differences = []
+    for row in rows:
+        prompt = prompt_of(tokenizer, row)[-(context - COMPARED_TOKENS) :]
+        tokens, logits = answer_greedily(onnx, prompt)
+        with torch.inference_mode():
+            ids = torch.tensor([prompt + tokens], device=model.device)
+            expected = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().cpu().numpy()
+        alike.append(expected.argmax(axis=-1) == numpy.array(tokens))
+        differences.append(numpy.abs(expected[0] - logits))
+    return {
+        "rows": len(alike),
+        "answers": round(sum(bool(row.all()) for row in alike) / len(alike), 4),
+        "tokens": round(float(numpy.concatenate(alike).mean()), 4),
+        "logits_max": round(float(numpy.max(differences)), 4),
+        "logits_mean": round(float(numpy.mean(differences)), 4),
+    }
+
+
+def load_onnx(folder: Path) -> Any:
+    """Load the ONNX model. Raises ConfigError where the libraries of its provider are missing."""
+    import onnxruntime_genai
+
+    try:
+        return onnxruntime_genai.Model(str(folder))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"ONNX Runtime GenAI cannot load the int4 model here ({reason}): --provider cpu makes one for the CPU."
+        ) from error
+
+
+def prompt_of(tokenizer: Any, row: list[Any]) -> list[int]:
+    """Return the tokens up to the last answer of a conversation; of a plain text, its first half."""
+    if len(row) > 1 and row[-1]["role"] == "assistant":
+        options = {"add_generation_prompt": True, "return_dict": False, **NO_THINKING}
+        return list(tokenizer.apply_chat_template(list(row[:-1]), **options))
+    tokens: list[int] = tokenise(tokenizer, row, "all")["input_ids"]
+    return tokens[: (len(tokens) + 1) // 2]
+
+
+def answer_greedily(model: Any, prompt: list[int]) -> tuple[list[int], Any]:
+    """Return the ONNX model's answer in tokens, its end included, and the logits (vocabulary) of the first of them."""
+    import onnxruntime_genai
+
+    settings = onnxruntime_genai.GeneratorParams(model)
+    settings.set_search_options(do_sample=False, repetition_penalty=1.0, max_length=len(prompt) + COMPARED_TOKENS)
+    generator = onnxruntime_genai.Generator(model, settings)
+    generator.append_tokens(prompt)
+    logits = generator.get_logits()[0, -1].copy()
+    tokens = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        tokens.append(int(generator.get_next_tokens()[0]))
+    return tokens, logits

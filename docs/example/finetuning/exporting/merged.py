@@ -1,0 +1,61 @@
+"""The merged model: the adapter added to the base model's own weights, as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from exporting.exported_folder import MERGED, MadeFrom, put_in_place
+from exporting.tuned_model import held_out_rows
+from preparing.tokens import load_tokenizer, tokenise
+from preparing.workspace import ROOT
+from reporting.evaluate import end_of_turn
+from reporting.run_record import RunRecord
+from settings.config_file import ConfigError
+from training.whole_files import new_folder
+
+
+def merge(run: RunRecord, base: Path, made_from: MadeFrom) -> None:
+    """Add the adapter to the base model's own weights, in their precision, and put the result into models/merged.
+
+    Raises ConfigError.
+    """
+    import transformers
+    from peft import PeftModel
+
+    transformers.utils.logging.disable_progress_bar()
+    if run["method"] == "qlora":
+        print(
+            "QLoRA trained on 4-bit weights, and the adapter goes into the full ones: answers may differ a little "
+            "from those of the run."
+        )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype="auto", device_map="cpu", local_files_only=True
+    )
+    try:
+        model = PeftModel.from_pretrained(model, str(ROOT / run["adapter"])).merge_and_unload()
+        tokenizer = load_tokenizer(str(ROOT / run["adapter"]))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(": ")
+        raise ConfigError(
+            f"The adapter in {run['adapter']} is torn, or does not fit {run['base_model']} ({reason}): run "
+            "`python finetuning/invoke_olive.py --fresh`."
+        ) from error
+    settings = model.generation_config
+    settings.eos_token_id = ends_of_answer(run, tokenizer, settings.eos_token_id)
+    settings.pad_token_id = tokenizer.pad_token_id
+    try:
+        settings.validate(strict=True)
+    except ValueError:  # Llama 2's has a temperature but does not draw, which can be read and not be written
+        settings.do_sample = True
+    unfinished = new_folder(MERGED)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    put_in_place(unfinished, MERGED, made_from)
+
+
+def ends_of_answer(run: RunRecord, tokenizer: Any, end_of_text: int | list[int] | None) -> list[int]:
+    """Return the tokens at which an answer ends: the base model's, the tokenizer's, and the template's end of turn."""
+    examples = [tokenise(tokenizer, row, "responses") for row in held_out_rows(run)]
+    known = end_of_text if isinstance(end_of_text, list) else [] if end_of_text is None else [end_of_text]
+    return sorted({*known, *end_of_turn(tokenizer, examples)})

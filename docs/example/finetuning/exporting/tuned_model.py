@@ -1,0 +1,67 @@
+"""The tuned model of the last run: models/run.json, the adapter that it names, and their base model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from preparing.dataset import chat_rows
+from preparing.tokens import with_system
+from preparing.workspace import MODELS, ROOT, find_model
+from reporting.run_record import RunRecord
+from settings.config_file import ConfigError
+
+COMPARED_ROWS = 64  # more would take longer and change the figures by little
+
+
+def read_run() -> RunRecord:
+    """Return models/run.json. Raises ConfigError."""
+    again = "run `python finetuning/invoke_olive.py`"
+    try:
+        run: RunRecord = json.loads((MODELS / "run.json").read_text(encoding="utf-8"))
+        missing = {"base_model", "revision", "method", "adapter", "dtype", "system_prompt", "config"} - set(run)
+    except FileNotFoundError:
+        raise ConfigError(f"There is no tuned model yet (models/run.json): {again} first.") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"models/run.json is torn ({error}): {again} again.") from error
+    if missing:
+        raise ConfigError(f"models/run.json has no {sorted(missing)[0]}: {again} again.")
+    return run
+
+
+def check_adapter(run: RunRecord) -> str:
+    """Return the hash of the adapter, settings and weights, as inference/engine.py makes it. Raises ConfigError."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = ROOT / run["adapter"]
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    try:
+        with safe_open(weights, framework="numpy"):  # a torn file is noticed on opening
+            pass
+        trained_on = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update(settings.read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        again = "run `python finetuning/invoke_olive.py` again"
+        raise ConfigError(f"The adapter in {run['adapter']} is missing or torn ({error}): {again}.") from error
+    if trained_on != run["base_model"]:
+        raise ConfigError(
+            f"The adapter in {run['adapter']} was trained on {trained_on}, but models/run.json names "
+            f"{run['base_model']}: run `python finetuning/invoke_olive.py` again."
+        )
+    return digest.hexdigest()
+
+
+def base_folder(run: RunRecord) -> Path:
+    """Return the folder of the base model that the run used. Raises ModelError when it is missing or torn."""
+    return find_model(run["base_model"], run["revision"], ROOT).folder
+
+
+def held_out_rows(run: RunRecord) -> list[Any]:
+    """Return some of the held-out rows that the run had, with its system prompt. Raises DataError."""
+    rows = chat_rows("held_out", **run["config"]["rows"])[:COMPARED_ROWS]
+    return [with_system(row, run["system_prompt"]) for row in rows]

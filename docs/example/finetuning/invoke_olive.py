@@ -1,0 +1,181 @@
+"""Fine-tune the model through Microsoft Olive: check → evaluate → train → evaluate → report.
+
+python finetuning/invoke_olive.py            the run that finetuning/olive-config.yaml describes
+python finetuning/invoke_olive.py --check    only say whether it can work
+python finetuning/invoke_olive.py --smoke    the same run on a tiny replica of the model, offline, in seconds
+
+accelerate launch finetuning/invoke_olive.py trains on all GPUs of the machine; with --config_file finetuning/fsdp.yaml
+it spreads one model over them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from preparing.workspace import MODELS, ROOT
+from settings.startup import explain, leave_out, quiet
+from training.processes import PROCESSES, RANK
+
+if TYPE_CHECKING:
+    from settings.run_settings import Settings
+
+EXAMPLES = 10  # questions with their answers, kept in run.json
+
+
+def main() -> int:
+    """Run the steps, and turn a user's mistake into one sentence."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="check settings, data and machine; train nothing")
+    parser.add_argument("--json", action="store_true", help="with --check: one JSON object on stdout, for programs")
+    parser.add_argument("--smoke", action="store_true", help="run on a tiny replica of the model, offline")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments = parser.parse_args()
+    if (arguments.smoke or arguments.check) and PROCESSES > 1:  # the others would wait for a training for ever
+        parser.error("--check and --smoke are for one process: python finetuning/invoke_olive.py --check")
+    if arguments.json and not arguments.check:
+        parser.error("--json goes with --check")
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # a pipe on Windows has another encoding
+    os.chdir(ROOT)  # the paths in olive-config.yaml are relative to the workspace
+    quiet()
+    leave_out("torchmetrics")
+    gc.disable()  # the imports make a million objects that stay: not worth looking through again and again
+    try:
+        return help_train() if RANK else run(arguments)
+    except KeyboardInterrupt as stopped:
+        if not RANK:
+            print("\nStopped. The same command goes on from the newest checkpoint.", file=sys.stderr)
+        return 128 + (stopped.args or (signal.SIGINT,))[0]
+    except Exception as error:
+        if arguments.debug:
+            raise
+        if arguments.json:
+            print(json.dumps({"problem": explain(error)}))
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 1
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check the settings, the data and the machine, then tune, unless only the check is asked for."""
+    from filelock import FileLock
+
+    from planning import hardware, show_plan
+    from planning.plan import read_rows, row_facts, run_facts
+    from settings.run_settings import read_settings
+    from settings.validation import validate
+
+    started = time.monotonic()
+    results = MODELS / "smoke" if arguments.smoke else MODELS
+    settings = read_settings()
+    if arguments.check:
+        return check_only(settings, arguments.json)
+    validate(settings)
+    if arguments.smoke:
+        from training.smoke import shrink
+
+        settings = shrink(settings, results)
+    hardware.refuse(settings)
+    rows = read_rows(settings)
+    show_plan.show("run", run_facts(settings))
+    show_plan.show("rows", row_facts(settings, rows, len(rows["train"])))
+    results.mkdir(parents=True, exist_ok=True)
+    with FileLock(results / ".lock", timeout=0):  # two runs at once would mix their checkpoints
+        tune(settings, rows, results, arguments.fresh, started)
+    return 0
+
+
+def help_train() -> int:
+    """Train beside the first process of several, silently: that one does everything else."""
+    from training.processes import share
+    from training.train import train
+
+    with contextlib.redirect_stdout(None):
+        train(*share())
+    return 0
+
+
+def check_only(settings: Settings, as_json: bool) -> int:
+    """Show what the run will do and need; 1 when it cannot work."""
+    from planning import show_plan
+    from planning.plan import plan
+
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        report = plan(settings, (lambda part, facts: None) if as_json else show_plan.show)
+    if as_json:
+        print(json.dumps(report))
+    if report["problem"]:
+        print(f"error: {report['problem']}", file=sys.stderr)
+        return 1
+    if not as_json:
+        show_plan.verdict(report)
+    return 0
+
+
+def tune(settings: Settings, rows: dict[str, list[Any]], results: Path, fresh: bool, started: float) -> None:
+    """Evaluate, train, evaluate, report."""
+    from planning import show_plan
+    from planning.advice import explained
+    from planning.fit import settle
+    from planning.model_facts import base_model
+    from preparing.dataset import chat_tokens
+    from reporting.evaluate import evaluate
+    from reporting.model_card import write_model_card
+    from reporting.report import write_report
+    from reporting.run_record import data_facts, describe, keep_logs, publish
+    from reporting.show_results import show
+    from training.processes import share
+    from training.train import train
+
+    gc.freeze()
+    gc.enable()
+    base = base_model(settings)
+    run_json = describe(settings, rows, base.commit, results)
+    # checkpoints of other settings, other data or another number of processes are never gone on from
+    name = f"{run_json['config_sha256'][:8]}-{run_json['dataset_sha256'][:8]}-{PROCESSES}".removesuffix("-1")
+    run_folder, folder = results / "checkpoints" / name, str(base.folder)
+    settings = replace(settings, model_path=folder, revision=None)  # by its id, Olive would ask the hub for it
+    tokens = {
+        part: chat_tokens(rows[part], folder, **vars(settings.data[part].tokens)) for part in ("train", "held_out")
+    }
+    settings, estimated, line = settle(settings, tokens)
+    show_plan.show("memory", {"line": line})
+    if fresh or (run_folder / "finished").exists():
+        shutil.rmtree(run_folder, ignore_errors=True)  # the result of a finished run stands in models/adapter
+    keep_logs(settings, results / "logs")
+
+    with explained(settings, estimated):
+        print(f"Evaluating {run_json['base_model']} on the held-out rows")
+        before = evaluate(settings, folder, None, rows["held_out"], tokens["held_out"])
+        print(f"Training an adapter: {run_json['method']}")
+        adapter, timings, losses = train(*share((settings, tokens, run_folder)))
+        print("Evaluating the tuned model on the same rows")
+        after = evaluate(settings, folder, adapter, rows["held_out"], tokens["held_out"])
+
+    run_json["data"] = data_facts(settings, rows, folder) | {"asked_rows": len(after.questions)}
+    run_json["metrics"] = {"before": before.metrics, "after": after.metrics}
+    run_json["examples"] = [
+        {"question": row[-2]["content"], "expected": row[-1]["content"], "before": one, "after": other}
+        for row, one, other in zip(after.questions, before.answers, after.answers, strict=True)
+    ][:EXAMPLES]
+    run_json["timings"] = timings | {"before": before.seconds, "after": after.seconds}
+    run_json["seconds"] = round(time.monotonic() - started, 2)
+    publish(run_json, adapter, folder, results)
+    write_model_card(run_json, results / "adapter")
+    report = write_report(run_json, losses, results / "report")
+    (run_folder / "finished").touch()
+    show(run_json, report.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

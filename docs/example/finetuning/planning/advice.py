@@ -1,0 +1,76 @@
+"""Which setting to change when memory is short: before a run by the estimate, after one by what it reached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from planning.architecture import Shape
+from planning.memory import GIB, memory
+from planning.row_lengths import Lengths
+from settings.config_file import ConfigError
+from settings.run_settings import Settings
+
+
+def advice(shape: Shape, settings: Settings, lengths: Lengths, limit: float) -> str:
+    """Return the change of olive-config.yaml that makes the run fit into `limit` bytes, the gentlest that does.
+
+    The result of the training stays with the first ones: checkpointing only costs time, and smaller batches are added
+    up to the same step. Shorter rows and another method are the last resort.
+    """
+    checkpointed = replace(settings, gradient_checkpointing=True)
+    if not settings.gradient_checkpointing and memory(shape, checkpointed, lengths).total <= limit:
+        return "set gradient_checkpointing: true"
+    before = "" if settings.gradient_checkpointing else "gradient_checkpointing: true and "
+    size = settings.per_device_train_batch_size
+    while size > 1:
+        size //= 2
+        for candidate, words in ((settings, ""), (checkpointed, before)):
+            if memory(shape, replace(candidate, per_device_train_batch_size=size), lengths).total <= limit:
+                steps = settings.gradient_accumulation_steps * math.ceil(settings.per_device_train_batch_size / size)
+                return (
+                    f"set {words}per_device_train_batch_size: {size}, with gradient_accumulation_steps: {steps} to "
+                    "learn the same"
+                )
+    smallest = replace(checkpointed, per_device_train_batch_size=1)
+    length = min(settings.max_seq_len, max(lengths.tokens, default=1))
+    while length > 64:
+        length //= 2
+        if memory(shape, smallest, lengths.cut(length)).total <= limit:
+            return f"set {before}per_device_train_batch_size: 1 and max_seq_len: {length}, which cuts longer rows"
+    if (
+        settings.gpu
+        and settings.method != "qlora"
+        and memory(shape, replace(smallest, method="qlora", optim="paged_adamw_8bit"), lengths).total <= limit
+    ):
+        return "use QLoRA: `copier update --trust --data method=qlora`"
+    return "no setting makes it fit: choose a smaller model or a larger machine"
+
+
+def out_of_memory(estimated: float | None, peak: float, settings: Settings) -> str:
+    """Return the sentence for a run that filled the GPU: what was estimated and reached (bytes), and what to change."""
+    if not settings.gradient_checkpointing:
+        change = "set gradient_checkpointing: true"
+    elif settings.per_device_train_batch_size > 1:
+        half = settings.per_device_train_batch_size // 2
+        steps = settings.gradient_accumulation_steps * math.ceil(settings.per_device_train_batch_size / half)
+        change = f"set per_device_train_batch_size: {half} and gradient_accumulation_steps: {steps}"
+    else:
+        change = f"set max_seq_len: {max(16, settings.max_seq_len // 2)}, or choose a smaller model"
+    known = f"{estimated / GIB:.1f} GiB were estimated and " if estimated else ""
+    return f"The GPU's memory is full: {known}{peak / GIB:.1f} GiB were in use; {change} in olive-config.yaml."
+
+
+@contextmanager
+def explained(settings: Settings, estimated: float) -> Iterator[None]:
+    """Turn the GPU's out-of-memory error into ConfigError: estimate, peak, and the setting to change."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        import torch
+
+        raise ConfigError(out_of_memory(estimated, torch.cuda.max_memory_allocated(), settings)) from error

@@ -1,0 +1,136 @@
+"""What a run costs: disk, time and money, calculated. Rough where nothing was measured, and said so."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from planning.architecture import Shape
+from planning.facts import AzureGpu
+from planning.memory import BYTES, adapter_parameters
+from planning.row_lengths import Lengths, batches
+from settings.run_settings import EVALUATIONS, Settings
+
+# The share of the peak that training reaches, loading, evaluating and small matrices included. Model FLOPS utilisation
+# of 0.3 to 0.5 is what published trainings of dense models report (PaLM, arXiv:2204.02311, table 3); fine-tuning with
+# short rows stays below it, and 4-bit weights are unpacked each time they are used.
+EFFICIENCY = {"qlora": 0.2}
+OTHER_EFFICIENCY = 0.3
+START = 10.0  # seconds to import the libraries and load the model
+TOKEN = 130.0  # bytes for each token in tokenizer.json, more than most take: the demo 54
+ANSWERS = 200  # evaluate.py generates so many at most
+LAYER_SECONDS = 1e-3  # of one block for one generated token, whatever its size: Python and the launch of its kernels
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes on disk, part by part; the two exports are only made when they are asked for."""
+
+    download: float
+    checkpoints: float
+    adapter: float
+    merged_export: float
+    onnx_export: float
+
+    @property
+    def run(self) -> float:
+        """What the run itself writes."""
+        return self.checkpoints + self.adapter
+
+
+def disk(shape: Shape, settings: Settings, download: float) -> Disk:
+    """Estimate the disk that a run takes; `download` is what is missing of the model.
+
+    A checkpoint is the adapter and AdamW's two moments, and one more is written before the oldest goes. The adapter
+    exists three times while the new one takes the old one's place. int4 ONNX: half a byte and a scale of 4 bytes for
+    each 32 weights, the embedding in float32; Phi-3-mini's ready-made one, of 2.54 GiB, is met to the last digit.
+    """
+    adapter, tokenizer = adapter_parameters(shape, settings), TOKEN * shape.vocabulary
+    moments = 2 if "8bit" in settings.optim else 8
+    return Disk(
+        download=download,
+        checkpoints=(settings.save_total_limit + 1) * ((4 + moments) * adapter + tokenizer / 10),
+        adapter=3 * (4 * adapter + tokenizer),
+        merged_export=BYTES[settings.torch_dtype] * shape.parameters,
+        onnx_export=0.625 * (shape.block_weights + shape.embedding) + 4 * shape.embedding,
+    )
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """How fast the last run of the same model was, by its run.json."""
+
+    tokens_per_second: float
+    around: float  # seconds before and after the training
+
+    def seconds(self, settings: Settings, lengths: Lengths) -> float:
+        """Return the seconds that a run takes at the same speed."""
+        return self.around + trained_rows(settings, lengths) * mean(lengths.tokens) / self.tokens_per_second
+
+
+def last_run(path: Path, settings: Settings) -> LastRun | None:
+    """Read the last run's speed, None unless it trained the same model in the same way."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        timings = run["timings"]
+        same = (run["base_model"], run["method"], run["dtype"])
+        if same != (settings.model_path, settings.method, settings.torch_dtype):
+            return None
+        return LastRun(timings["tokens_per_second"], timings["start_to_first_step"] + timings["after"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def trained_rows(settings: Settings, lengths: Lengths) -> float:
+    """Return how many rows one process goes through, each as often as it does."""
+    steps, _ = settings.steps(len(lengths.tokens))
+    return min(steps * settings.rows_a_step, len(lengths.tokens) * settings.num_train_epochs) / settings.processes
+
+
+def operations(shape: Shape, settings: Settings, lengths: Lengths) -> float:
+    """Return the floating-point operations of the training.
+
+    A weight takes two for each token forward and two for the gradient of its input; none for its own gradient, as it
+    is frozen; the adapter takes all six. Checkpointing does the forward pass twice. Attention takes four for each pair
+    of tokens and feature forward, and twice that backward. The output layer works on the learnt tokens only.
+    """
+    if not lengths.tokens:
+        return 0.0
+    batch = batches(lengths, settings.per_device_train_batch_size, settings.packing)
+    rows = trained_rows(settings, lengths)
+    tokens, labels = rows / settings.per_device_train_batch_size * batch.mean_tokens, rows * mean(lengths.labels)
+    forward = 3 if settings.gradient_checkpointing else 2
+    context = batch.mean_tokens / (1 if settings.packing else settings.per_device_train_batch_size)
+    attention = 4 * shape.layers * shape.heads * shape.head_dim * context * (1 + forward)
+    blocks = (2 * forward * shape.block_weights) + 6 * adapter_parameters(shape, settings)
+    return tokens * (blocks + attention) + labels * 4 * shape.embedding
+
+
+def evaluation_operations(shape: Shape, lengths: Lengths) -> float:
+    """Return the operations of one pass over the held-out rows."""
+    return 2.0 * (sum(lengths.tokens) * shape.block_weights + sum(lengths.labels) * shape.embedding)
+
+
+def seconds(
+    shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths, flops: float, measured: bool = False
+) -> float:
+    """Estimate the time of a run, from the start to the report.
+
+    `flops` is the peak of a GPU in operations a second; `measured`: what a large matrix product reached on this machine
+    instead, of which the training reaches more than of a peak that nobody reaches.
+    """
+    reached = flops * (0.7 if measured else EFFICIENCY.get(settings.method, OTHER_EFFICIENCY))
+    passes = evaluation_operations(shape, held_out) * (EVALUATIONS + 2)
+    rows = min(ANSWERS, len(held_out.tokens))
+    longest = max(held_out.labels, default=0) + 8
+    generated = math.ceil(rows / settings.per_device_eval_batch_size) * longest * shape.layers * LAYER_SECONDS
+    generated += rows * longest * 2 * shape.parameters / reached
+    return START + (operations(shape, settings, lengths) + passes) / reached + 2 * generated
+
+
+def dollars(gpu: AzureGpu, run_seconds: float) -> float | None:
+    """Return the price of a run on one of Azure's GPUs in US dollars, None where the price is not known."""
+    return gpu["price"]["usd_per_hour"] * run_seconds / 3600 if gpu["price"] else None

@@ -1,0 +1,134 @@
+"""Whether a run fits: into memory and disk, and its answers into max_seq_len; and what to change when it does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from planning import cost, hardware
+from planning.advice import advice
+from planning.architecture import Shape
+from planning.facts import AzureGpus
+from planning.memory import GIB, memory
+from planning.model_facts import Model, find
+from planning.row_lengths import Lengths
+from planning.token_counts import Tokens, lengths_of
+from preparing.workspace import ROOT
+from settings.config_file import ConfigError
+from settings.run_settings import Settings, TokenSettings
+
+LEAST_ROWS = 8  # to train on; of held-out rows one is enough for a figure, however unsure
+MARGIN = 0.85  # of the memory: above it, checkpointing is switched on where the settings leave it open
+RESERVE = GIB // 4  # of the disk: the report, caches, and what else runs on this machine
+USABLE = 0.92  # of the memory that a GPU is sold with
+
+
+def limit(settings: Settings, here: hardware.Machine, azure: AzureGpus | None) -> float:
+    """Return the memory that the training may fill: this GPU's, the chosen one's in Azure, or this machine's RAM.
+
+    It is infinite where there is no GPU to hold the estimate against.
+    """
+    if not settings.gpu:
+        return here.ram_free / settings.processes
+    if azure and azure["target"] == "azure" and here.gpu is None:
+        chosen = next(gpu for gpu in azure["gpus"] if gpu["id"] == azure["gpu"])
+        return USABLE * chosen["gpu_memory_gib"] * GIB
+    return here.vram_free if here.gpu else math.inf
+
+
+def decided(shape: Shape, settings: Settings, lengths: dict[str, Lengths], room: float) -> Settings:
+    """Decide on gradient checkpointing where the settings leave it open: on when memory is short without it."""
+    if settings.gradient_checkpointing is not None:
+        return settings
+    plain = replace(settings, gradient_checkpointing=False)
+    fits = memory(shape, plain, lengths["train"], lengths["held_out"]).total <= MARGIN * room
+    return plain if fits else replace(settings, gradient_checkpointing=True)
+
+
+def problem(
+    model: Model,
+    settings: Settings,
+    counted: dict[str, Tokens],
+    lengths: dict[str, Lengths],
+    here: hardware.Machine,
+    azure: AzureGpus,
+) -> str | None:
+    """Return why the run cannot work and which setting to change, in one sentence; None when it can."""
+    if model.problem:
+        return model.problem
+    if azure["target"] != "azure" and (missing := hardware.lacking(settings, here)):
+        return missing
+    for part, tokens in counted.items():
+        if complaint := cut_answers(tokens, settings.data[part].tokens):
+            return complaint
+    if model.shape is None or not lengths["train"].tokens:
+        return None
+    return too_large(model.shape, settings, lengths, limit(settings, here, azure), here.disk_free, model.download)
+
+
+def cut_answers(tokens: Tokens, settings: TokenSettings) -> str | None:
+    """Return that max_seq_len cuts off too many answers, and the length that leaves enough of them."""
+    starts = sorted(t - n + 1 for t, n in zip(tokens.tokens, tokens.labels, strict=True))  # with the first label
+    lost = sum(start > settings.max_seq_len for start in starts)
+    allowed = int(settings.max_bad_rows * len(starts))
+    if not lost or (lost <= allowed and lost < len(starts)):
+        return None
+    enough = starts[len(starts) - 1 - min(allowed, len(starts) - 1)]
+    return (
+        f"max_seq_len {settings.max_seq_len} cuts off every answer of {lost} in {len(starts)} rows, and max_bad_rows "
+        f"allows {allowed}: set max_seq_len: {enough} or more in olive-config.yaml."
+    )
+
+
+def too_large(
+    shape: Shape, settings: Settings, lengths: dict[str, Lengths], room: float, disk_free: float, download: float
+) -> str | None:
+    """Return what is short, disk or memory, and what to do; None when neither is."""
+    disk = cost.disk(shape, settings, download)
+    if disk.run + download + RESERVE > disk_free:
+        needed, free = (disk.run + download + RESERVE) / GIB, disk_free / GIB
+        return (
+            f"{ROOT}: {free:.2f} GiB of disk are free and the run needs {needed:.2f}: free some, or set "
+            "save_total_limit: 1 in olive-config.yaml."
+        )
+    needed = memory(shape, settings, lengths["train"], lengths["held_out"]).total
+    if needed > room:
+        kind = "GPU memory" if settings.gpu else "memory"
+        return (
+            f"The run needs about {needed / GIB:.1f} GiB of {kind} and {room / GIB:.1f} are free: "
+            f"{advice(shape, settings, lengths['train'], room)}."
+        )
+    return None
+
+
+def settle(settings: Settings, tokens: Mapping[str, list[dict[str, list[int]]]]) -> tuple[Settings, float, str]:
+    """Check memory and disk as --check does, before a run, and decide on gradient checkpointing.
+
+    `tokens` are the rows of both parts, as chat_tokens returns them. Returns the settings, the estimate in bytes and a
+    line about it. Raises ConfigError when the run cannot work.
+    """
+    model, here = find(settings), hardware.look()
+    if model.shape is None:
+        return settings, 0.0, "not estimated: config.json names its numbers in a way of its own"
+    room = limit(settings, here, None)
+    lengths = {part: lengths_of(rows) for part, rows in tokens.items()}
+    settled = decided(model.shape, settings, lengths, room)
+    if complaint := too_large(model.shape, settled, lengths, room, here.disk_free, 0):
+        raise ConfigError(complaint)
+    needed = memory(model.shape, settled, lengths["train"], lengths["held_out"]).total
+    line = f"about {needed / GIB:.2f} of {room / GIB:.1f} GiB"
+    if settings.gradient_checkpointing is None:
+        on = settled.gradient_checkpointing
+        line += f"; gradient checkpointing {'on, to save memory' if on else 'off, not needed'}"
+    return settled, needed, line
+
+
+def check_count(rows: Mapping[str, list[Any]]) -> None:
+    """Refuse fewer rows than a model can learn anything from. Raises ConfigError."""
+    if len(rows["train"]) < LEAST_ROWS:
+        raise ConfigError(
+            f"{len(rows['train'])} rows to train on are too few to learn from: add rows until there are {LEAST_ROWS}, "
+            "or see whether max_rows or eval_split in olive-config.yaml leaves too many out."
+        )

@@ -1,0 +1,117 @@
+"""What this machine has: GPU and driver, memory, disk, and how fast it multiplies."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from planning.architecture import Shape
+from preparing.workspace import ROOT
+from settings.config_file import ConfigError
+from settings.run_settings import Settings
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Sizes in bytes; `*_free` is what a run may still take."""
+
+    cores: int
+    ram: int
+    ram_free: int
+    disk_free: int
+    gpu: str | None = None
+    gpus: int = 0
+    driver: str | None = None
+    vram: int = 0
+    vram_free: int = 0
+    bf16: bool = False  # whether the GPU itself computes in bfloat16
+
+
+def look() -> Machine:
+    """Return what this machine has; loads torch, to see the GPU as the training will see it."""
+    import psutil
+    import torch
+
+    memory, used = psutil.virtual_memory(), psutil.Process().memory_info().rss  # this process becomes the run
+    total = min(memory.total, container_limit())
+    facts: dict[str, Any] = {
+        "cores": os.cpu_count() or 1,
+        "ram": total,
+        "ram_free": min(memory.available + used, total),
+        "disk_free": shutil.disk_usage(ROOT).free,
+    }
+    if torch.cuda.is_available():
+        index = int(os.environ.get("LOCAL_RANK", "0"))  # of several processes, each has its own GPU
+        free, vram = torch.cuda.mem_get_info(index)
+        facts |= {"gpu": torch.cuda.get_device_name(index), "gpus": torch.cuda.device_count(), "driver": driver()}
+        facts |= {"vram": vram, "vram_free": free, "bf16": torch.cuda.is_bf16_supported(including_emulation=False)}
+    return Machine(**facts)
+
+
+def container_limit() -> int:
+    """Return the bytes that a container lets its processes use; without one, more than any machine has."""
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if Path(name).is_file() and (limit := Path(name).read_text().strip()).isdigit():
+            return int(limit)
+    return 2**62
+
+
+def driver() -> str | None:
+    """Return the version of NVIDIA's driver, as nvidia-smi says it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def lacking(settings: Settings, machine: Machine) -> str | None:
+    """Return a sentence about what the settings want and this machine has not."""
+    if settings.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+        return (
+            "type: QLoRA needs bitsandbytes, which a CPU environment lacks: set type: LoRA in olive-config.yaml, "
+            "or `copier update --trust --data device=gpu` for a machine with an NVIDIA GPU."
+        )
+    if settings.gpu and machine.gpu is None:
+        return (
+            "PyTorch sees no NVIDIA GPU: see whether `nvidia-smi` lists it, or train on the CPU with "
+            "`copier update --trust --data device=cpu`."
+        )
+    if settings.gpu and settings.torch_dtype == "bfloat16" and not machine.bf16:
+        return (
+            f"The {machine.gpu} does not compute in bfloat16: set torch_dtype and compute_dtype, where it stands, to "
+            "float16 in olive-config.yaml."
+        )
+    return None
+
+
+def refuse(settings: Settings) -> None:
+    """Refuse a run for which this machine lacks something, before anything is read. Raises ConfigError."""
+    if missing := lacking(settings, look()):
+        raise ConfigError(missing)
+
+
+def speed(shape: Shape, settings: Settings) -> float:
+    """Measure operations a second on a matrix product as wide as the model's, for a fraction of a second."""
+    import torch
+
+    if shape.hidden < 256:
+        torch.set_num_threads(1)  # as evaluate.py does for models so small
+    device, dtype = ("cuda", settings.torch_dtype) if settings.gpu else ("cpu", "float32")
+    rows = torch.ones(4096 if settings.gpu else 512, shape.hidden, dtype=getattr(torch, dtype), device=device)
+    weight = torch.ones(shape.hidden, min(shape.intermediate, 8192), dtype=rows.dtype, device=device)
+    rows @ weight  # the first one loads and plans
+    fastest, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < 0.2:
+        begun = time.perf_counter()
+        rows @ weight
+        if settings.gpu:
+            torch.cuda.synchronize()
+        fastest = min(fastest, time.perf_counter() - begun)  # the others waited for something else
+    return 2 * rows.shape[0] * weight.numel() / fastest

@@ -1,0 +1,158 @@
+"""What is known about the base model before it is loaded: from its folder, from the hub, or from setup/model.yaml."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from planning.architecture import Shape
+from preparing.workspace import (
+    DEMO,
+    MODEL_FACTS,
+    ROOT,
+    Found,
+    ModelError,
+    ModelMissingError,
+    find_model,
+    needed,
+    weights_header,
+)
+from settings.run_settings import Settings
+from training.tiny_model import build_demo
+
+WAIT = 5  # seconds for the hub; a check without network must not be slow
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base model, wherever it is."""
+
+    name: str
+    revision: str | None  # as the settings name it
+    folder: str | None  # None: not on this machine
+    shape: Shape | None  # None: not known without network
+    parameters: int | None  # counted in the weights, or as the catalogue has them; None: not known
+    download: int  # bytes that are missing here; 0 as well where nobody knows
+    commit: str | None = None  # of the hub's repository; None: a folder, or not on this machine
+    problem: str | None = None  # why it cannot be fetched, and what to do
+    own_template: bool = True  # whether its tokenizer brings a chat template, as far as that is known
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the run builds it on the spot."""
+        return self.name == DEMO
+
+
+def base_model(settings: Settings) -> Found:
+    """Return where the base model is; builds the demo model when it is missing. Raises ModelError."""
+    if settings.model_path == DEMO and not (ROOT / DEMO).exists():
+        build_demo()
+    return find_model(settings.model_path, settings.revision, ROOT)
+
+
+def find(settings: Settings) -> Model:
+    """Look for the model on this machine, then ask the hub. Raises ModelError for one that cannot be used at all."""
+    name, revision = settings.model_path, settings.revision
+    facts = yaml.safe_load(MODEL_FACTS.read_text(encoding="utf-8"))
+    try:
+        found = find_model(name, revision, ROOT)
+    except ModelMissingError:
+        if name == DEMO:
+            return Model(name, None, None, Shape.of(facts), facts["parameters"], 0)
+        return elsewhere(name, revision, facts)
+    config = json.loads((found.folder / "config.json").read_text(encoding="utf-8"))
+    counted = count_parameters(found.folder, bool((config.get("text_config") or config).get("tie_word_embeddings")))
+    own_template = has_template(found.folder)
+    return Model(
+        name, revision, str(found.folder), shape_in(config), counted, 0, found.commit, own_template=own_template
+    )
+
+
+def has_template(folder: Path) -> bool:
+    """Tell whether a tokenizer brings a chat template, in a file of its own or in its settings."""
+    settings = folder / "tokenizer_config.json"
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+
+
+def count_parameters(folder: Path, tied: bool) -> int:
+    """Count a model's weights by the headers of its files, each once: a tied output layer is the embedding again."""
+    shapes = {
+        name: tensor["shape"]
+        for file in folder.glob("model*.safetensors")
+        for name, tensor in weights_header(file).items()
+        if not (tied and name == "lm_head.weight")
+    }
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def elsewhere(name: str, revision: str | None, facts: Mapping[str, Any]) -> Model:
+    """Return what the hub says about a model that is not here, or else setup/model.yaml, if it speaks of this one."""
+    from huggingface_hub import constants, get_token
+
+    known: dict[str, Any] = {}
+    if not constants.HF_HUB_OFFLINE:
+        asking = threading.Thread(target=ask_hub, args=(name, revision, known), daemon=True)
+        asking.start()
+        asking.join(WAIT)  # a name server that does not answer has no time limit of its own
+        known = dict(known)
+    if f"/{name}/" in str(facts.get("source")):
+        known = {"shape": Shape.of(facts), "bytes": 2 * facts["parameters"], "gated": facts["gated"]} | known
+        known["parameters"] = facts["parameters"]
+    problem = known.get("problem")
+    if known.get("gated") and not get_token():
+        page = f"{constants.ENDPOINT}/{name}"
+        problem = f"{name} is gated: accept its licence on {page}, then `hf auth login`, or set HF_TOKEN."
+    return Model(
+        name, revision, None, known.get("shape"), known.get("parameters"), known.get("bytes", 0), None, problem
+    )
+
+
+def ask_hub(name: str, revision: str | None, known: dict[str, Any]) -> None:
+    """Ask the hub for a model's files, gate and config.json, a few KB, and note what it answers in `known`."""
+    from huggingface_hub import HfApi, errors, get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    try:
+        answer = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=WAIT)
+        sizes = {file.rfilename: file.size or 0 for file in answer.siblings or []}
+        known["gated"] = bool(answer.gated)
+        known["bytes"] = sum(sizes[file] for file in needed(sizes, name))
+        if answer.safetensors:
+            known["parameters"] = answer.safetensors.total
+        url = hf_hub_url(name, "config.json", revision=answer.sha)
+        config = get_session().get(url, headers=build_hf_headers(), timeout=WAIT)
+        if config.status_code in (401, 403):
+            known["problem"] = f"The hub lets this token not read {name}: accept its licence on the model's page."
+        elif config.status_code == 200 and (shape := shape_in(config.json())):
+            known["shape"] = shape
+    except ModelError as error:
+        known["problem"] = str(error)
+    except errors.RepositoryNotFoundError:
+        known["problem"] = f"{name} does not exist on the hub or is private: correct model_path, or set HF_TOKEN."
+    except errors.RevisionNotFoundError:
+        known["problem"] = f"{name} has no revision {revision}: correct revision in olive-config.yaml."
+    except Exception as error:  # without network, or a hub that is down: the check goes on without
+        known["silent"] = str(error)
+
+
+def shape_in(config: Mapping[str, Any]) -> Shape | None:
+    """Read a config.json, completed by what transformers takes for granted; None where the numbers have other names."""
+    from transformers import AutoConfig
+
+    config = config.get("text_config") or config  # a model that also sees pictures
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # an architecture that transformers does not know
+        config = AutoConfig.for_model(**config).to_dict()
+    try:
+        return Shape.of(config)
+    except (KeyError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,213 @@
+"""The plan of a run, before it starts: what it will do and need, part by part, as --check shows it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any, cast
+
+import yaml
+
+from planning import cost, hardware
+from planning.architecture import Shape
+from planning.facts import (
+    AzureFacts,
+    AzureGpuFacts,
+    AzureGpus,
+    DataFacts,
+    EstimateFacts,
+    MachineFacts,
+    ModelFacts,
+    Plan,
+    RowFacts,
+    RunFacts,
+)
+from planning.fit import USABLE, check_count, decided, limit, problem
+from planning.memory import GIB, adapter_parameters, memory
+from planning.model_facts import Model, find
+from planning.row_lengths import Lengths
+from planning.token_counts import Tokens, count
+from preparing.dataset import chat_rows
+from preparing.workspace import MODELS, ROOT
+from settings.run_settings import METHODS, Settings
+from settings.validation import validate
+
+LONG = 3600  # seconds: from here on, a rented GPU is shown as well
+
+Rows = dict[str, list[Any]]  # train and held_out: their conversations
+
+
+def plan(settings: Settings, show: Callable[[str, Any], None]) -> Plan:
+    """Find out everything, and pass each part to `show` as soon as it is known.
+
+    Returns all parts as one dict, with `problem`: why the run cannot work, or None. Raises ConfigError and DataError
+    for settings and data that cannot be read at all.
+    """
+    report: Plan = {"run": run_facts(settings)}
+    show("run", report["run"])
+    here = hardware.look()
+    report["machine"] = cast("MachineFacts", asdict(here))
+    show("machine", report["machine"])
+    validate(settings)  # imports what is heavy
+    rows = read_rows(settings)
+    model = find(settings)
+    report["model"] = model_facts(model, settings)
+    show("model", report["model"])
+    counted = {part: count(settings.data[part].tokens, rows[part], model) for part in rows}
+    lengths = {part: tokens.cut(settings.max_seq_len) for part, tokens in counted.items()}
+    report["data"] = data_facts(settings, rows, counted["train"])
+    show("data", report["data"])
+    azure: AzureGpus = yaml.safe_load((ROOT / "setup" / "azure_gpus.yaml").read_text(encoding="utf-8"))
+    if model.shape and lengths["train"].tokens:
+        settings = decided(model.shape, settings, lengths, limit(settings, here, azure))
+        report["estimate"] = estimate_facts(model, settings, lengths, here, azure)
+        show("estimate", report["estimate"])
+        report["azure"] = AzureFacts(target=azure["target"], gpus=azure_facts(model.shape, settings, lengths, azure))
+        if azure["target"] == "azure" or (report["estimate"]["seconds"] or LONG) >= LONG:
+            show("azure", report["azure"])
+    report["problem"] = problem(model, settings, counted, lengths, here, azure)
+    return report
+
+
+def read_rows(settings: Settings) -> Rows:
+    """Read the conversations of both parts. Raises ConfigError and DataError."""
+    rows = {part: chat_rows(part, **vars(data.rows)) for part, data in settings.data.items()}
+    check_count(rows)
+    return rows
+
+
+def run_facts(settings: Settings) -> RunFacts:
+    """Return what stands in the settings."""
+    return {
+        "model": settings.model_path,
+        "method": METHODS[settings.method],
+        "rank": settings.r,
+        "dtype": settings.torch_dtype,
+    }
+
+
+def model_facts(model: Model, settings: Settings) -> ModelFacts:
+    """Return where the model is, and how large."""
+    return {
+        "name": model.name,
+        "revision": model.revision,
+        "commit": model.commit,
+        "own_template": model.own_template,
+        "folder": model.folder,
+        "download_bytes": model.download,
+        "parameters": model.parameters or (model.shape.parameters if model.shape else None),
+        "trained_parameters": adapter_parameters(model.shape, settings) if model.shape else None,
+    }
+
+
+def row_facts(settings: Settings, rows: Rows, trained: int) -> RowFacts:
+    """Return how many rows there are, and how many steps it takes to go through those that are trained on."""
+    steps, of_epochs = settings.steps(trained)
+    return {
+        "rows": {part: len(rows[part]) for part in rows},
+        "steps": steps,
+        "rows_a_step": settings.rows_a_step,
+        "epochs": settings.num_train_epochs,
+        "decided_by": "max_steps" if steps < of_epochs else "epochs",
+        "steps_of_epochs": of_epochs,
+        "max_steps": settings.max_steps,
+        "warnings": repeated_rows(rows),
+    }
+
+
+def data_facts(settings: Settings, rows: Rows, train: Tokens) -> DataFacts:
+    """Return what there is to learn from."""
+    ordered, total = sorted(train.tokens), sum(train.tokens)
+    cut = Lengths(train.tokens, train.labels).cut(settings.max_seq_len)
+    kept = sum(labels > 0 for labels in cut.labels)
+    scale = train.rows / max(len(ordered), 1)
+    width = max(1, -(-(ordered[-1] - ordered[0] + 1) // 12))
+    return {
+        **row_facts(settings, rows, round(kept * scale)),
+        "tokens_estimated": train.estimated,
+        "rows_counted": len(ordered),
+        "tokens": {
+            "min": ordered[0],
+            "median": ordered[len(ordered) // 2],
+            "p95": ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)],
+            "max": ordered[-1],
+        },
+        "histogram": {
+            start: sum(start <= tokens < start + width for tokens in ordered)
+            for start in range(ordered[0], ordered[-1] + 1, width)
+        },
+        "answer_share": round(sum(train.labels) / max(total, 1), 4),
+        "max_seq_len": settings.max_seq_len,
+        "truncated": round(scale * sum(tokens > settings.max_seq_len for tokens in ordered)),
+        "without_answer": round(scale * (len(ordered) - kept)),
+    }
+
+
+def estimate_facts(
+    model: Model,
+    settings: Settings,
+    lengths: dict[str, Lengths],
+    here: hardware.Machine,
+    azure: AzureGpus,
+) -> EstimateFacts:
+    """Return memory and disk in bytes, and the time in seconds with where it comes from."""
+    assert model.shape
+    needed, room = memory(model.shape, settings, lengths["train"], lengths["held_out"]), limit(settings, here, azure)
+    disk = cost.disk(model.shape, settings, model.download)
+    seconds, source = None, "not known: no GPU here to measure"
+    if not settings.gpu or here.gpu:
+        speed = hardware.speed(model.shape, settings)
+        seconds = cost.seconds(model.shape, settings, lengths["train"], lengths["held_out"], speed, measured=True)
+        source = f"rough, from a matrix product of {speed / 1e12:.3g} TFLOPS here"
+        if last := cost.last_run(MODELS / "run.json", settings):
+            seconds, source = last.seconds(settings, lengths["train"]), "as fast as the last run"
+    return {
+        "memory": {part: round(size) for part, size in vars(needed).items()} | {"total": round(needed.total)},
+        "memory_limit": None if math.isinf(room) else round(room),
+        "gradient_checkpointing": bool(settings.gradient_checkpointing),
+        "disk": {part: round(size) for part, size in vars(disk).items()} | {"run": round(disk.run)},
+        "seconds": None if seconds is None else round(seconds),
+        "seconds_source": source,
+    }
+
+
+def azure_facts(shape: Shape, settings: Settings, lengths: dict[str, Lengths], azure: AzureGpus) -> list[AzureGpuFacts]:
+    """Return for each GPU of Azure whose price is known, and for the chosen one, whether it fits, hours and dollars."""
+    found: list[AzureGpuFacts] = []
+    for gpu in azure["gpus"]:
+        if not gpu["price"] and gpu["id"] != azure["gpu"]:
+            continue
+        dtype = settings.torch_dtype if settings.gpu else "bfloat16"  # as a workspace for a GPU has it
+        dtype = "float16" if dtype == "bfloat16" and not gpu["bf16"] else dtype
+        there = replace(settings, device="gpu", torch_dtype=dtype)
+        seconds = cost.seconds(shape, there, lengths["train"], lengths["held_out"], gpu["tflops"] * 1e12)
+        found.append(
+            {
+                "id": gpu["id"],
+                "name": gpu["name"],
+                "price": gpu["price"],
+                "tflops_source": gpu["tflops_source"],
+                "chosen": gpu["id"] == azure["gpu"],
+                "memory": round(memory(shape, there, lengths["train"], lengths["held_out"]).total),
+                "memory_limit": round(USABLE * gpu["gpu_memory_gib"] * GIB),
+                "hours": round(seconds / 3600, 3),
+                "dollars": cost.dollars(gpu, seconds),
+            }
+        )
+    return found
+
+
+def repeated_rows(rows: Rows) -> list[str]:
+    """Return a line for rows that stand twice, and one for held-out rows that are trained on too."""
+    train, held_out = ([json.dumps(row, sort_keys=True) for row in rows[part]] for part in ("train", "held_out"))
+    twice, shared = len(train) - len(set(train)), len(set(held_out) & set(train))
+    lines = []
+    if twice:
+        lines.append(
+            f"warning: {twice} of {len(train)} rows to train on stand there more than once and count as often."
+        )
+    if shared:
+        lines.append(f"warning: {shared} held-out rows are trained on too: the figures after the run will flatter it.")
+    return lines

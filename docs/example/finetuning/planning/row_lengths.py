@@ -1,0 +1,64 @@
+"""How long rows are, and how large the batches that they make. Lengths are in tokens."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens and labels (the tokens that are learnt) of each row, as max_seq_len leaves them."""
+
+    tokens: Sequence[int]
+    labels: Sequence[int]
+
+    def cut(self, longest: int) -> Lengths:
+        """Cut all rows at a length; the answers, at the end, lose what is cut."""
+        pairs = list(zip(self.tokens, self.labels, strict=True))
+        return Lengths([min(t, longest) for t, _ in pairs], [max(n - max(t - longest, 0), 0) for t, n in pairs])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest batch of a run in each respect, and the average one."""
+
+    tokens: int  # padding included
+    logits: int  # positions at which logits are computed
+    masked: int  # cells of the attention mask: rows × longest row squared
+    mean_tokens: float
+
+
+def batches(lengths: Lengths, size: int, packing: bool, epochs: float = 1) -> Batch:
+    """Deal the rows into batches as the Trainer does, at random, and take the largest.
+
+    The order is another one than the run's, so that the largest batch is one that may be expected, not the very one.
+    A packed batch is as long as its rows together and needs no mask. A padded one is as long as its longest row, times
+    its rows, and has logits in every column in which some row has an answer, taken to stand at the row's end.
+    """
+    order, draw = list(range(len(lengths.tokens))), random.Random(0)
+    tokens = logits = masked = total = count = 0
+    for _ in range(max(1, min(math.ceil(epochs), 20_000 // max(len(order), 1)))):
+        draw.shuffle(order)
+        for start in range(0, len(order), size):
+            rows = [(lengths.tokens[row], lengths.labels[row]) for row in order[start : start + size]]
+            longest = max(length for length, _ in rows)
+            if packing:
+                width, answers = sum(length for length, _ in rows), sum(labels for _, labels in rows)
+            else:
+                width, answers = len(rows) * longest, len(rows) * columns(rows)
+                masked = max(masked, len(rows) * longest**2 if len(rows) > 1 else 0)
+            tokens, logits = max(tokens, width), max(logits, answers)
+            total, count = total + width, count + 1
+    return Batch(tokens, logits, masked, total / max(count, 1))
+
+
+def columns(rows: Sequence[tuple[int, int]]) -> int:
+    """Count the columns in which some row has an answer: rows are (length, labels), with the labels at the end."""
+    found, first = 0, max(length for length, _ in rows)
+    for length, labels in sorted(rows, reverse=True):
+        found += max(min(length, first) - (length - labels), 0)
+        first = min(first, length - labels)
+    return found

@@ -1,0 +1,113 @@
+"""The data of a run: conversations to train on and held-out ones → tokens and labels.
+
+Olive imports this file as a user script (see `user_script` in olive-config.yaml) and finds two functions in it:
+`chat_rows` reads the rows, `chat_tokens` turns them into tokens and labels. The evaluation uses the same two, so that
+what is measured is tokenised exactly as what was trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+
+from preparing.conversations import read
+from preparing.formats import Message
+from preparing.rows import DataError
+from preparing.tokens import IGNORED, load_tokenizer, place, tokenise, with_system
+from preparing.workspace import ROOT, find_model
+
+
+def chat_rows(
+    part: str,
+    train_file: str | None = None,
+    held_out_file: str | None = None,
+    dataset_name: str | None = None,
+    dataset_split: str = "train",
+    dataset_format: str = "auto",
+    prompt_template: str | None = None,
+    completion_template: str | None = None,
+    eval_split: float = 0.1,
+    data_seed: int = 42,
+    max_rows: int | None = None,
+    max_bad_rows: float = 0.05,
+) -> list[list[Message]]:
+    """Read one part (`train` or `held_out`) of the data as conversations: lists of {role, content} with a `place`.
+
+    Without a `held_out_file` the held-out rows are taken from the train rows: a share (`eval_split` below 1) or a
+    number of rows. Which ones depends on `data_seed` and the row's own content, never on its position, so that rows
+    added later leave the others where they were. Rows that cannot be learnt from are set aside up to the share
+    `max_bad_rows`. Raises DataError.
+    """
+    file, name = train_file, dataset_name
+    if held_out_file and part == "held_out":
+        file, name = held_out_file, None
+    read_as = (dataset_format, prompt_template, completion_template, max_bad_rows)
+    conversations: list[list[Message]] = [*read(file, name, dataset_split, *read_as)]
+    if not held_out_file:
+        held_out = held_out_positions(conversations, eval_split, data_seed)
+        conversations = [row for i, row in enumerate(conversations) if (i in held_out) == (part == "held_out")]
+    if not conversations:
+        raise DataError(
+            f"{name or file} leaves no rows for {part}: add rows or change eval_split in olive-config.yaml."
+        )
+    return conversations[:max_rows]
+
+
+def held_out_positions(conversations: list[list[Message]], eval_split: float, data_seed: int) -> set[int]:
+    """Choose the held-out rows by a hash of seed and content: a share below 1, a number of rows from 1 on."""
+    digests = [
+        hashlib.sha256(f"{data_seed}:{json.dumps(row, sort_keys=True)}".encode()).hexdigest() for row in conversations
+    ]
+    if eval_split >= 1:
+        by_digest = sorted(range(len(digests)), key=digests.__getitem__)
+        return set(by_digest[: int(eval_split)])
+    return {i for i, digest in enumerate(digests) if int(digest[:8], 16) < eval_split * 2**32}
+
+
+def chat_tokens(
+    rows: list[list[Message]],
+    model_path: str,
+    revision: str | None = None,
+    system_prompt: str | None = None,
+    max_seq_len: int = 1024,
+    train_on: str = "responses",
+    max_bad_rows: float = 0.05,
+) -> list[dict[str, list[int]]]:
+    """Tokenise conversations into {input_ids, attention_mask, labels}, each of the same length up to max_seq_len.
+
+    Labels are the tokens of the assistant's turns with their end of turn, IGNORED elsewhere; with `train_on: all`
+    every token is a label. Rows that are cut at max_seq_len are counted on the screen; one whose answers are cut off
+    entirely is left out, as it has nothing to learn from. Raises DataError when these are more than the share
+    `max_bad_rows`, or all, and when the chat template cannot take a row.
+    """
+    tokenizer = load_tokenizer(str(find_model(model_path, revision, ROOT).folder))
+    examples = [tokenise(tokenizer, with_system(row, system_prompt), train_on) for row in rows]
+    cut = [{key: ids[:max_seq_len] for key, ids in example.items()} for example in examples]
+    learnable = [any(label != IGNORED for label in example["labels"]) for example in cut]
+    lost = [place(row) for row, some in zip(rows, learnable, strict=True) if not some]
+    longer = sum(len(example["input_ids"]) > max_seq_len for example in examples)
+    if lost and (len(lost) > max_bad_rows * len(rows) or len(lost) == len(rows)):
+        raise DataError(
+            f"{lost[0]}: max_seq_len {max_seq_len} cuts off the whole answer, as in {len(lost)} of {len(rows)} rows "
+            f"(max_bad_rows allows a share of {max_bad_rows:g}): raise max_seq_len in olive-config.yaml."
+        )
+    if longer:
+        first = f" (the first: {lost[0]})" if lost else ""
+        print(
+            f"{longer} of {len(rows)} rows are longer than max_seq_len {max_seq_len} and were cut; "
+            f"{len(lost)} of them lost their whole answer and were left out{first}."
+        )
+    return [example for example, some in zip(cut, learnable, strict=True) if some]
+
+
+def register() -> None:
+    """Make the two functions known to Olive by their names."""
+    from olive.data.registry import Registry
+
+    Registry.register_dataset()(chat_rows)
+    Registry.register_pre_process()(chat_tokens)
+
+
+if "olive" in sys.modules:  # `olive run` imports this file as its user script
+    register()

@@ -1,0 +1,36 @@
+"""Where things lie in the workspace, and which folder a model is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ROOT / "models"
+SAMPLE = ROOT / "dataset" / "sample-train.jsonl"
+MODEL_FACTS = ROOT / "setup" / "model.yaml"
+
+sys.path.append(str(ROOT / "setup"))
+from model_folder import (  # noqa: E402 - one file for setup/, inference/ and this folder
+    DEMO,
+    Found,
+    ModelError,
+    ModelMissingError,
+    find_model,
+    needed,
+    weights_header,
+)
+
+__all__ = [
+    "DEMO",
+    "MODELS",
+    "MODEL_FACTS",
+    "ROOT",
+    "SAMPLE",
+    "Found",
+    "ModelError",
+    "ModelMissingError",
+    "find_model",
+    "needed",
+    "weights_header",
+]

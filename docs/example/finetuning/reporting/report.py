@@ -1,0 +1,170 @@
+"""The report of a run: models/report/index.html, one file that needs no network, with its plot beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from reporting.run_record import RunRecord
+
+TEMPLATE = Path(__file__).with_name("report.html")
+# background, ink, training, held out: the two curves stay apart for colour-blind eyes too
+LIGHT = ("#ffffff", "#333333", "#0072b2", "#d55e00")
+DARK = ("#1b1e24", "#d8dbe0", "#56b4e9", "#e69f00")
+NAMES = {  # of what run.json calls more shortly
+    "source": "rows from",
+    "held_out_source": "held-out rows from",
+    "train_rows": "rows to train on",
+    "held_out_rows": "rows held out",
+    "tokens": "tokens trained on, each epoch",
+    "answer_share": "share of answer tokens",
+    "cut_rows": "rows cut at max_seq_len",
+    "left_out_rows": "rows left out: their answer was cut off",
+    "set_aside_rows": "rows set aside: they could not be read",
+    "duplicate_rows": "rows that repeat another",
+    "held_out_rows_trained_on": "held-out rows trained on too",
+    "asked_rows": "held-out rows asked",
+    "sha256": "SHA-256 of the rows",
+    "start_to_first_step": "start to first step",
+    "before": "evaluation before",
+    "after": "evaluation after",
+}
+SHOWN_ELSEWHERE = ("config", "data", "metrics", "timings")
+
+
+def write_report(run: RunRecord, history: list[dict[str, float]], folder: Path) -> Path:
+    """Write index.html and loss.png to a folder, in place of what was there, and return the page's path.
+
+    `run` is the content of run.json; `history` is the Trainer's log: dicts with `step` and `loss` or `eval_loss`.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    training, held_out = curve(history, "loss"), curve(history, "eval_loss")
+    plots = [loss_plot(training, held_out, colours) for colours in (LIGHT, DARK)]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        run=run,
+        metrics=metrics(run),
+        facts=facts(run),
+        settings=settings(run),
+        light_plot=base64.b64encode(plots[0]).decode(),
+        dark_plot=base64.b64encode(plots[1]).decode(),
+        plot_in_words=f"{in_words('Training', training)} {in_words('Held-out', held_out)}",
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("loss.png", plots[0]), ("index.html", page.encode())):
+        unfinished = folder / f".{name}.new"
+        unfinished.write_bytes(content)
+        unfinished.replace(folder / name)
+    return folder / "index.html"
+
+
+def metrics(run: RunRecord) -> list[dict[str, str]]:
+    """Return the rows of the table before and after."""
+    before, after = run["metrics"]["before"], run["metrics"]["after"]
+    rows = [
+        ("Loss", "eval_loss", "{:.4f}", "lower is better"),
+        ("Perplexity", "perplexity", "{:.2f}", "lower is better"),
+    ]
+    if run["examples"]:  # without questions there are no answers to be right or wrong
+        rows.insert(0, ("Exact answers", "accuracy", "{:.1%}", "higher is better"))
+    return [
+        {"name": name, "before": form.format(before[key]), "after": form.format(after[key]), "hint": hint}
+        for name, key, form, hint in rows
+    ]
+
+
+def facts(run: RunRecord) -> dict[str, dict[str, str]]:
+    """Return the other facts of run.json as tables by title: its groups of values, then what stands alone."""
+    timings = dict(run["timings"])
+    speed = timings.pop("tokens_per_second", None)
+    groups = {
+        "data": {**run.get("data", {}), "sha256": run["dataset_sha256"]},
+        "time": {name: duration(seconds) for name, seconds in {"total": run["seconds"], **timings}.items()}
+        | {"tokens a second, in training": speed},
+        **{name: group for name, group in run.items() if isinstance(group, dict) and name not in SHOWN_ELSEWHERE},
+        "run": {
+            name: value
+            for name, value in run.items()
+            if not isinstance(value, dict | list) and name not in ("dataset_sha256", "seconds")
+        },
+    }
+    return {title: table(group) for title, group in groups.items()}
+
+
+def settings(run: RunRecord) -> dict[str, dict[str, str]]:
+    """Return the settings by what they concern, named as in olive-config.yaml."""
+    return {
+        title: {name: in_text(value) for name, value in group.items()} for title, group in run.get("config", {}).items()
+    }
+
+
+def table(group: dict[str, Any]) -> dict[str, str]:
+    """Return the values of a group, and their names, for people."""
+    return {
+        NAMES.get(name, name.replace("_", " ")): f"{value:.1%}" if name.endswith("_share") else in_text(value)
+        for name, value in group.items()
+    }
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people: 31.4 s, or hours, minutes and seconds."""
+    return f"{seconds:.4g} s" if seconds < 100 else str(timedelta(seconds=round(seconds)))
+
+
+def in_text(value: Any) -> str:
+    """Write one value for people."""
+    if value is None or value in ("", []):
+        return "–"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {in_text(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(in_text, value))
+    if isinstance(value, bool):
+        return "true" if value else "false"  # as in olive-config.yaml
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def curve(history: list[dict[str, float]], key: str) -> list[tuple[float, float]]:
+    """Return (step, value) of every entry of the Trainer's log that has the value."""
+    return [(entry["step"], float(entry[key])) for entry in history if key in entry]
+
+
+def in_words(name: str, points: list[tuple[float, float]]) -> str:
+    """Describe a curve for those who do not see it."""
+    if not points:
+        return f"{name} loss: not reported."
+    (first, start), (last, end) = points[0], points[-1]
+    return f"{name} loss: {start:.3f} at step {first:.0f}, {end:.3f} at step {last:.0f}."
+
+
+def loss_plot(
+    training: list[tuple[float, float]], held_out: list[tuple[float, float]], colours: tuple[str, str, str, str]
+) -> bytes:
+    """Draw the losses over the steps. Returns a PNG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+
+    background, ink, blue, orange = colours
+    with rc_context(
+        {"font.size": 11, "text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink}
+    ):
+        figure = Figure(figsize=(5.6, 3.2), dpi=200, facecolor=background, layout="constrained")
+        axes = figure.add_subplot(facecolor=background, xlabel="step", ylabel="loss")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["bottom", "left"]].set_color(ink)
+        axes.grid(axis="y", alpha=0.25)
+        if training:
+            axes.plot(*zip(*training, strict=True), color=blue, linewidth=1.5, label="training")
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), "o--", color=orange, markersize=5, label="held-out")
+            step, lowest = min(held_out, key=lambda point: point[1])
+            axes.plot(step, lowest, "o", color=orange, markersize=12, fillstyle="none", label=f"lowest: {lowest:.3f}")
+        if training or held_out:
+            axes.legend(frameon=False)
+        png = io.BytesIO()
+        figure.savefig(png, format="png", facecolor=background)
+    return png.getvalue()

@@ -1,0 +1,188 @@
+"""What a run leaves behind: the adapter in its place, and run.json, which inference reads."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypedDict
+
+from preparing.formats import Message
+from preparing.tokens import IGNORED, load_tokenizer, tokenise, with_system
+from preparing.workspace import ROOT
+from settings.config_file import the_pass
+from settings.run_settings import Settings, olive_config
+from training.whole_files import new_folder, replace_folder, write_json
+
+
+class RunRecord(TypedDict, total=False):
+    """models/run.json: what went into a run, and what came out of it."""
+
+    base_model: str  # a hub id, or a folder relative to the workspace
+    revision: str | None  # the commit of the model's repository
+    method: str
+    adapter: str  # a folder relative to the workspace
+    dtype: str
+    system_prompt: str
+    dataset_sha256: str
+    config_sha256: str
+    config: dict[str, dict[str, Any]]  # the settings that decide the result, by what they concern
+    packages: dict[str, str]
+    machine: dict[str, str | int | None]
+    data: dict[str, Any]
+    metrics: dict[str, dict[str, float]]  # before and after: eval_loss, perplexity, accuracy
+    examples: list[dict[str, str]]  # question, expected, before, after
+    timings: dict[str, float]
+    seconds: float
+    finished: str
+    export: dict[str, dict[str, Any]]  # merged and onnx
+
+
+PACKAGES = ("olive-ai", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "bitsandbytes")
+
+
+def describe(settings: Settings, rows: dict[str, list[list[Message]]], commit: str | None, results: Path) -> RunRecord:
+    """Return the part of run.json that is known before the run. `commit` is the base model's; None: a folder."""
+    # a branch by its commit: checkpoints on one must not be resumed on the next
+    config = olive_config(replace(settings, revision=commit))
+    return {
+        "base_model": settings.model_path,
+        "revision": commit,
+        "method": settings.method,
+        "adapter": (results / "adapter").relative_to(ROOT).as_posix(),
+        "dtype": settings.torch_dtype,
+        "system_prompt": settings.data["train"].tokens.system_prompt or "",
+        "dataset_sha256": sha256(rows),
+        "config_sha256": sha256(config),
+        "config": settings_in_use(settings, config),
+        "packages": versions(),
+        "machine": machine(),
+    }
+
+
+def settings_in_use(settings: Settings, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the settings that decide the result, by what they concern: without Olive's places and switches."""
+    olive_pass, tokens = the_pass(config), settings.data["train"].tokens
+    adapter = {name: value for name, value in olive_pass.items() if not isinstance(value, dict) and "data" not in name}
+    return {
+        "model": {"model_path": settings.model_path} | config["input_model"]["load_kwargs"],
+        "rows": vars(settings.data["train"].rows),
+        "tokens": {name: getattr(tokens, name) for name in ("system_prompt", "max_seq_len", "train_on")},
+        "adapter": adapter,
+        "training": olive_pass["training_args"],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide the result; one that is not installed is left out."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def machine() -> dict[str, str | int | None]:
+    """Return what the run is on: Python, system, and the GPUs that PyTorch sees."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "cpu_cores": os.cpu_count(),
+        "gpu": ", ".join(gpus) or None,
+        "cuda": torch.version.cuda if gpus else None,
+    }
+
+
+def keep_logs(settings: Settings, folder: Path) -> None:
+    """Let what report_to names write into a folder of the workspace, unless the user's environment says where.
+
+    Left alone, the packages write into the current and the home folder. wandb would also send what the run prints,
+    questions and answers among it: it gets the figures and settings, as the others do.
+    """
+    if settings.report_to in ("none", ()):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for variable, value in {
+        "TENSORBOARD_LOGGING_DIR": folder / "tensorboard" / f"{datetime.now():%Y-%m-%d-%H%M%S}",  # a curve for each run
+        # relative to the workspace, where the run is: a path above it may hold what an address cannot
+        "MLFLOW_TRACKING_URI": f"sqlite:///{(folder / 'mlflow.db').relative_to(ROOT).as_posix()}",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "TRACKIO_DIR": folder / "trackio",
+        "WANDB_DIR": folder,
+        "WANDB_CACHE_DIR": folder / "wandb" / "cache",
+        "WANDB_CONSOLE": "off",
+        "WANDB_ERROR_REPORTING": "false",
+    }.items():
+        os.environ.setdefault(variable, str(value))
+
+
+def data_facts(settings: Settings, rows: dict[str, list[list[Message]]], folder: str) -> dict[str, Any]:
+    """Count what went into the run, in rows and in tokens of the model's tokenizer in `folder`.
+
+    The rows are tokenised once more, so that the training starts without waiting for this. tokens_per_row is before a
+    row is cut at max_seq_len; answer_share is the share of `tokens`, those trained on, that the loss counts.
+    """
+    from reporting.evaluate import end_of_turn
+
+    source, options = settings.data["train"].rows, settings.data["train"].tokens
+    tokenizer, longest = load_tokenizer(folder), options.max_seq_len
+    examples = [tokenise(tokenizer, with_system(row, options.system_prompt), options.train_on) for row in rows["train"]]
+    lengths = sorted(len(example["input_ids"]) for example in examples)
+    answers = [sum(label != IGNORED for label in example["labels"][:longest]) for example in examples]
+    kept = [example for example, tokens in zip(examples, answers, strict=True) if tokens]
+    trained_on = sum(min(len(example["input_ids"]), longest) for example in kept)
+    train, held_out = ([json.dumps(row, sort_keys=True) for row in rows[part]] for part in ("train", "held_out"))
+    train_source = source.dataset_name or source.train_file
+    return {
+        "source": train_source,
+        "held_out_source": source.held_out_file or train_source,
+        "train_rows": len(train),
+        "held_out_rows": len(held_out),
+        "tokens": trained_on,
+        "answer_share": round(sum(answers) / trained_on, 4),
+        "tokens_per_row": {
+            "min": lengths[0],
+            "median": statistics.median_low(lengths),
+            "p95": lengths[math.ceil(0.95 * len(lengths)) - 1],
+            "max": lengths[-1],
+        },
+        "cut_rows": sum(length > longest for length in lengths),
+        "left_out_rows": answers.count(0),
+        "duplicate_rows": len(train) - len(set(train)),
+        "held_out_rows_trained_on": len(set(held_out) & set(train)),
+        "end_of_answer": tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer, kept)),
+    }
+
+
+def publish(run_json: RunRecord, adapter: Path, folder: str, results: Path) -> None:
+    """Put the adapter and run.json in their places. What was there before goes when the new ones are complete."""
+    config_file = adapter / "adapter_config.json"
+    adapter_config = json.loads(config_file.read_text(encoding="utf-8"))
+    # the base model's own name in place of the folder it was loaded from; PEFT's card names that folder too
+    adapter_config |= {"base_model_name_or_path": run_json["base_model"], "revision": run_json["revision"]}
+    write_json(config_file, adapter_config)
+    (adapter / "README.md").unlink(missing_ok=True)
+    load_tokenizer(folder).save_pretrained(adapter)  # with the chat template of the training
+
+    run_json["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+    published = new_folder(results / "adapter")
+    shutil.copytree(adapter, published, dirs_exist_ok=True)
+    replace_folder(published, results / "adapter")
+    write_json(results / "run.json", run_json)
+
+
+def sha256(value: Any) -> str:
+    """Hash a value by its canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,151 @@
+"""What may stand in olive-config.yaml, and why the rest may not: validation.py compares a user's file with it.
+
+Settings that Olive or transformers would take, and this run would ignore, overrule or be spoilt by, are refused. All
+other arguments of transformers.TrainingArguments reach the Trainer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from preparing.dataset import chat_rows, chat_tokens
+
+Reasons = dict[str, tuple[str, ...]]  # why → the settings
+
+CHOICES = {
+    "name": ("train", "held_out"),
+    "train_on": ("responses", "all"),
+    "dataset_format": ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "columns", "text"),
+    "torch_dtype": ("float32", "bfloat16", "float16"),
+    "compute_dtype": ("float32", "bfloat16", "float16"),
+    "quant_type": ("nf4", "fp4"),
+    "attn_implementation": ("sdpa", "eager", "flash_attention_2"),
+}
+TRAINING_ARGS: Reasons = {
+    "use warmup_steps, which takes a share below 1 too": ("warmup_ratio",),
+    "set the environment variable TENSORBOARD_LOGGING_DIR": ("logging_dir",),
+    "write its keys among the training_args": ("extra_args",),
+    "the run keeps whole checkpoints in models/checkpoints and goes on from them": (
+        *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "restore_callback_states_from_checkpoint"),
+        *("save_only_model", "enable_jit_checkpoint", "ignore_data_skip"),
+    ),
+    "torch_dtype decides the precision": ("fp16", "bf16", "fp16_full_eval", "bf16_full_eval"),
+    "set allow_tf32 beside torch_dtype": ("tf32",),
+    "device under systems says where the run is": ("use_cpu",),
+    "accelerate launch and torchrun set it": ("local_rank",),
+    "an adapter has no unused weights": ("ddp_find_unused_parameters",),
+    "use gradient_checkpointing": ("activation_checkpointing",),
+    "use gradient_checkpointing_kwargs": ("activation_checkpointing_kwargs",),
+    "with a cache, packed rows would see each other": ("use_cache",),
+    "the loss counts every answer token of a step the same": (
+        *("label_smoothing_factor", "average_tokens_across_devices", "label_names"),
+    ),
+    "every row is trained on": ("dataloader_drop_last",),
+    "the rows have no columns but tokens and labels": ("remove_unused_columns", "length_column_name"),
+    "what fits the memory is said when it is full": ("auto_find_batch_size",),
+    "the held-out loss is all that is measured during the training": (
+        *("metric_for_best_model", "greater_is_better", "prediction_loss_only", "include_for_metrics"),
+        *("batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+    ),
+    "eval_strategy says when the held-out loss is measured": ("do_train", "do_eval", "do_predict"),
+    "the run counts tokens and shows its own progress": ("include_num_input_tokens_seen", "disable_tqdm"),
+    "memory is pinned where there is a GPU": ("dataloader_pin_memory",),
+    "the run uploads nothing; `hf upload` takes the folder models/adapter": (
+        *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
+        "hub_revision",
+    ),
+}
+ANY_METHOD: Reasons = {
+    "write its keys beside type": ("config",),
+    "the adapter alone is trained": ("modules_to_save",),
+    "the model is put on the GPUs that PyTorch sees: CUDA_VISIBLE_DEVICES chooses them": ("device_map",),
+    "the weights that it would move are on the GPU": ("ephemeral_gpu_offload",),
+    "it is read by `olive run` only, where the whole file may name it": ("host", "evaluator"),
+}
+# what Olive's pass of a method takes and leaves unused
+METHOD: dict[str, Reasons] = {
+    "lora": {},
+    "qlora": {
+        "QLoRA puts an adapter on every 4-bit layer": ("target_modules",),
+        "the run keeps the adapter alone, which also fits the base model in full precision": ("save_quant_config",),
+    },
+    "dora": {},
+    "loha": {
+        "use rank_dropout": ("lora_dropout",),
+        "language models have no such layers": ("use_effective_conv2d",),
+    },
+}
+METHOD["lokr"] = METHOD["loha"]
+USER_SCRIPT = {"user_script": "finetuning/preparing/dataset.py", "script_dir": "finetuning"}
+LOAD_KWARGS: Reasons = {"code that comes with a model is never run": ("trust_remote_code",)}
+
+
+def reasons(method: str) -> dict[str, dict[str, str]]:
+    """Return, for each section of olive-config.yaml, the refused settings and why; `method` is in small letters."""
+    sections = {
+        "training_args": TRAINING_ARGS,
+        "passes.*": ANY_METHOD | METHOD[method],
+        "load_kwargs": LOAD_KWARGS,
+    }
+    return {
+        section: {key: reason for reason, keys in table.items() for key in keys} for section, table in sections.items()
+    }
+
+
+def known_keys(config: Mapping[str, Any], method: str) -> list[tuple[str, Mapping[str, Any], set[str]]]:
+    """Return (section, its settings, the keys it may have), read from the code that will use them."""
+    from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
+    from olive.passes.pytorch.lora import HFTrainingArguments
+    from olive.workflows.run.config import RunConfig, RunEngineConfig
+    from transformers import TrainingArguments
+
+    from settings.olive_pass import pass_class
+
+    (olive_pass,) = config["passes"].values()
+    components = {
+        "load_dataset_config": {"type", *inspect.signature(chat_rows).parameters},
+        "pre_process_data_config": {"type", *inspect.signature(chat_tokens).parameters} - {"rows"},
+    }
+    sections = [
+        ("", config, {*RunConfig.model_fields, *RunEngineConfig.model_fields} - {"engine"}),
+        # of Olive's own settings for these, the evaluation before and after the training would know nothing
+        ("input_model", config["input_model"], {"type", "model_path", "load_kwargs"}),
+        ("load_kwargs", config["input_model"]["load_kwargs"], {"revision", "attn_implementation"}),
+        ("passes.*", olive_pass, {"type", *pass_class(method)._default_config(DEFAULT_CPU_ACCELERATOR)}),
+        (
+            "training_args",
+            olive_pass["training_args"],
+            {*HFTrainingArguments.model_fields, *(field.name for field in fields(TrainingArguments))},
+        ),
+    ]
+    for data_config in config["data_configs"]:
+        sections.append(("data_configs", data_config, {"name", "user_script", "script_dir", *components}))
+        sections += [(name, data_config.get(name) or {}, known) for name, known in components.items()]
+    return sections
+
+
+def fixed_values(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], dict[str, Any]]]:
+    """Return (section, its settings, the values it must have): what Olive needs in the file, and nobody may choose."""
+    model = config["input_model"]
+    (olive_pass,) = config["passes"].values()
+    sections = [
+        ("input_model", model, {"type": "HfModel"}),
+        ("passes.*", olive_pass, {"train_data_config": "train", "eval_data_config": "held_out"}),
+        ("local_system", config["systems"].get("local_system") or {}, {"type": "LocalSystem"}),
+    ]
+    for data_config in config["data_configs"]:
+        rows = {"type": "chat_rows", "part": data_config.get("name")}
+        tokens = {
+            "type": "chat_tokens",
+            "model_path": model["model_path"],
+            "revision": model["load_kwargs"].get("revision"),
+        }
+        sections += [
+            ("data_configs", data_config, USER_SCRIPT),
+            ("load_dataset_config", data_config.get("load_dataset_config") or {}, rows),
+            ("pre_process_data_config", data_config.get("pre_process_data_config") or {}, tokens),
+        ]
+    return sections

@@ -1,0 +1,76 @@
+"""The progress of a training: a bar in a terminal, lines in a log, and how long everything took."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import psutil
+import transformers
+from rich import progress
+from rich.console import Console
+
+
+class Progress(transformers.TrainerCallback):
+    """A bar in a terminal, a plain line at each evaluation in a log."""
+
+    def __init__(self) -> None:
+        self.console = Console()
+        self.started = time.time()
+        self.first_step = 0.0
+        self.tokens_before = self.tokens = 0
+        self.values: dict[str, float] = {}
+        self.bar = progress.Progress(
+            progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            progress.BarColumn(10),
+            progress.TextColumn("{task.description}"),
+            progress.TimeRemainingColumn(compact=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock and the bar."""
+        self.started = time.time()
+        self.tokens_before = state.num_input_tokens_seen
+        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note when the first step starts."""
+        self.first_step = self.first_step or time.time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        self.tokens = int(state.num_input_tokens_seen) - int(self.tokens_before)
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the newest losses, and the speed: tokens of questions and answers, evaluations' time included."""
+        new = {key: logs[key] for key in ("loss", "eval_loss") if key in (logs or {})}
+        self.values |= new
+        if not new:
+            return
+        seconds = time.time() - self.started
+        shown = "  ".join(f"{key.replace('_', ' ')} {float(value):.4f}" for key, value in self.values.items())
+        shown += f"  {self.tokens / seconds:.0f} tokens/s"
+        self.bar.update(self.task, description=shown)
+        if "eval_loss" in new and not self.console.is_terminal:
+            left = seconds / max(state.global_step, 1) * (state.max_steps - state.global_step)
+            line = f"step {state.global_step}/{state.max_steps}  {shown}  {left:.0f} s left"
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the bar on the screen."""
+        self.ended = time.time()
+        self.bar.stop()
+
+    def timings(self) -> dict[str, float]:
+        """Return the seconds from the process's start to the first step and of the training, and its speed."""
+        process_start = psutil.Process(os.getpid()).create_time()
+        return {
+            "start_to_first_step": round(self.first_step - process_start, 2),
+            "training": round(self.ended - self.started, 2),
+            "tokens_per_second": round(self.tokens / (self.ended - self.started), 1),
+        }

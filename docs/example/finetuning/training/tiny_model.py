@@ -1,0 +1,164 @@
+"""Tiny models, built on the spot without any download: the demo model, and the replica behind `--smoke`.
+
+python finetuning/tiny_model.py builds the demo model in models/demo, unless it is there.
+
+Both have the architecture, the chat template and the layer names of the model in setup/model.yaml, two layers and a
+vocabulary of about a thousand tokens. The base is taught the *form* of the answers on shuffled ones, so that it
+answers in the right words at random: what fine-tuning adds can then be seen.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from preparing.dataset import chat_rows
+from preparing.tokens import tokenise
+from preparing.workspace import DEMO, MODEL_FACTS, ROOT, SAMPLE
+from training.whole_files import replace_folder
+
+VOCABULARY = 1024
+STEPS = 150
+BATCH_SIZE = 16
+LEARNING_RATE = 3e-3
+
+
+def build(
+    folder: Path, facts: dict[str, Any], rows: list[list[dict[str, str]]], steps: int = STEPS, seed: int = 42
+) -> None:
+    """Build a tiny model of the architecture in `facts` (setup/model.yaml) from conversations, and save it to `folder`.
+
+    The folder appears when it is complete. Raises ValueError for an architecture that transformers does not know.
+    """
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)  # for matrices this small a second thread only waits for the first
+    transformers.set_seed(seed)
+    tokenizer = build_tokenizer(facts, rows)
+    config = tiny_config(facts, tokenizer)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # rare words must be told apart from the start: fine-tuning does not move the embeddings
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.2)
+    teach_form(model, tokenizer, rows, steps, seed)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.chmod(0o755)
+    replace_folder(unfinished, folder)
+
+
+def build_tokenizer(facts: dict[str, Any], rows: list[list[dict[str, str]]]) -> Any:
+    """Train a byte-level BPE tokenizer on the rows, with the special tokens and chat template of the model's family."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    marks = facts["special_tokens"]
+    named = {key: marks[key] for key in ("bos_token", "eos_token", "pad_token") if marks[key]}
+    special = list(dict.fromkeys([*named.values(), *marks["additional"]]))
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        (turn["content"] for row in rows for turn in row),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        **named,
+        additional_special_tokens=marks["additional"],
+        chat_template=facts["chat_template"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_config(facts: dict[str, Any], tokenizer: Any) -> Any:
+    """Return the architecture's configuration with two layers of width 64, and the tokenizer's token ids."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
+        facts["architecture"],
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        initializer_range=0.05,  # the usual 0.02 is meant for widths of a thousand and more
+        max_position_embeddings=512,
+        original_max_position_embeddings=512,  # another number than the one above means LongRoPE to Phi-3's tools
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+
+
+def teach_form(model: Any, tokenizer: Any, rows: list[list[dict[str, str]]], steps: int, seed: int) -> None:
+    """Train all weights on conversations whose answers were shuffled among them: the form is learnt, the task is not.
+
+    The loss is that of every token: a base model has read its language, and its embeddings mean something.
+    """
+    import random
+
+    import torch
+    from transformers import get_scheduler
+
+    shuffle = random.Random(seed)
+    answers = [row[-1] for row in rows]
+    shuffle.shuffle(answers)
+    examples = [tokenise(tokenizer, [*row[:-1], answer], "all") for row, answer in zip(rows, answers, strict=True)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    schedule = get_scheduler("linear", optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
+    model.train()
+    for _ in range(steps):
+        batch = shuffle.sample(examples, min(BATCH_SIZE, len(examples)))
+        width = max(len(example["input_ids"]) for example in batch)
+        columns = {
+            key: torch.tensor([example[key] + [filler] * (width - len(example[key])) for example in batch])
+            for key, filler in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
+        }
+        model(**columns).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def build_demo() -> None:
+    """Build the demo model from the sample data."""
+    facts = yaml.safe_load(MODEL_FACTS.read_text(encoding="utf-8"))
+    build(ROOT / DEMO, facts, chat_rows("train", train_file=str(SAMPLE), held_out_file=str(SAMPLE)))
+
+
+def main() -> int:
+    """Build the demo model in a process of its own, for setup/get_model.py."""
+    started = time.monotonic()
+    build_demo()
+    print(f"Built the demo model in {time.monotonic() - started:.0f} s: {ROOT / DEMO}")
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.update(
+        HF_UPDATE_DOWNLOAD_COUNTS="0",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+    )
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""Files and folders that are never seen half written, and never gone before the new one is there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file."""
+    unfinished = path.with_name(f".{path.name}.new")
+    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def new_folder(folder: Path) -> Path:
+    """Return an empty folder with a temporary name beside `folder`."""
+    unfinished = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    return unfinished
+
+
+def replace_folder(unfinished: Path, folder: Path) -> None:
+    """Rename a folder into the place of another, which goes when the new one is there."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # an earlier run was killed between the two renames
+    if folder.exists():
+        folder.rename(old)
+    unfinished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

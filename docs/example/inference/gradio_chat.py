@@ -1,0 +1,126 @@
+"""Chat with the tuned model in the browser, and through an OpenAI-compatible API, on this machine only.
+
+The page is at /, the API at /v1, and /health says whether the model is there yet. With a key, in the environment
+variable CHAT_API_KEY, the API asks for it as a bearer token and the page as password, and --host may be a network's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import sys
+from typing import TYPE_CHECKING, Any
+
+from engine import ENGINES, ChatError, Engine
+from load_engine import load, not_installed
+
+if TYPE_CHECKING:
+    from request_queue import RequestQueue
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, which is later
+
+# The browser loads nothing from elsewhere, not even a picture that an answer asks for.
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, listen, load the model, serve until Ctrl-C. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--baseonly", action="store_true", help="the base model, without what was fine-tuned")
+    parser.add_argument(
+        "--engine", default="auto", metavar="NAME", help=f"what computes: {', '.join(ENGINES)} (default: auto)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
+    parser.add_argument(
+        "--port", type=int, default=7860, help="0: any free one; if it is taken, the next is (default: 7860)"
+    )
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("CHAT_API_KEY", ""),
+        metavar="KEY",
+        help="better in CHAT_API_KEY: others on this machine see what is on a command line",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
+    options = parser.parse_args(arguments)
+    try:
+        serve(options)
+    except ChatError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Serve page and API until Ctrl-C. Raises ChatError."""
+    try:
+        from server import create_app, create_server, listen
+    except ModuleNotFoundError as error:
+        raise not_installed(error) from error
+    listener = listen(options.host, options.port, options.api_key)
+    port = listener.getsockname()[1]
+    if options.port not in (0, port):
+        print(f"Port {options.port} is taken: using {port}.")
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)  # all addresses: this machine's too
+    address = f"http://{f'[{name}]' if ':' in name else name}:{port}/"
+    failures: list[Exception] = []
+
+    def prepare() -> Engine:
+        print("Loading the model …", flush=True)
+        engine = load(options.baseonly, options.engine)
+        for notice in engine.backend.notices:
+            print(notice)
+        try:
+            import gradio  # noqa: F401  (here, as it takes seconds, in which /health is answered already)
+        except ModuleNotFoundError as error:
+            raise not_installed(error) from error
+        return engine
+
+    def is_ready() -> None:
+        print(f"Chat at {address} (Ctrl-C ends it); an API for OpenAI's clients at {address}v1", flush=True)
+
+    def fail(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(
+        prepare, lambda queue: open_page(queue, options.api_key), is_ready, fail, options.host, options.api_key
+    )
+    server = create_server(app)
+    server.run(sockets=[listener])
+    if failures:
+        raise failures[0]
+
+
+def open_page(queue: RequestQueue, key: str) -> Any:
+    """Return the page as an application: nothing of it is recorded, and nothing comes from elsewhere."""
+    import gradio as gr
+    from fastapi import FastAPI
+
+    from page import STYLE, THEME, build_page
+
+    def is_key(_: str, password: str) -> bool:
+        return secrets.compare_digest(password.encode(), key.encode())
+
+    return gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        build_page(queue).queue(),
+        "/",
+        auth=is_key if key else None,
+        auth_message="The password is the API key; the user name may be any.",
+        theme=THEME,
+        css=STYLE,
+        head=f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        run_history=False,
+        footer_links=[],
+        ssr_mode=False,
+        mcp_server=False,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

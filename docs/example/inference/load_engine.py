@@ -1,0 +1,50 @@
+"""Load the model that is meant with the backend that suits it. Backends are imported here, when they are needed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from engine import ENGINES, Backend, ChatError, Engine
+from sources import base_source, check_adapter, choose, tuned_source
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "setup"))
+from model_folder import ModelError, find_model  # noqa: E402 - one file for setup/, finetuning/ and this folder
+
+
+def load(baseonly: bool = False, engine: str = "auto", root: Path = ROOT) -> Engine:
+    """Load the tuned model of the workspace `root`, or its base model alone. Raises ChatError, never falls back.
+
+    `auto` takes the int4 model of finetuning/export.py where it was made from this adapter and there is no GPU, and
+    says what it took and why. The base model alone is computed by torch, unless `onnx` is asked for.
+    """
+    if engine not in ENGINES:
+        raise ChatError(f"There is no engine {engine!r}: choose one of {', '.join(ENGINES)}.")
+    backend: Backend
+    try:
+        source = base_source(root) if baseonly else tuned_source(root)
+        if not baseonly:
+            check_adapter(source, root)
+        folder, notices = choose(engine, source, root)
+        # late, so that what is wrong is said before seconds of imports
+        if folder:
+            from onnx_backend import OnnxBackend
+
+            backend = OnnxBackend(folder, root)
+        else:
+            base = find_model(source.base, source.revision, root).folder
+            from torch_backend import TorchBackend
+
+            backend = TorchBackend(source, base, root)
+    except ModelError as error:
+        raise ChatError(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise not_installed(error) from error
+    backend.notices += notices
+    return Engine(source, backend)
+
+
+def not_installed(error: ModuleNotFoundError) -> ChatError:
+    """Say which package is missing, and in which Python."""
+    return ChatError(f"{error.name} is not installed in {sys.prefix}: run `python setup/create_env.py`.")

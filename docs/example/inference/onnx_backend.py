@@ -1,0 +1,154 @@
+"""The fast backend on a CPU: the int4 model that finetuning/export.py makes, in ONNX Runtime GenAI.
+
+Neither torch nor transformers is imported, which would take longer than the first answer: the chat template is rendered
+and the text tokenised here, to the same tokens as in the training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import onnxruntime_genai
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from engine import ChatError, Generation, Message
+from sources import read_yaml
+
+# what a chat template may ask the tokenizer for
+MARKS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class OnnxBackend:
+    """An ONNX Runtime GenAI model."""
+
+    switchable = False  # the adapter is merged into the weights
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        """Load model, tokenizer and chat template from a folder of the workspace `root`. Raises ChatError."""
+        self.words = ChatTokenizer(folder, root)
+        try:
+            settings = read_json(folder / "genai_config.json")["model"]
+            self.context, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
+            ends = settings["eos_token_id"]
+            providers = [name for one in settings["decoder"]["session_options"]["provider_options"] for name in one]
+            provider = providers[0] if providers else "cpu"
+            self.model = onnxruntime_genai.Model(str(folder))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise torn(folder, root, error) from error
+        except RuntimeError as error:
+            if provider == "cpu":
+                raise torn(folder, root, error) from error
+            raise ChatError(
+                f"ONNX Runtime cannot compute with {provider} here ({str(error).splitlines()[0]}), which the model in "
+                f"models/{folder.name} is for: use --engine torch."
+            ) from error
+        self.stops = {*ends} if isinstance(ends, list) else {ends}
+        self.encode, self.decode = self.words.encode, self.words.decode
+        self.description = f"ONNX Runtime, int4 weights on {provider}"
+        self.notices: list[str] = []
+
+    def generate(self, prompt: list[int], generation: Generation) -> Generator[int, None, None]:
+        """Yield the answer's tokens as they are made. Closing the generator stops the computing."""
+        settings = onnxruntime_genai.GeneratorParams(self.model)
+        # all of them: the model's own may draw at random or punish repetition, which the evaluation did not do
+        options: dict[str, Any] = {
+            "max_length": len(prompt) + generation.max_new_tokens,
+            "do_sample": generation.temperature > 0,
+            "temperature": generation.temperature or 1.0,
+            "top_p": generation.top_p,
+            # more than there are would crash the runtime
+            "top_k": generation.top_k if generation.top_k < self.vocabulary else 0,
+            "repetition_penalty": generation.repetition_penalty,
+            "random_seed": -1 if generation.seed is None else generation.seed % 2**31,  # it takes no more bits
+        }
+        settings.set_search_options(**options)
+        generator = onnxruntime_genai.Generator(self.model, settings)
+        generator.append_tokens(prompt)
+        while not generator.is_done():
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if token in self.stops:
+                return
+            yield token
+
+
+class ChatTokenizer:
+    """Conversations → tokens and back, as transformers does it with the same files."""
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        """Read tokenizer and chat template. A base model's folder has no template: setup/model.yaml's serves then."""
+        try:
+            settings = read_json(folder / "tokenizer_config.json")
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            template, file = settings.get("chat_template"), folder / "chat_template.jinja"
+            if file.is_file():
+                template = file.read_text(encoding="utf-8")
+        except Exception as error:  # tokenizers raises nothing more special
+            raise torn(folder, root, error) from error
+        self.template = compile_template(str(template or read_yaml(root, "setup/model.yaml")["chat_template"]))
+        marks = {name: settings[name] for name in MARKS if settings.get(name)}
+        self.marks = {name: mark["content"] if isinstance(mark, dict) else mark for name, mark in marks.items()}
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """Render messages with the chat template and tokenise them, as the training did. Raises ChatError."""
+        variables = self.marks | {"tools": None, "documents": None, "enable_thinking": False}
+        try:
+            text = self.template.render(messages=messages, add_generation_prompt=True, **variables)
+        except TemplateError as error:
+            raise ChatError(f"The model's chat template does not take this conversation: {error}.") from error
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Turn tokens into text, without special tokens."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def torn(folder: Path, root: Path, error: Exception) -> ChatError:
+    """Say that an ONNX folder is not whole, and what to do."""
+    where = folder.relative_to(root).as_posix()
+    again = "finetuning/export.py" if folder.name == "onnx" else "setup/get_model.py --onnx"
+    return ChatError(
+        f"The ONNX model in {where} is torn ({error}): delete it and run `python {again}` again, or use --engine torch."
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file."""
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def compile_template(text: str) -> Any:
+    """Return a chat template that renders as transformers' does, with what templates expect to find there."""
+    world = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
+    )
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, **options: Any) -> str:
+        return json.dumps(value, **({"ensure_ascii": False} | options))
+
+    world.filters["tojson"] = to_json
+    world.globals["raise_exception"] = refuse
+    world.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return world.from_string(text)
+
+
+class GenerationBlock(Extension):
+    """`{% generation %}` marks what a model says: nothing to do for who asks it."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's name for it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return what stands in the block."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

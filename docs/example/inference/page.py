@@ -1,0 +1,236 @@
+"""The chat page: one column for the model that was tuned and, to compare, one for what it was before.
+
+gradio_chat.py imports this file when the model is loaded; it is the only one here that draws anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gradio as gr
+
+from api import failure
+from engine import COMPARE, Generation, Message
+from request_queue import RequestQueue
+
+# The columns stand side by side where there is room, share what height is left, and scroll by themselves, below their
+# names. Gradio's own buttons to clear would clear one column alone, and its sliders' knobs are white on white.
+STYLE = """
+.columns { flex: 1 1 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));
+  grid-auto-rows: minmax(16rem, 1fr); align-items: stretch; }
+.columns > .block { contain: size; }
+.columns label { position: static; align-self: start; }
+.columns .top-panel { display: none; }
+input[type=range]::-webkit-slider-thumb { background: var(--primary-600); }
+input[type=range]::-moz-range-thumb { background: var(--primary-600); }
+.prose :is(th, td) { padding: 0.3rem 0.6rem; word-break: normal; overflow-wrap: normal; }
+"""
+# The machine's own font, as no other is loaded; a blue on which white is easy to read, in the light and in the dark.
+THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]).set(
+    button_primary_background_fill="*primary_600",
+    button_primary_background_fill_dark="*primary_600",
+    button_primary_background_fill_hover="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_700",
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_400",
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_400",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
+)
+
+
+@dataclass
+class Chat:
+    """What was asked, and what each model has answered so far, to as many of the questions as there are answers."""
+
+    questions: list[str]
+    answers: dict[bool, list[str]]  # with the adapter, and without
+
+    @classmethod
+    def shown(cls, tuned: list[Any], base: list[Any]) -> Chat:
+        """Return the chat that stands in the page's two columns."""
+
+        def said(turns: list[Any], role: str) -> list[str]:
+            return ["".join(part["text"] for part in turn["content"]) for turn in turns if turn["role"] == role]
+
+        return cls(said(tuned, "user"), {True: said(tuned, "assistant"), False: said(base, "assistant")})
+
+    def ask(self, question: str) -> None:
+        """Add a question, in place of one that was stopped before its answer began."""
+        self.questions = [*self.questions[: len(self.answers[True])], question]
+
+    def ask_again(self) -> None:
+        """Forget what was answered to the last question."""
+        for answers in self.answers.values():
+            del answers[len(self.questions) - 1 :]
+
+    def turns(self, adapter: bool) -> list[Message]:
+        """Return a column, which ends with a question while it has no answer."""
+        turns: list[Message] = []
+        for i, question in enumerate(self.questions):
+            turns.append({"role": "user", "content": question})
+            turns += [{"role": "assistant", "content": answer} for answer in self.answers[adapter][i : i + 1]]
+        return turns
+
+    def columns(self) -> list[list[Any]]:
+        """Return both columns as the page shows them. A text alone would lose its indentation there."""
+        return [
+            [turn | {"content": {"type": "text", "text": turn["content"]}} for turn in self.turns(adapter)]
+            for adapter in (True, False)
+        ]
+
+    async def answer(
+        self, queue: RequestQueue, comparing: bool, system: str, generation: Generation, notify: Callable[[str], None]
+    ) -> AsyncIterator[None]:
+        """Let the tuned model answer what it has not, then the base model if it shall; yield after each piece.
+
+        Each goes on from its own answers. What raises, the engine raises.
+        """
+        for adapter in (True, False) if comparing else (True,):
+            answers = self.answers[adapter]
+            while len(answers) < len(self.questions):
+                known = self.turns(adapter)[: 2 * len(answers) + 1]
+                messages = [{"role": "system", "content": system}, *known]
+                answers.append("")
+                with queue.ticket() as ticket:
+                    async for piece in ticket.stream(messages, replace(generation, adapter=adapter), notify):
+                        answers[-1] += piece
+                        yield
+                yield  # an empty answer is one too
+
+
+def build_page(queue: RequestQueue) -> gr.Blocks:
+    """Build the page: what answers, the chat, its settings, and what fine-tuning has changed."""
+    engine = queue.engine
+    source, most = engine.source, min(4096, engine.backend.context)
+    adapter = f"adapter **{source.adapter}** ({source.method})" if source.adapter else "**the base model alone**"
+    column: dict[str, Any] = {"height": None, "buttons": ["copy"]}
+    button: dict[str, Any] = {"min_width": 60}
+
+    with gr.Blocks(title=f"Chat with {source.base}", fill_height=True, analytics_enabled=False) as page:
+        gr.Markdown(f"## {source.base}\n{adapter} · {engine.backend.description}")
+        with gr.Row(scale=1, elem_classes="columns"):
+            tuned = gr.Chatbot(label="Tuned model" if source.adapter else "Base model", **column)
+            base = gr.Chatbot(label="Base model", visible=False, **column)
+        question = gr.Textbox(label="Your message", placeholder="Enter sends it", max_lines=8, autofocus=True)
+        with gr.Row():
+            send = gr.Button("Send", variant="primary", **button)
+            stop = gr.Button("Stop", interactive=False, **button)
+            retry = gr.Button("Retry", elem_id="retry", **button)
+            clear = gr.Button("Clear", **button)
+        compare = gr.Checkbox(label="Compare with the base model", elem_id="compare", visible=engine.backend.switchable)
+        if source.adapter and not engine.backend.switchable:
+            gr.Markdown(f"{COMPARE[0].upper()}{COMPARE[1:]}.")
+        with gr.Accordion("Settings", open=False):
+            settings = draw_settings(source.system_prompt, most)
+        if table := metrics_table(source.run):
+            with gr.Accordion("Before and after fine-tuning", open=False):
+                gr.Markdown(table)
+
+        controls = [send, stop, retry, compare]
+
+        async def answer(
+            event: gr.EventData, typed: str, left: Any, right: Any, comparing: bool, system: str, *how: Any
+        ) -> AsyncIterator[list[Any]]:
+            chat, taken = Chat.shown(left, right), gr.skip()
+            trigger = event.target.elem_id  # the target is a copy
+            if trigger == "retry":
+                chat.ask_again()
+            elif trigger != "compare" and typed.strip():
+                chat.ask(typed.strip())
+                taken = ""
+            yield [taken, *chat.columns(), *usable(answering=True)]
+            try:
+                async for _ in chat.answer(queue, comparing, system, generation(*how), gr.Info):
+                    yield [gr.skip(), *chat.columns(), *[gr.skip()] * len(controls)]
+            except Exception as error:  # gr.Error would write "Error" over both columns
+                gr.Warning(str(failure(error)), duration=None)
+
+        answering = gr.on(
+            [question.submit, send.click, retry.click, compare.input],
+            answer,
+            [question, tuned, base, compare, *settings],
+            [question, tuned, base, *controls],
+            trigger_mode="once",
+            concurrency_limit=None,  # all wait in the same queue as the API's requests
+            show_progress="hidden",
+            api_visibility="private",
+        )
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        answering.then(usable, None, controls, **quick)
+        stop.click(None, cancels=[answering])
+        clear.click(None, cancels=[answering]).then(lambda: ([], []), None, [tuned, base], **quick)
+        compare.change(lambda comparing: gr.Chatbot(visible=comparing), compare, base, **quick)
+
+        async def ask(
+            question: str,
+            system: str = source.system_prompt,
+            longest: int = min(256, most),
+            temperature: float = 0,
+            top_p: float = 1,
+            history: list[list[str]] | None = None,
+        ) -> AsyncIterator[str]:
+            """Answer a question, after earlier [question, answer] pairs, for programs that use Gradio's client."""
+            before = history or []
+            chat = Chat([*(turn[0] for turn in before), question], {True: [turn[1] for turn in before]})
+            try:
+                async for _ in chat.answer(queue, False, system, generation(longest, temperature, top_p), gr.Info):
+                    yield chat.answers[True][-1]
+            except Exception as error:
+                raise gr.Error(str(failure(error)), print_exception=False) from error
+
+        gr.api(ask, api_name="chat", concurrency_limit=None)
+    return page
+
+
+def draw_settings(system_prompt: str, most: int) -> list[Any]:
+    """Draw the settings in their order: the system prompt, then what `generation` takes. `most` is in tokens."""
+    return [
+        gr.Textbox(system_prompt, label="System prompt", info="Empty: none."),
+        gr.Slider(1, most, min(256, most), step=1, label="Longest answer", info="In tokens."),
+        gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: always the likeliest words."),
+        gr.Slider(0.05, 1, 1, step=0.05, label="Top p", info="The share of the likeliest words to draw from."),
+        gr.Slider(0, 200, 0, step=1, label="Top k", info="How many of the likeliest to draw from; 0: all."),
+        gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty", info="Above 1: fewer words are said again."),
+        gr.Number(-1, precision=0, label="Seed", info="The same draws the same words; -1: others each time."),
+    ]
+
+
+def usable(answering: bool = False) -> list[Any]:
+    """Return what Send, Stop, Retry and the switch are while an answer is made, and while none is."""
+    resting = not answering
+    return [gr.update(interactive=interactive) for interactive in (resting, answering, resting, resting)]
+
+
+def generation(
+    longest: float,
+    temperature: float,
+    top_p: float,
+    top_k: float = Generation.top_k,
+    repetition_penalty: float = Generation.repetition_penalty,
+    seed: int | None = None,
+) -> Generation:
+    """Return how an answer is made, by the page's settings. What a browser sends as 1 may be either kind of number."""
+    return Generation(
+        max_new_tokens=int(longest),
+        temperature=float(temperature),
+        top_p=float(top_p),
+        top_k=int(top_k),
+        repetition_penalty=float(repetition_penalty),
+        seed=None if seed is None or seed < 0 else seed,
+    )
+
+
+def metrics_table(run: dict[str, Any]) -> str:
+    """Return the metrics of models/run.json as a Markdown table, empty when it has none."""
+    before, after = (run.get("metrics", {}).get(when, {}) for when in ("before", "after"))
+    names = {"accuracy": ("exact answers", ".1%"), "eval_loss": ("loss", ".4g"), "perplexity": ("perplexity", ".4g")}
+    rows = [
+        f"| {name} | {before[key]:{form}} | {after[key]:{form}} |"
+        for key, (name, form) in names.items()
+        if key in before and key in after
+    ]
+    return "\n".join(["| held-out rows | before | after |", "|---|--:|--:|", *rows]) if rows else ""

@@ -1,0 +1,87 @@
+"""One model and the requests that wait for it, from the web page and from the API."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+
+from engine import ChatError, Engine, Generation, Message, Usage
+
+WAITING = 32  # requests that may wait while one is answered; more are told to come again
+
+
+class QueueFullError(ChatError):
+    """Too many wait already."""
+
+
+class RequestQueue:
+    """First come, first served. Lives in one event loop; the model computes in a thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Start with an empty queue."""
+        self.engine, self.turn, self.tickets = engine, asyncio.Lock(), 0
+        self.since = int(time.time())
+        self.models = ["tuned"] if engine.source.adapter else ["base"]  # those that can answer
+        if engine.backend.switchable:
+            self.models = ["tuned", "base"]
+
+    @contextlib.contextmanager
+    def ticket(self) -> Iterator[Ticket]:
+        """Give a ticket; handing it back stops what is computed for it. Raises QueueFullError."""
+        if self.tickets > WAITING:
+            raise QueueFullError(f"{WAITING} requests are waiting already: try again later.")
+        self.tickets += 1
+        ticket = Ticket(self)
+        try:
+            yield ticket
+        finally:
+            self.tickets -= 1
+            ticket.left.set()
+            if ticket.work:
+                ticket.work.cancel()
+
+
+@dataclass
+class Ticket:
+    """The right to one answer, when its turn comes."""
+
+    queue: RequestQueue
+    left: threading.Event = field(default_factory=threading.Event)
+    work: asyncio.Task[None] | None = None
+
+    async def stream(
+        self, messages: list[Message], generation: Generation, notify: Callable[[str], None], usage: Usage | None = None
+    ) -> AsyncIterator[str]:
+        """Yield the answer in pieces when its turn has come. Raises what the engine raises.
+
+        A reader may be slow: what is made is kept for it, and the turn ends when all is made.
+        """
+        made: asyncio.Queue[str | Exception | None] = asyncio.Queue()
+        hand = asyncio.get_running_loop().call_soon_threadsafe
+
+        def compute() -> None:
+            try:
+                with contextlib.closing(self.queue.engine.stream(messages, generation, notify, usage)) as pieces:
+                    for piece in pieces:
+                        if self.left.is_set():
+                            return
+                        hand(made.put_nowait, piece)
+            except Exception as error:
+                hand(made.put_nowait, error)
+            else:
+                hand(made.put_nowait, None)
+
+        async def wait_and_compute() -> None:
+            async with self.queue.turn:
+                await asyncio.to_thread(compute)
+
+        self.work = asyncio.create_task(wait_and_compute())
+        while (piece := await made.get()) is not None:
+            if isinstance(piece, Exception):
+                raise piece
+            if piece:
+                yield piece

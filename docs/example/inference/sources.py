@@ -1,0 +1,140 @@
+"""Which model answers: the tuned one of models/run.json or the base model of olive-config.yaml, as torch or as ONNX."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from engine import ChatError, Source
+
+TUNE = "run `python finetuning/invoke_olive.py`"
+BASE = "or chat with the base model: --baseonly."
+
+
+def tuned_source(root: Path) -> Source:
+    """Read models/run.json, which a finished run of fine-tuning leaves behind."""
+    try:
+        run = json.loads((root / "models" / "run.json").read_text(encoding="utf-8"))
+        return Source(
+            base=run["base_model"],
+            revision=run["revision"],
+            adapter=run["adapter"],
+            method=run["method"],
+            dtype=run["dtype"],
+            system_prompt=run["system_prompt"],
+            run=run,
+        )
+    except FileNotFoundError:
+        raise ChatError(f"No tuned model yet (models/run.json is missing): {TUNE}, {BASE}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ChatError(f"models/run.json is torn or incomplete ({reason}): {TUNE} again, {BASE}") from error
+
+
+def base_source(root: Path) -> Source:
+    """Read the base model from finetuning/olive-config.yaml, in the precision that training would use."""
+    config = read_yaml(root, "finetuning/olive-config.yaml")
+    try:
+        (chosen,) = config["passes"].values()
+        data = [data.get("pre_process_data_config") or {} for data in config.get("data_configs") or []]
+        return Source(
+            base=config["input_model"]["model_path"],
+            revision=(config["input_model"].get("load_kwargs") or {}).get("revision"),
+            adapter=None,
+            method=chosen["type"].lower(),
+            dtype=chosen["torch_dtype"],
+            system_prompt=next((settings["system_prompt"] for settings in data if settings.get("system_prompt")), ""),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ChatError(
+            "finetuning/olive-config.yaml does not name the model as it should: restore it with git or "
+            "`copier recopy --trust --vcs-ref :current:`."
+        ) from error
+
+
+def read_yaml(root: Path, file: str) -> dict[str, Any]:
+    """Read a YAML file of the workspace. Raises ChatError."""
+    import yaml
+
+    try:
+        return dict(yaml.safe_load((root / file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ChatError(
+            f"{file} cannot be read ({reason}): restore it with git or `copier recopy --trust --vcs-ref :current:`."
+        ) from error
+
+
+def check_adapter(source: Source, root: Path) -> None:
+    """Raise ChatError unless the adapter's folder is whole and was trained on the base model of models/run.json."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = root / str(source.adapter)
+    try:
+        trained_on = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        with safe_open(folder / "adapter_model.safetensors", framework="numpy") as weights:
+            weights.keys()  # a torn file is noticed on opening
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ChatError(
+            f"The adapter in {source.adapter} is missing or torn ({error}): {TUNE} again, {BASE}"
+        ) from error
+    # A folder may have moved with the workspace, and a downloaded model lies in the hub's cache: compare the ends.
+    path = f"/{trained_on or source.base}".replace("\\", "/")
+    if not path.endswith("/" + source.base.lstrip("./")) and "/models--" + source.base.replace("/", "--") not in path:
+        raise ChatError(
+            f"The adapter in {source.adapter} was trained on {trained_on}, but models/run.json names {source.base}: "
+            f"{TUNE} again, {BASE}"
+        )
+
+
+def choose(engine: str, source: Source, root: Path) -> tuple[Path | None, list[str]]:
+    """Return the folder of the ONNX model to take, None for torch, and what `auto` should say. Raises ChatError."""
+    folder = root / "models" / ("onnx" if source.adapter else "onnx-base")
+    if engine == "torch" or (engine == "auto" and not (source.adapter and folder.exists())):
+        return None, []
+    problem = problem_of_export(folder, source, root)
+    if engine == "onnx":
+        if problem:
+            raise ChatError(f"{problem}, or use --engine torch.")
+        return folder, []
+    if problem:
+        return None, [f"torch answers. {problem}."]
+    with contextlib.suppress(OSError, ValueError):
+        settings = tomllib.loads((root / "setup" / "environment.toml").read_text(encoding="utf-8"))
+        mark = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        if settings.get("device") == "gpu" and mark.get("provider", "cpu") == "cpu":
+            return None, ["torch answers: this workspace is for a GPU, and models/onnx for a CPU (--engine onnx)."]
+    return folder, ["The int4 model in models/onnx answers; --engine torch takes the adapter itself, and is slower."]
+
+
+def problem_of_export(folder: Path, source: Source, root: Path) -> str:
+    """Return why an ONNX folder cannot stand for the model that is meant, and what to do; "" when it can."""
+    name = f"models/{folder.name}"
+    make = "run `python finetuning/export.py`" if source.adapter else "run `python setup/get_model.py --onnx`"
+    if not folder.exists():
+        return f"There is no ONNX model in {name} yet: {make}"
+    try:
+        mark = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        for file, size in mark["files"].items():
+            if (folder / file).stat().st_size != size:
+                return f"The ONNX model in {name} is torn ({file}): {make} again"
+        if mark["base_model"] != source.base:
+            return f"The ONNX model in {name} was made from {mark['base_model']}, not from {source.base}: {make} again"
+        if source.adapter and mark["adapter_sha256"] != sha256_of_adapter(root / source.adapter):
+            return f"The ONNX model in {name} was made from another adapter than {source.adapter}: {make} again"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"The ONNX model in {name} is torn ({error}): {make} again"
+    return ""
+
+
+def sha256_of_adapter(folder: Path) -> str:
+    """Return the hash of weights and settings, as finetuning/export.py writes it into what it makes."""
+    with (folder / "adapter_model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update((folder / "adapter_config.json").read_bytes())
+    return digest.hexdigest()

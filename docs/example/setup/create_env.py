@@ -1,0 +1,309 @@
+"""Make the Python environment of this workspace, or bring it up to date: conda where there is one, else a venv.
+
+Packages are installed by uv where it is on PATH (it reads no pip.conf: set PIP_INDEX_URL for an index of your own),
+else by pip. TORCH_INDEX_URL names another index for torch. Every command and all it says goes to setup/create_env.log.
+What is up to date is left alone; to start over, delete the environment and run this again. A conda environment
+that something else made is left alone, and so are the start-up files of a shell.
+
+--for promptflow makes a venv for inference/flow, apart from the other: prompt flow and Olive do not go together.
+"""
+
+# The standard library alone, and nothing newer than Python 3.8: this file runs before there is an environment.
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from install import LOG, SetupError, again, install, log, python_in, quoted, step, torch_versions, works
+
+ROOT = Path(__file__).resolve().parents[1]
+SETUP = ROOT / "setup"
+FLOW = ROOT / "inference" / "flow"
+DISK_GIB = {"cpu": 3, "gpu": 9, "promptflow": 1}
+CONDAS = ("conda", "mamba", "micromamba")
+STAMP = "create_env.stamp"
+
+
+def create(manager: str, purpose: str, dry_run: bool) -> None:
+    """Create or update the environment; `manager` "" means setup/environment.toml's. Raises SetupError."""
+    started = time.monotonic()
+    settings = read_settings()
+    device, manager = settings["device"], manager or settings["manager"]
+    lock, venv, command = SETUP / f"requirements-{device}.txt", ".venv", "python finetuning/invoke_olive.py --check"
+    if purpose == "promptflow":
+        device, manager, lock, venv = purpose, "venv", FLOW / "requirements.txt", ".venv-promptflow"
+        command = "pf flow test --flow inference/flow --interactive"
+    if manager == "none":
+        print('No environment: manager = "none" in setup/environment.toml. Use --manager to create one after all.')
+        return
+    if not lock.is_file():
+        get = "restore it with git" if device == purpose else f"run `copier update --trust --data device={device}`"
+        raise SetupError(f"{lock.relative_to(ROOT).as_posix()} is not there: {get}.")
+
+    conda, why = find_conda(manager)
+    name = conda_name() if conda else venv
+    with nullcontext() if dry_run else alone(f"{conda} {name}" if conda else str(ROOT)):
+        prefix, exists = find_prefix(conda, name, dry_run) if conda else (ROOT / name, False)
+        if not dry_run and read_stamp(prefix) == stamp_for(prefix, lock) and python_in(prefix).exists():
+            print(f"The environment {name} is up to date.")
+        else:
+            print(f"{'Commands for' if dry_run else 'Setting up'} the environment {name} with {why}:")
+            check_place(prefix, device, dry_run)
+            if not dry_run:
+                log(f"\n===== {time.strftime('%Y-%m-%d %H:%M:%S')}, Python {sys.version.split()[0]}, {sys.platform}\n")
+            if conda:
+                prefix = make_conda(conda, name, prefix, exists, dry_run)
+            else:
+                make_venv(prefix, settings["python"], dry_run)
+            install(prefix, device, lock, dry_run)
+            if not dry_run:
+                # Last, so that an environment that was interrupted never passes for a complete one.
+                write_stamp(prefix, stamp_for(prefix, lock))
+                print(f"Ready in {time.monotonic() - started:.0f} s.")
+    activate = [f"source {name}/bin/activate" if sys.platform != "win32" else rf"{name}\Scripts\Activate.ps1"]
+    if conda:
+        activate = [f"{Path(conda).stem} activate {name}"]
+        if not shutil.which(Path(conda).stem):  # no start-up file knows it, and none is changed
+            activate, command = [], command.replace("python", quoted([str(python_in(prefix))]), 1)
+    following = [*activate, command]
+    if os.environ.get("COPIER_SAYS_NEXT"):  # set by the hook: Copier's message says the rest
+        print(f"To use it: {following[0]}")
+    else:
+        print("\n  ".join([f"Next, in {ROOT}:", *following]))
+
+
+@contextmanager
+def alone(what: str) -> Iterator[None]:
+    """Wait until no other run makes the same environment, and keep others waiting."""
+    # Not beside the environment, which may not be there yet; and not deleted, as another run may wait for it.
+    name = hashlib.sha256(f"{Path.home()} {what}".encode()).hexdigest()[:16]
+    with Path(tempfile.gettempdir(), f"create_env-{name}.lock").open("a") as file:
+        if not locked(file.fileno(), wait=False):
+            print("Another run makes this environment: waiting for it. Ctrl-C ends the wait.", flush=True)
+            while not locked(file.fileno(), wait=True):
+                pass
+        yield
+
+
+def locked(file: int, wait: bool) -> bool:
+    """Lock an open file until it is closed, here and in every program that inherits it; tell whether that was done."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(file, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)  # LK_LOCK waits for ten seconds
+        except OSError:
+            return False
+    else:
+        import fcntl
+
+        os.set_inheritable(file, True)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+    return True
+
+
+def read_settings() -> dict[str, str]:
+    """Read setup/environment.toml: flat `key = "value"` lines, as tomllib needs a newer Python than conda does."""
+    text = (SETUP / "environment.toml").read_text(encoding="utf-8")
+    settings = dict(re.findall(r'^(\w+)\s*=\s*"([^"]*)"', text, re.MULTILINE))
+    managers = "auto|conda|mamba|micromamba|venv|none"
+    known = {"manager": managers, "device": "cpu|gpu", "python": "3.11|3.12|3.13|3.14"}
+    for key, values in known.items():
+        if not re.fullmatch(values, settings.get(key, "")):
+            raise SetupError(f'setup/environment.toml: {key} = "{settings.get(key, "")}" is not one of {values}.')
+    return settings
+
+
+# ------------------------------------------------------------------ Which manager, and where the environment lies
+
+
+def find_conda(manager: str) -> tuple[str, str]:
+    """Return the program of the conda family that `manager` asks for ("" for a venv), and the choice in words."""
+    if manager != "venv":
+        for program, where in conda_programs():
+            stem = Path(program).stem
+            if Path(program).is_file() and (manager == "auto" or stem == manager):
+                return program, f"{stem} ({where})"
+        if manager != "auto":
+            raise SetupError(f"{manager} was not found: install Miniforge (conda-forge.org) or use --manager venv.")
+    return "", "venv" if manager == "venv" else "venv (no conda was found)"
+
+
+def conda_programs() -> Iterator[tuple[str, str]]:
+    """Yield where a conda may be, and that place in words; start-up files are never read or changed."""
+    for variable in ("CONDA_EXE", "MAMBA_EXE"):
+        yield os.environ.get(variable, ""), f"from {variable}"
+    for name in CONDAS:
+        yield shutil.which(name) or "", "on PATH"
+    for folder in ("miniforge3", "miniconda3", "AppData/Local/miniforge3", "AppData/Local/miniconda3"):
+        home = Path.home() / folder
+        yield str(home / ("Scripts/conda.exe" if sys.platform == "win32" else "bin/conda")), f"in {home}"
+
+
+def conda_name() -> str:
+    """Return the environment's name, which stands in setup/conda-environment.yml alone."""
+    text = (SETUP / "conda-environment.yml").read_text(encoding="utf-8")
+    # No option, no way out of the folder of environments, nor conda's own: the update removes what it does not list.
+    found = re.search(r"^name:\s*([\"']?)(\w[\w.-]*)\1\s*(#.*)?$", text, re.MULTILINE)
+    if not found or found.group(2) in ("base", "root"):
+        raise SetupError("setup/conda-environment.yml has no name of its own: write a line `name: my-environment`.")
+    return found.group(2)
+
+
+def find_prefix(conda: str, name: str, dry_run: bool) -> tuple[Path, bool]:
+    """Return the folder that a conda environment has or will get, and whether it exists. Raises SetupError."""
+    root = os.environ.get("MAMBA_ROOT_PREFIX") if Path(conda).stem == "micromamba" else None
+    prefix = (Path(root) if root else Path(conda).resolve().parents[1]) / "envs" / name
+    exists = (prefix / "conda-meta").is_dir()
+    if not dry_run and not exists:
+        try:
+            done = subprocess.run([conda, "env", "list", "--json"], capture_output=True, text=True, check=True)
+            folders = [Path(folder) for folder in json.loads(done.stdout)["envs"]]
+        except (OSError, subprocess.CalledProcessError, ValueError, KeyError) as error:
+            raise SetupError(f"{conda} does not work ({error}): repair it or use --manager venv.") from error
+        for folder in folders:
+            # A base environment, which holds the others, is never this one, whatever its folder is called.
+            ours = folder.name == name and not (folder / "condabin").is_dir()
+            if ours and (folder / "conda-meta").is_dir():
+                prefix, exists = folder, True
+    if " " in str(prefix):
+        raise SetupError(f"{prefix} has a space in its path, which breaks conda environments: use --manager venv.")
+    return prefix, exists
+
+
+def check_place(prefix: Path, device: str, dry_run: bool) -> None:
+    """Raise SetupError for a place where the environment cannot work, or that something else has taken."""
+    venv = prefix.parent == ROOT
+    if venv and os.pathsep in str(prefix):
+        raise SetupError(f"{ROOT} has a `{os.pathsep}` in its path, which no venv works with: rename the folder.")
+    if not read_stamp(prefix):
+        if venv and prefix.is_dir() and any(prefix.iterdir()) and not (prefix / "pyvenv.cfg").exists():
+            raise SetupError(f"{prefix} is not an environment, and is left alone: rename it, then run this again.")
+        if not venv and any(prefix.glob("conda-meta/*.json")):
+            raise SetupError(
+                f"The conda environment in {prefix} was not made by this file, and is left alone: "
+                "give another name in setup/conda-environment.yml, or use --manager venv."
+            )
+    folder = next(folder for folder in (prefix, *prefix.parents) if folder.exists())
+    free = shutil.disk_usage(folder).free / 2**30
+    if not dry_run and not torch_versions(prefix) and free < DISK_GIB[device]:
+        raise SetupError(
+            f"{folder} has {free:.1f} GiB free, the environment needs {DISK_GIB[device]}: make room first."
+        )
+
+
+def stamp_for(prefix: Path, lock: Path) -> str:
+    """Return what a complete environment of these files holds in its stamp."""
+    files = (lock, SETUP / "environment.toml", SETUP / "conda-environment.yml")
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
+    return f"{digest}\n{prefix}\n"
+
+
+def read_stamp(prefix: Path) -> str:
+    """Return the stamp of the environment, "" when this file did not make it."""
+    file = prefix / STAMP
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def write_stamp(prefix: Path, stamp: str) -> None:
+    """Mark the environment as made by this file."""
+    prefix.mkdir(parents=True, exist_ok=True)
+    draft = prefix / f"{STAMP}.draft"
+    draft.write_text(stamp, encoding="utf-8")
+    draft.replace(prefix / STAMP)
+
+
+# ------------------------------------------------------------------------------------------ The environment itself
+
+
+def make_conda(conda: str, name: str, prefix: Path, exists: bool, dry_run: bool) -> Path:
+    """Create the conda environment, or update the one in `prefix`; return its folder. Raises SetupError."""
+    # Variables instead of --yes: not every version of every manager has that option here.
+    env = {**os.environ, "CONDA_ALWAYS_YES": "true", "MAMBA_ALWAYS_YES": "true"}
+    if not exists:
+        # Empty at first, so that the stamp is in it before anything can be interrupted.
+        step("an empty environment", [conda, "create", "--name", name], env, dry_run)
+        prefix, exists = find_prefix(conda, name, dry_run)
+    if not dry_run:
+        if not exists:
+            raise SetupError(f"{conda} made no environment {name}: see {LOG}.{again()}")
+        write_stamp(prefix, f"begun\n{prefix}\n")
+    file = str(SETUP / "conda-environment.yml")
+    prune = ["--prune"] if exists and any(prefix.glob("conda-meta/*.json")) else []
+    title = f"update of {prefix}" if prune else "Python"
+    step(title, [conda, "env", "update", "--prefix", str(prefix), "--file", file, *prune], env, dry_run)
+    if not dry_run and not python_in(prefix).exists():
+        raise SetupError(f"{conda} made no Python in {prefix}: see {LOG}.{again()}")
+    return prefix
+
+
+def make_venv(prefix: Path, least: str, dry_run: bool) -> None:
+    """Create the venv unless it is there and works; one that was moved or broken is made anew. Raises SetupError."""
+    python = python_in(prefix)
+    stamp = read_stamp(prefix)
+    moved = bool(stamp) and stamp.splitlines()[-1] != str(prefix)
+    if not moved and works([python, "-c", ""]):
+        if not dry_run:
+            write_stamp(prefix, f"begun\n{prefix}\n")
+        if not shutil.which("uv") and not works([python, "-m", "pip", "--version"]):
+            step("pip", [str(python), "-m", "ensurepip"], dict(os.environ), dry_run)
+        return
+    if sys.version_info < tuple(int(part) for part in least.split(".")):
+        mine = sys.version.split()[0]
+        raise SetupError(f"This is Python {mine}, and the venv needs {least} or newer: run this file with that one.")
+    title = f"Python {sys.version.split()[0]}"
+    if moved or (prefix / "pyvenv.cfg").exists():
+        title += f" ({'the folder was moved' if moved else f'the one in {prefix.name} does not run'}: made anew)"
+    if not dry_run:
+        write_stamp(prefix, f"begun\n{prefix}\n")
+        for path in prefix.iterdir():  # not venv's --clear, which would take the stamp as well
+            if path.name != STAMP:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    # uv installs without pip being there, and the lock brings pip.
+    options = ["--without-pip"] if shutil.which("uv") else []
+    step(title, [sys.executable, "-m", "venv", *options, str(prefix)], dict(os.environ), dry_run)
+
+
+def main() -> int:
+    """Read the command line and create the environment."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--manager", choices=(*CONDAS, "venv"), default="", help="instead of setup/environment.toml's")
+    purposes = ("finetuning", "promptflow")
+    parser.add_argument("--for", choices=purposes, default=purposes[0], dest="purpose", help="what it is for")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args()
+    if args.purpose == "promptflow" and args.manager not in ("", "venv"):
+        parser.error("prompt flow's environment is always a venv: leave --manager out")
+    try:
+        create(args.manager, args.purpose, args.dry_run)
+    except KeyboardInterrupt:
+        print("\nInterrupted: run the same command again, it goes on from here.", file=sys.stderr)
+        return 130
+    except (SetupError, OSError) as error:
+        if args.debug:
+            raise
+        if isinstance(error, OSError):
+            print(f"create_env: {error.filename or LOG}: {error.strerror or error}.{again()}", file=sys.stderr)
+        else:
+            print(f"create_env: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

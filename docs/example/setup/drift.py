@@ -1,0 +1,97 @@
+"""Tell which files of this workspace differ from the template at the release that the workspace has.
+
+Rows in dataset/ are yours, and are not compared; nor are files that the template does not have. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+WORKSPACE = Path(__file__).resolve().parents[1]
+ANSWERS = ".copier-answers.yml"
+
+
+class DriftError(Exception):
+    """Why nothing was compared, and what to do."""
+
+
+def render(folder: Path, answers: Path) -> None:
+    """Render the workspace's own release with its answers into a folder. Raises DriftError."""
+    if importlib.util.find_spec("copier"):
+        copier = [sys.executable, "-m", "copier"]
+    elif found := shutil.which("copier"):
+        copier = [found]
+    else:
+        raise DriftError("Copier is not installed: `python -m pip install -r setup/requirements-copier.txt`.")
+    if not answers.is_file():
+        raise DriftError(f"{answers.name} is missing, so the release is unknown: `git checkout {answers.name}`.")
+    (folder / ANSWERS).write_bytes(answers.read_bytes())
+    options = ["--vcs-ref", ":current:", "--defaults", "--overwrite", "--skip-tasks", "--quiet"]
+    command = [*copier, "recopy", *options, str(folder)]
+    done = subprocess.run(command, cwd=WORKSPACE, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise DriftError(f"the template cannot be rendered ({reason}): see _src_path and _commit in {answers.name}.")
+
+
+def differences(template: Path) -> dict[str, str]:
+    """Return «changed» or «missing» for each file that is not as the template has it."""
+    found = {}
+    for path in sorted(path for path in template.rglob("*") if path.is_file()):
+        name = path.relative_to(template).as_posix()
+        mine = WORKSPACE / name
+        if name == ANSWERS or re.fullmatch(r"dataset/[^/]+\.jsonl", name):
+            continue
+        if not mine.is_file():
+            found[name] = "missing"
+        elif lines(mine) != lines(path):
+            found[name] = "changed"
+    return found
+
+
+def lines(path: Path) -> list[str]:
+    """Return the lines of a text, however they end; of another file what can be shown of it."""
+    return path.read_text(encoding="utf-8", errors="backslashreplace").splitlines(keepends=True)
+
+
+def main() -> int:
+    """Read the command line, compare, and say what differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--diff", action="store_true", help="show the lines too")
+    parser.add_argument("--strict", action="store_true", help="end with status 1 when a file differs, or on an error")
+    parser.add_argument("--answers-file", type=Path, default=ANSWERS, help="(default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            template = Path(temporary) / WORKSPACE.name
+            template.mkdir()
+            answers = WORKSPACE / args.answers_file
+            render(template, answers)
+            release = re.search(r"^_commit: (.*)", answers.read_text(encoding="utf-8"), re.MULTILINE)
+            found = differences(template)
+            if found:
+                print(f"These files differ from the template's release {release[1] if release else ''}:")
+            else:
+                print("No file differs from the template's release.")
+            for name, how in found.items():
+                print(f"  {how}  {name}")
+                if args.diff and how == "changed":
+                    theirs, mine = lines(template / name), lines(WORKSPACE / name)
+                    shown = difflib.unified_diff(theirs, mine, f"template/{name}", f"workspace/{name}")
+                    print("".join(line if line.endswith("\n") else f"{line}\n" for line in shown))
+    except DriftError as error:
+        print(f"drift: {error}", file=sys.stderr)
+        return int(args.strict)
+    return int(args.strict and bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

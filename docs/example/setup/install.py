@@ -1,0 +1,171 @@
+"""Install the locked packages into an environment: torch, where it is one of them, from its own index first.
+
+Every command, and all it says, goes to setup/create_env.log.
+"""
+
+# The standard library alone, and nothing newer than Python 3.8, as in create_env.py.
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LOG = ROOT / "setup" / "create_env.log"
+TORCH_INDEX = {"cpu": "https://download.pytorch.org/whl/cpu", "gpu": "https://download.pytorch.org/whl/cu130"}
+# uv has its own names for what is set for pip.
+PIP_NAMES = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "PIP_CERT")
+UV_NAMES = ("UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_INSECURE_HOST", "SSL_CERT_FILE")
+
+
+class SetupError(Exception):
+    """Something the user can put right; its text says what is wrong, where, and what to do."""
+
+
+def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
+    """Install torch from its own index, if the lock has it, then all the rest. Raises SetupError."""
+    command, env = installer(python_in(prefix))
+    pins = re.findall(r"^([\w.-]+)==(\S+)", lock.read_text(encoding="utf-8"), re.MULTILINE)
+    version = dict(pins).get("torch")
+    # Its own index has a build for each device. macOS has one build, and the lock takes it from the usual index.
+    if version and sys.platform != "darwin" and not right_torch(prefix, version, device):
+        options = ["--no-deps", "--reinstall" if "uv" in command else "--force-reinstall", f"torch=={version}"]
+        for place, more, env_torch in torch_sources(env, device):
+            done = step(f"torch {version} from {place}", [*command, *more, *options], env_torch, dry_run, may_fail=True)
+            if done and (dry_run or right_torch(prefix, version, device)):
+                break
+        else:
+            build = "for the CPU only" if sys.platform == "win32" else "with CUDA, 4 GiB"
+            print(f"  torch's own index cannot be used; yours is asked for torch (usually a build {build}).")
+    options = ["--no-index"] if env.get("PIP_NO_INDEX") else []
+    # Compiled, every script starts in half the time; pip compiles unasked.
+    env = {"UV_COMPILE_BYTECODE": "1", **env}
+    step(f"{len(pins)} locked packages", [*command, *options, "-r", str(lock)], env, dry_run)
+
+
+def installer(python: Path) -> tuple[list[str], dict[str, str]]:
+    """Return the command that installs into `python` and its variables: what is set for pip holds for uv too."""
+    env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+    if not shutil.which("uv"):
+        if "UV_FIND_LINKS" in env:
+            env.setdefault("PIP_FIND_LINKS", env["UV_FIND_LINKS"].replace(",", " "))
+        return [str(python), "-m", "pip", "install"], env
+    if "PIP_EXTRA_INDEX_URL" in env:
+        env.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")  # pip's way to use several indexes
+    if "PIP_FIND_LINKS" in env:
+        env.setdefault("UV_FIND_LINKS", ",".join(env["PIP_FIND_LINKS"].split()))
+    for pip_name, uv_name in zip(PIP_NAMES, UV_NAMES):  # noqa: B905 (strict is newer than Python 3.8)
+        if pip_name in env:
+            env.setdefault(uv_name, env[pip_name])
+    return ["uv", "pip", "install", "--python", str(python)], env
+
+
+def torch_sources(env: dict[str, str], device: str) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+    """Yield where to look for torch, in this order: the place in words, options, variables."""
+    if env.get("PIP_FIND_LINKS") or env.get("UV_FIND_LINKS"):
+        yield "your find-links", ["--no-index"], env
+    if env.get("PIP_NO_INDEX"):
+        return
+    index = env.get("TORCH_INDEX_URL") or TORCH_INDEX[device]
+    # A variable, not an option: the address of an index may hold a password, and everybody can read a command line.
+    others = ("PIP_EXTRA_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_INDEX", "UV_DEFAULT_INDEX")
+    only = {"PIP_DEFAULT_TIMEOUT": "15", "UV_HTTP_TIMEOUT": "15", "PIP_RETRIES": "1", "UV_HTTP_RETRIES": "1"}
+    only.update((name, value) for name, value in env.items() if name not in others)
+    only["UV_INDEX_URL" if shutil.which("uv") else "PIP_INDEX_URL"] = index
+    yield hide_passwords(index), [], only
+
+
+def python_in(prefix: Path) -> Path:
+    """Return the environment's own Python."""
+    if sys.platform != "win32":
+        return prefix / "bin" / "python"
+    return prefix / "Scripts" / "python.exe" if prefix.parent == ROOT else prefix / "python.exe"
+
+
+def right_torch(prefix: Path, version: str, device: str) -> bool:
+    """Tell whether the environment has this torch in a build for the device."""
+    wrong = version + ("+cpu" if device == "gpu" else "+cu")
+    return any(found.split("+")[0] == version and not found.startswith(wrong) for found in torch_versions(prefix))
+
+
+def torch_versions(prefix: Path) -> list[str]:
+    """Return the versions of torch that stand in the environment: none, or one, or what an interruption left."""
+    names = "lib/python3.*/site-packages/torch-*.dist-info", "Lib/site-packages/torch-*.dist-info"
+    return [folder.stem[len("torch-") :] for name in names for folder in prefix.glob(name)]
+
+
+# ------------------------------------------------------------------------------------------------ Running commands
+
+
+def step(title: str, command: list[str], env: dict[str, str], dry_run: bool, may_fail: bool = False) -> bool:
+    """Run one command, its output in the log, and return whether it worked. Raises SetupError unless it may fail."""
+    ours = [f"{name}={env[name]}" for name in env if name.endswith("_INDEX_URL") and env[name] != os.environ.get(name)]
+    shown = hide_passwords(" ".join([*ours, quoted(command)]))
+    if dry_run:
+        print(f"  {shown}")
+        return True
+    print(f"  {title} ... ", end="", flush=True)
+    started = time.monotonic()
+    last: deque[str] = deque(maxlen=10)
+    log(f"\n$ {shown}\n")
+    out, both = subprocess.PIPE, subprocess.STDOUT
+    with subprocess.Popen(
+        # It inherits the lock, and holds it where it outlives this process.
+        command,
+        env=env,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=both,
+        text=True,
+        errors="replace",
+        close_fds=False,
+    ) as process:
+        for line in process.stdout or ():
+            log(line)
+            if line.strip():
+                last.append(hide_passwords(line.rstrip()))
+    failed = process.returncode != 0
+    print(f"{'failed after ' if failed else ''}{time.monotonic() - started:.1f} s", flush=True)
+    if failed and not may_fail:
+        lines = "\n    ".join(last or [f"status {process.returncode}, without a word"])
+        raise SetupError(f"{title}: it failed with\n    {lines}\n  All of it: {LOG}{again()}")
+    return not failed
+
+
+def again() -> str:
+    """Return the line with the command that tries again, "" where the hook shows one."""
+    python = "python" if sys.platform == "win32" else "python3"
+    command = quoted([python, "setup/create_env.py", *sys.argv[1:]])
+    return "" if os.environ.get("COPIER_SAYS_NEXT") else f"\n  Try again, in {ROOT}: {command}"
+
+
+def quoted(command: list[str]) -> str:
+    """Return the command as one types it in this system's shell."""
+    return subprocess.list2cmdline(command) if sys.platform == "win32" else " ".join(map(shlex.quote, command))
+
+
+def log(text: str) -> None:
+    """Append to the log."""
+    with LOG.open("a", encoding="utf-8") as file:
+        file.write(hide_passwords(text))
+
+
+def works(command: list[str | Path]) -> bool:
+    """Tell whether a command can be run and succeeds."""
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def hide_passwords(text: str) -> str:
+    """Return the text with what stands before the @ of an address made unreadable."""
+    return re.sub(r"(://)[^/@\s]+@", r"\1***@", text)

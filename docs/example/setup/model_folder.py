@@ -1,0 +1,242 @@
+"""Which folder the model is: one answer for get_model.py, the check, the training, the chat and the export.
+
+A model is a folder of the user's, or a snapshot in the Hugging Face cache: HF_HOME or HF_HUB_CACHE says where that is.
+The hub is never asked here: setup/get_model.py downloads, and looks for a newer commit of a branch.
+
+finetuning/ and inference/ import this file by its path, so it needs the standard library and huggingface_hub alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+DEMO = "models/demo"
+INDEX = "model.safetensors.index.json"
+# What transformers reads, at the top of a repository: no code, no other formats of the weights.
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template*",
+    "LICENSE*",
+    "model.safetensors",
+    "model-*.safetensors",
+    INDEX,
+)
+VOCABULARY = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+# What is downloaded, and not missed: a cache that another tool filled may lack it.
+EXTRA = ("LICENSE*",)
+EXTRA_BESIDE_TOKENIZER_JSON = ("vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+GET = "run `python setup/get_model.py`"
+
+
+class ModelError(Exception):
+    """What is wrong with the model, where, and what to do: one sentence."""
+
+
+class ModelMissingError(ModelError):
+    """The model is not on this machine, or not whole; setup/get_model.py changes that."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model on this machine, complete."""
+
+    folder: Path
+    commit: str | None = None  # of its repository on the hub; None: a folder of the user's
+    listed: bool = True  # whether the hub's own list of the files was there to compare with
+
+
+def find_model(model: str, revision: str | None, workspace: Path) -> Found:
+    """Return the folder of a model that is complete.
+
+    `model` is a folder, absolute or as seen from the workspace, or the id of a repository on the hub; `revision` is
+    that repository's commit, branch or tag; None means its main branch. Raises ModelError.
+    """
+    try:
+        folder = workspace / Path(model).expanduser()
+        if folder.is_dir():
+            check_folder(folder, model)
+            return Found(folder)
+        if model == DEMO:
+            raise ModelMissingError(f"{DEMO} is not on this machine yet: {GET}, which builds it.")
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith((".", "models/")):
+            raise ModelError(
+                f"The folder {folder} is not there: put the model there, or correct model_path in "
+                "finetuning/olive-config.yaml."
+            )
+        return find_snapshot(model, revision)
+    except OSError as error:
+        raise ModelError(f"{error.filename} cannot be read ({error.strerror}): give yourself the right to.") from error
+
+
+def check_folder(folder: Path, model: str) -> None:
+    """Raise ModelError unless the user's own folder holds a complete model."""
+    try:
+        names = needed([path.name for path in folder.iterdir()], str(folder))
+    except ModelError as error:
+        if model == DEMO:
+            raise ModelMissingError(f"{DEMO} is not whole: {GET}, which builds it again.") from error
+        raise
+    for name, fault in faults(folder, names, {}).items():
+        if model == DEMO:
+            raise ModelMissingError(f"{DEMO} is not whole ({name} {fault}): {GET}, which builds it again.")
+        raise ModelError(f"{folder / name} {fault}: copy the model there again.")
+
+
+def find_snapshot(model: str, revision: str | None) -> Found:
+    """Return the complete snapshot of a repository in the hub's cache. Raises ModelError."""
+    from huggingface_hub import errors
+
+    try:
+        snapshot, sizes = cached(model, revision)
+    except errors.HFValidationError:
+        raise ModelError(
+            f"{model} is neither a folder nor an id of the Hugging Face hub: correct model_path."
+        ) from None
+    if snapshot is None:
+        raise ModelMissingError(not_here(model, revision))
+    try:
+        names = needed([path.name for path in snapshot.iterdir()] if sizes is None else sizes, model)
+    except ModelError as error:
+        if sizes is None:  # what the hub has beyond these files is not known
+            raise ModelMissingError(
+                f"{model} is only partly on this machine: {GET}, which fetches the rest."
+            ) from error
+        raise
+    extra = EXTRA + (EXTRA_BESIDE_TOKENIZER_JSON if "tokenizer.json" in names else ())
+    names = [name for name in names if not matches(name, extra)]
+    for name, fault in faults(snapshot, names, sizes or {}).items():
+        raise ModelMissingError(f"{model} is not whole on this machine ({name} {fault}): {GET}, which mends it.")
+    return Found(snapshot, snapshot.name, listed=sizes is not None)
+
+
+def cached(model: str, revision: str | None) -> tuple[Path | None, dict[str, int] | None]:
+    """Return the snapshot in the hub's cache, and the hub's list of its files with their sizes in bytes.
+
+    Each is None when it is not there: caches of older or other tools have no list.
+    """
+    from huggingface_hub import errors, get_cached_repo_tree, try_to_load_from_cache
+
+    config = try_to_load_from_cache(model, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None, None
+    snapshot = Path(config).parent
+    try:
+        return snapshot, {file.path: file.size for file in get_cached_repo_tree(model, revision=snapshot.name)}
+    except (errors.CachedRepoTreeNotFoundError, OSError):
+        return snapshot, None
+
+
+def snapshot_of(model: str, commit: str) -> Path:
+    """Return the folder that the cache has, or will have, for a commit."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "snapshots" / commit
+
+
+def not_here(model: str, revision: str | None) -> str:
+    """Return the sentence for a model that is not in the cache, or only at other commits."""
+    others = [path.parent for path in snapshot_of(model, "").glob("*/config.json")]
+    if not others:
+        return f"{model} is not on this machine yet: {GET}."
+    if revision and COMMIT.fullmatch(revision):
+        return (
+            f"{model} is on this machine, but not its commit {revision}: {GET} with revision: {revision} in "
+            "finetuning/olive-config.yaml."
+        )
+    newest = max(others, key=lambda folder: folder.stat().st_mtime).name
+    return (
+        f"{model} is on this machine, but not known as {revision or 'main'}: {GET}, or set revision: {newest}, which "
+        "is here, in finetuning/olive-config.yaml."
+    )
+
+
+def needed(names: Collection[str], where: str) -> list[str]:
+    """Return those of a repository's files that make the model. Raises ModelError when they make none."""
+    chosen = [name for name in names if matches(name, FILES) and "/" not in name]
+    if "config.json" not in names:
+        if "adapter_config.json" in names:
+            raise ModelError(f"{where} is an adapter, not a model: set model_path to the model it was trained on.")
+        raise ModelError(f"{where} is no model: it has no config.json; correct model_path.")
+    if "model.safetensors" in chosen:  # transformers takes it, and leaves a copy in parts unread
+        chosen = [name for name in chosen if not fnmatch(name, "model-*.safetensors") and name != INDEX]
+    elif INDEX not in chosen:
+        if any(name.startswith("pytorch_model") for name in names):
+            raise ModelError(
+                f"{where} has its weights as pytorch_model.bin alone, which can run code when it is read: take a "
+                "revision or a model with model.safetensors (huggingface.co/spaces/safetensors/convert makes one)."
+            )
+        raise ModelError(f"{where} has no weights that transformers reads (model.safetensors): choose another model.")
+    if not any(matches(name, VOCABULARY) for name in chosen):
+        raise ModelError(f"{where} has no tokenizer (tokenizer.json): copy or choose a model that has one.")
+    return chosen
+
+
+def matches(name: str, patterns: Collection[str]) -> bool:
+    """Tell whether a file's name is of one of the patterns."""
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def faults(folder: Path, names: Collection[str], sizes: Mapping[str, int]) -> dict[str, str]:
+    """Return what is wrong with the files of a model, by name: `is missing` or `is cut off or damaged`.
+
+    `sizes` are bytes, as far as they are known.
+    """
+    parts: list[str] = []
+    if INDEX in names:
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            parts = sorted(set(index["weight_map"].values()) - set(names))
+    found = {}
+    for name in [*names, *parts]:
+        file = folder / name
+        if not file.is_file():
+            found[name] = "is missing"
+        elif sizes.get(name, file.stat().st_size) != file.stat().st_size or not is_whole(file):
+            found[name] = "is cut off or damaged"
+    return found
+
+
+def is_whole(file: Path) -> bool:
+    """Tell whether JSON can be read, and weights end where their header says."""
+    try:
+        if file.suffix == ".safetensors":
+            header = weights_header(file)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            with file.open("rb") as stream:
+                return file.stat().st_size == 8 + int.from_bytes(stream.read(8), "little") + end
+        if file.name in ("config.json", INDEX):
+            return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError):
+        return False
+    return True
+
+
+def weights_header(file: Path) -> dict[str, Any]:
+    """Return the tensors of a safetensors file, each with `dtype`, `shape` and `data_offsets` (bytes).
+
+    The format: 8 bytes for the header's length, the header as JSON, the data.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError(f"{file} is cut off")
+        header: dict[str, Any] = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return header

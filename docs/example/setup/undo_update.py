@@ -1,0 +1,134 @@
+"""Take the last `copier update` of this workspace back: files and index are as they were before it.
+
+Nothing outside of what the update touched changes. What these files hold now is copied first, so that this can be taken
+back too. The copies lie in git's own folder, of the last three updates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+class UndoError(Exception):
+    """Why nothing was taken back, and what to do."""
+
+
+def undo(workspace: Path) -> None:
+    """Take the newest update back. Raises UndoError."""
+    copies = copies_of(workspace)
+    pending = copies / "pending"
+    names = sorted(path.name for path in copies.glob("[0-9]*") if not (path / "undone").exists())
+    if pending.exists():
+        names = [pending.read_text(encoding="utf-8")]
+    if not names:
+        raise UndoError("there is no update to take back: the last three are kept, in this repository alone.")
+    copy = copies / names[-1]
+    state = json.loads((copy / "state.json").read_text(encoding="utf-8"))
+    touched = {*state["names"], *files(copy / "new"), *files(copy / "mine")}
+    now = copies / f"undone-{datetime.now(UTC):%Y-%m-%d-%H%M%S-%f}"
+    for name in sorted(touched):
+        put(workspace / name, now / name)
+    for name in sorted(touched):
+        put(copy / "mine" / name, workspace / name)
+    restore_index(workspace, state)
+    if pending.exists():
+        delete_again(workspace, state["gone"])
+    (copy / "undone").touch()
+    pending.unlink(missing_ok=True)
+    print(f"The update of {names[-1][:10]} is taken back. What these files held until now lies in {now}.")
+    print("Next: git status")
+
+
+def copies_of(workspace: Path) -> Path:
+    """Return the folder with the copies that the updates of this workspace made. Raises UndoError."""
+    folder = git(workspace, "rev-parse", "--absolute-git-dir").strip()
+    prefix = git(workspace, "rev-parse", "--show-prefix").strip()
+    return Path(folder) / "copier-finetune" / (prefix.strip("/").replace("/", "!") or "workspace")
+
+
+def put(source: Path, target: Path) -> None:
+    """Let a file or link be as another is; it goes where the other is not there."""
+    if target.is_dir() and not target.is_symlink():
+        return
+    there = source.is_file() or source.is_symlink()
+    unfinished = target.with_name(f".{target.name}.new")  # an update that was interrupted may have left one
+    for path in (unfinished,) if there else (unfinished, target):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
+    if not there:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(source, unfinished, follow_symlinks=False)
+    unfinished.replace(target)
+
+
+def restore_index(workspace: Path, state: dict[str, list[str]]) -> None:
+    """Give git's index what it had of the workspace before the update."""
+    prefix = state["prefix"]
+    before = {line.partition("\t")[2]: line.split()[:3] for line in state["index"]}
+    lines = []
+    for line in git(workspace, "ls-files", "--stage", "-z").split("\0"):
+        name = line.partition("\t")[2]
+        if name and before.get(name) == line.split()[:3]:
+            del before[name]  # as it was
+        elif name:
+            lines.append(f"0 {'0' * 40}\t{prefix}{name}")
+    lines += [f"{mode} {digest} {stage}\t{prefix}{name}" for name, (mode, digest, stage) in before.items()]
+    git(workspace, "update-index", "-z", "--index-info", given="".join(f"{line}\0" for line in lines))
+
+
+def delete_again(workspace: Path, names: list[str]) -> None:
+    """Delete what was deleted before the update, which Copier restored from git and did not come to delete again."""
+    top = Path(git(workspace, "rev-parse", "--show-toplevel").rstrip("\n"))
+    for name in names:
+        if (top / name).is_file():
+            staged = git(top, "ls-files", "--stage", "-z", "--", f":(literal){name}").split(" ")[1:2]
+            if staged == [git(top, "hash-object", "--", name).strip()]:  # as git has it, not changed since
+                (top / name).unlink()
+
+
+def files(folder: Path) -> set[str]:
+    """Return the names of the files and links below a folder."""
+    found = folder.rglob("*") if folder.is_dir() else []
+    return {path.relative_to(folder).as_posix() for path in found if path.is_symlink() or path.is_file()}
+
+
+def git(workspace: Path, *arguments: str, given: str = "") -> str:
+    """Run git in the workspace, and return what it says. Raises UndoError."""
+    done = subprocess.run(
+        ["git", "-c", "core.quotePath=false", *arguments],
+        cwd=workspace,
+        input=given.encode(errors="surrogateescape"),
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        reason = done.stderr.decode(errors="replace").strip().partition("\n")[0]
+        raise UndoError(f"git {arguments[0]} did not work in {workspace} ({reason}): put that right and try again.")
+    return done.stdout.decode(errors="surrogateescape")
+
+
+def main() -> int:
+    """Read the command line, and take the last update back."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workspace", type=Path, default=None, help="(default: the one that this script lies in)")
+    args = parser.parse_args()
+    here = Path(__file__).resolve()
+    workspace = args.workspace or (here.parents[1] if here.parent.name == "setup" else Path.cwd())
+    try:
+        undo(workspace)
+    except UndoError as error:
+        print(f"undo_update: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
