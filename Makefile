@@ -1,6 +1,7 @@
 # make demo    render with the defaults into a repository of its own, create the environment, fine-tune, show the answers
 #              before and after
 # make test    everything CI runs
+# make environments   install what the tests need; then a part of them can be run alone: make test-workspace, test-real …
 # make lint    ruff and mypy
 # make test-all   the same, with updates for every valid combination of answers, every way to a model, and a second model
 # make release VERSION=1.2.0   check, test, date the changelog, tag
@@ -121,7 +122,7 @@ $(WORKSPACE)/.venv-promptflow/ready: template/inference/flow/requirements.txt | 
 IN_PAIRS := --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
 test: .venv/ready
-	@$(MAKE) $(IN_PAIRS) environments lint
+	@$(MAKE) $(IN_PAIRS) lint environments
 	pytest -n 2 tests/unit tests/render tests/update tests/azure/test_bicep.py tests/azure/test_environment.py \
 	  --ignore tests/unit/test_get_model.py --ignore tests/unit/test_hub.py
 	AUTOCRLF=true pytest -n 2 tests/update/test_edits.py tests/update/test_migrations.py tests/update/test_update.py
