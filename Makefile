@@ -1,6 +1,7 @@
 # make demo    render with the defaults into a repository of its own, create the environment, fine-tune, show the answers
 #              before and after
 # make test    everything CI runs
+# make environments   install what the tests need; then a part of them can be run alone: make test-workspace, test-real …
 # make lint    ruff and mypy
 # make test-all   the same, with updates for every valid combination of answers, every way to a model, and a second model
 # make release VERSION=1.2.0   check, test, date the changelog, tag
@@ -25,7 +26,8 @@ NEWEST := $(CURDIR)/.cache/newest
 RENDER := copier copy --quiet --defaults --overwrite --skip-tasks --vcs-ref HEAD -d environment=venv .
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test test-all release lint workspace bench docs site lock newest clean
+.PHONY: demo test test-all release lint environments workspace test-workspace test-real test-azure test-walk test-hub
+.PHONY: bench docs site lock newest clean
 
 .venv/ready: locks/repository.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
@@ -121,18 +123,36 @@ $(WORKSPACE)/.venv-promptflow/ready: template/inference/flow/requirements.txt | 
 	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/rattler py-rattler==0.28.0
 	@touch $@
 
-test: lint workspace $(WORKSPACE)/.venv-promptflow/ready .cache/bitsandbytes/ready .cache/tensorboard/ready \
-  .cache/openai/ready .cache/playwright/ready .cache/rattler/ready .cache/bicep-tools/ready .cache/azure-cli/ready \
-  .cache/smollm2/ready site
+# What takes one core runs beside another, the longest first. Each shows what it printed when it ends, except with a make
+# that is too old to hold it back (before 4.0, as on macOS).
+IN_PAIRS := --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+
+test: .venv/ready
+	@$(MAKE) $(IN_PAIRS) lint environments site
 	pytest -n 2 tests/unit tests/render tests/update tests/azure/test_bicep.py tests/azure/test_environment.py \
 	  --ignore tests/unit/test_get_model.py --ignore tests/unit/test_hub.py
 	pytest -n 2 tests/site
 	AUTOCRLF=true pytest -n 2 tests/update/test_edits.py tests/update/test_migrations.py tests/update/test_update.py
-	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_hub.py tests/unit/test_get_model.py
+	@$(MAKE) $(IN_PAIRS) test-workspace test-real test-azure test-walk test-hub
+
+environments: workspace .cache/azure-cli/ready .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready \
+  .cache/playwright/ready .cache/rattler/ready .cache/bicep-tools/ready $(WORKSPACE)/.venv-promptflow/ready \
+  .cache/smollm2/ready
+
+test-workspace:
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace
-	$(WORKSPACE)/.venv/bin/python -m pytest tests/walk --ignore tests/walk/test_every_walk.py
+
+test-real:
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/real --ignore tests/real/test_gemma.py
+
+test-azure:
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/azure --ignore tests/azure/test_bicep.py --ignore tests/azure/test_environment.py
+
+test-walk:
+	$(WORKSPACE)/.venv/bin/python -m pytest tests/walk --ignore tests/walk/test_every_walk.py
+
+test-hub:
+	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_hub.py tests/unit/test_get_model.py
 
 test-all: test .cache/gemma3-270m/ready
 	EVERY_ANSWER=1 pytest -n 2 tests/update/test_every_answer.py

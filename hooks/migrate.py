@@ -161,10 +161,13 @@ class Update:
         hidden = [line[2:] for line in self.listed("ls-files", "-v", "-z") if line.startswith("S ")]
         if hidden:
             raise Refusal(f"the checkout is sparse ({hidden[0]} is not here): run `git sparse-checkout disable`.")
-        tracked = set(self.listed("ls-files", "-z"))
-        for name in self.listed("ls-files", "--others", "-z", "--", "*.rej"):
-            if name.removesuffix(".rej") not in tracked:  # Copier would look there for what the file belongs to
-                raise Refusal(f"{name} has a name that Copier gives to what it could not merge: rename or delete it.")
+        top = Path(git(self.workspace, "rev-parse", "--show-toplevel").decode().rstrip("\n"))
+        for line in split(git(top, "status", "--porcelain", "--ignored", "-z")):
+            if line.startswith(("?? ", "!! ")) and line.endswith(".rej"):
+                raise Refusal(
+                    f"Copier would take {line[3:]} for a patch of its own, reset the file beside it and delete it: "
+                    "move it out of the repository, or delete it."
+                )
         lock = self.workspace / git(self.workspace, "rev-parse", "--git-path", "index.lock").decode().rstrip("\n")
         for _ in range(20):  # an editor may hold it for a moment
             if not lock.exists():

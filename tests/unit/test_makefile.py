@@ -1,11 +1,18 @@
-"""The Makefile, with stand-ins for what it installs and runs: `make demo` gives a workspace that can be updated."""
+"""The Makefile, with stand-ins for what it installs and runs.
+
+`make demo` gives a workspace that can be updated; `make test` runs every test, and says which one failed.
+"""
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIER = """#!/bin/sh
@@ -15,6 +22,12 @@ echo "$@" > demo/rendered.txt
 printf '#!/bin/sh\\necho "$@" >> demo.log\\n' > demo/.venv/bin/python
 chmod +x demo/.venv/bin/python
 """
+PYTEST = """#!/bin/sh
+printf "%s\\n" "$*" >> ran.log
+case "$*" in *"$BROKEN"*) echo "FAILED $BROKEN/test_some.py::test_that_names_itself"; exit 1;; esac
+"""
+# `make test-all` runs these, as they take long.
+LONG = {"tests/real/test_gemma.py", "tests/walk/test_every_walk.py"}
 
 
 def repository(folder: Path) -> Path:
@@ -31,10 +44,33 @@ def repository(folder: Path) -> Path:
     return folder
 
 
-def make(folder: Path, target: str) -> subprocess.CompletedProcess[str]:
-    nobody = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+def installed(folder: Path) -> Path:
+    """A repository in which everything is installed, with stand-ins for the checks and for both of pytest's Pythons."""
+    folder = repository(folder)
+    for name in ("template/setup/requirements-cpu.txt", "template/setup/requirements-gpu.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    for name in ("template/inference/flow/requirements.txt", "tests/real/make_models.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    caches = ("azure-cli", "bicep-tools", "bitsandbytes", "openai", "playwright", "rattler", "smollm2", "tensorboard")
+    for name in ("workspace/.venv", "workspace/.venv-promptflow", *caches):
+        (folder / ".cache" / name).mkdir(parents=True)
+        (folder / ".cache" / name / "ready").touch()
+    for name in ("ruff", "mypy", "pytest"):
+        (folder / ".venv/bin" / name).write_text(PYTEST if name == "pytest" else "#!/bin/sh\n")
+        (folder / ".venv/bin" / name).chmod(0o755)
+    (folder / ".cache/workspace/.venv/bin").mkdir()
+    shutil.copy(folder / ".venv/bin/pytest", folder / ".cache/workspace/.venv/bin/python")
+    return folder
+
+
+def make(folder: Path, target: str, **more: str) -> subprocess.CompletedProcess[str]:
+    names = ("PATH", "HOME", "LANG", "TMPDIR")  # and not those with which a make tells another how it was started
+    env = {name: os.environ[name] for name in names if name in os.environ} | more
+    env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     command = ["make", "--no-print-directory", target]
-    return subprocess.run(command, cwd=folder, env=os.environ | nobody, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
 def demo_log(folder: Path) -> list[str]:
@@ -70,3 +106,30 @@ def test_a_blank_in_the_path_is_refused_before_anything_else(tmp_path: Path) -> 
         assert done.returncode == 2
         assert "has a blank in it, which make cannot handle: move the folder to a path without one" in done.stderr
     assert (tmp_path / "my").is_dir() and (folder / ".venv").is_dir() and not (folder / "demo").exists()
+
+
+def test_every_test_is_run_once_and_some_of_the_updates_again_with_the_line_ends_of_windows(tmp_path: Path) -> None:
+    folder = installed(tmp_path)
+    done = make(folder, "test", BROKEN="nothing")
+    assert done.returncode == 0, done.stderr
+    runs = [shlex.split(line) for line in (folder / "ran.log").read_text().splitlines()]
+    times: dict[str, int] = {}
+    for file in (ROOT / "tests").glob("*/test_*.py"):
+        name = file.relative_to(ROOT).as_posix()
+        times[name] = sum(is_run(name, words) for words in runs)
+    again = {f"tests/update/test_{part}.py" for part in ("edits", "migrations", "update")}
+    assert times == {name: 2 if name in again else 0 if name in LONG else 1 for name in times}
+
+
+def is_run(name: str, words: list[str]) -> bool:
+    """Tell whether pytest, called with these words, runs a file."""
+    ignored = {word for before, word in pairwise(words) if before == "--ignore"}
+    return name not in ignored and any(name == word or name.startswith(f"{word}/") for word in words)
+
+
+@pytest.mark.parametrize("part", ["tests/unit", "tests/workspace", "tests/real", "tests/azure", "tests/walk"])
+def test_a_test_that_fails_is_named_and_fails_all_of_it(tmp_path: Path, part: str) -> None:
+    done = make(installed(tmp_path), "test", BROKEN=part)
+    assert done.returncode != 0
+    assert f"FAILED {part}/test_some.py::test_that_names_itself" in done.stdout
+    assert "make: *** " in done.stderr

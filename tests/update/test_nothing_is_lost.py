@@ -221,16 +221,24 @@ def test_a_sparse_checkout_is_refused(workspace: Path) -> None:
     assert copier_update(workspace).returncode == 0
 
 
-def test_a_rejected_patch_of_a_file_that_is_gone_is_refused_as_copier_would_stop_over_it(workspace: Path) -> None:
-    (workspace / "setup/azure_gpus.yaml").unlink()
-    (workspace / ".git/info").mkdir(exist_ok=True)
-    (workspace / ".git/info/exclude").write_text("*.rej\n")  # else Copier itself says that the repository is dirty
-    commit(workspace, "Gone")
-    (workspace / "setup/azure_gpus.yaml.rej").write_text("mine\n")
-    refused(copier_update(workspace), "setup/azure_gpus.yaml.rej", "rename or delete it")
-    assert (workspace / "setup/azure_gpus.yaml.rej").read_text() == "mine\n"
-    (workspace / "setup/azure_gpus.yaml.rej").unlink()
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_patch_that_was_rejected_elsewhere_in_the_repository_is_refused_and_costs_no_work(
+    copy: Copy, tmp_path: Path, ignored: bool
+) -> None:
+    """Copier resets the file beside a .rej, and deletes that, or ends half-way where git does not know the file."""
+    workspace = copy(tmp_path / "all/tone", NOW, **ANSWERS)
+    other, rejected = tmp_path / "all/other.txt", tmp_path / "all/other.txt.rej"
+    other.write_text("committed\n")
+    (tmp_path / "all/.gitignore").write_text("*.rej\n" * ignored)
+    commit(tmp_path / "all", "As copied")
+    other.write_text("not committed\n")
+    rejected.write_text("mine\n")
+    before = whole(tmp_path / "all")
+    refused(copier_update(workspace), "other.txt.rej", "move it out of the repository")
+    assert whole(tmp_path / "all") == before
+    rejected.unlink()
     assert copier_update(workspace).returncode == 0
+    assert other.read_text() == "not committed\n"
 
 
 @pytest.mark.parametrize("where", ["hooksPath", "templateDir"])
