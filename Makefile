@@ -6,7 +6,7 @@
 # make release VERSION=1.2.0   check, test, date the changelog, tag
 # make bench   what it costs, beside its peers
 # make workspace   render and install the workspace that the tests use
-# make docs    the reference pages, made from copier.yml and catalog/
+# make docs    the reference pages, made from copier.yml and catalog/, and the JSON schema that editors read
 # make lock    pin what the repository and the workspaces install
 # make newest  test a workspace with the newest releases instead of the lock, and show what differs
 #
@@ -78,6 +78,12 @@ $(WORKSPACE)/.venv-promptflow/ready: template/inference/flow/requirements.txt | 
 	  openai==3.57.0 jiter==0.19.0 sniffio==1.3.1
 	@touch $@
 
+# Files are held against the schema that a workspace hands to editors.
+.cache/fastjsonschema/ready: .venv/ready
+	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/fastjsonschema \
+	  fastjsonschema==2.22.3
+	@touch $@
+
 # The page is looked at in the browser that is installed; playwright downloads none by itself.
 .cache/playwright/ready: .venv/ready
 	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/playwright \
@@ -116,7 +122,7 @@ $(WORKSPACE)/.venv-promptflow/ready: template/inference/flow/requirements.txt | 
 	@touch $@
 
 test: lint workspace $(WORKSPACE)/.venv-promptflow/ready .cache/bitsandbytes/ready .cache/tensorboard/ready \
-  .cache/openai/ready .cache/playwright/ready .cache/rattler/ready .cache/bicep-tools/ready .cache/azure-cli/ready \
+  .cache/openai/ready .cache/fastjsonschema/ready .cache/playwright/ready .cache/rattler/ready .cache/bicep-tools/ready .cache/azure-cli/ready \
   .cache/smollm2/ready
 	pytest -n 2 tests/unit tests/render tests/update tests/azure/test_bicep.py tests/azure/test_environment.py \
 	  --ignore tests/unit/test_get_model.py --ignore tests/unit/test_hub.py
@@ -146,8 +152,9 @@ bench: workspace .cache/azure-cli/ready
 	python benchmarks/memory_estimate.py
 	$(WORKSPACE)/.venv/bin/python benchmarks/sync.py
 
-docs: .venv/ready
+docs: .venv/ready workspace
 	python docs/make_reference.py
+	$(WORKSPACE)/.venv/bin/python docs/make_schema.py
 
 lock: .venv/ready
 	python locks/lock.py
