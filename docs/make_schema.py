@@ -28,7 +28,7 @@ from settings.config_file import NEEDED, NEEDED_BY_QLORA  # noqa: E402
 from settings.run_settings import METHODS  # noqa: E402
 from settings.setting_types import setting_types  # noqa: E402
 from settings.startup import leave_out, quiet  # noqa: E402
-from settings.value_types import adapter, either  # noqa: E402
+from settings.value_types import adapter  # noqa: E402
 
 Schema = dict[str, Any]
 SECTIONS = {
@@ -141,7 +141,7 @@ def one_pass() -> Schema:
         for why in {why for why in reason.values() if why}:
             special[tuple(method for method in reason if reason[method] == why)][key] = never(cannot(key, why))
         lacking = tuple(method for method in METHODS if method not in reason)
-        special[lacking][key] = never(f"{key} is for {either(METHODS[method] for method in reason)} only.")
+        special[lacking][key] = never(f"{key} is for {' and '.join(METHODS[method] for method in reason)} only.")
     found["properties"]["type"] = {
         **described("passes.*", "type", True),
         "type": "string",

@@ -226,6 +226,49 @@ def test_both_take(verdicts: Verdicts, change: Callable[[Config], None]) -> None
     assert verdicts(config) == (True, True)
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("passes.*", "r", "many", ": r is 'many': write a whole number."),
+        ("passes.*", "r", 0, ": passes.*.r is 0: write a whole number from 1."),
+        ("passes.*", "alpha", "32", ": passes.*.alpha is '32': write a number above 0."),
+        ("passes.*", "lora_dropout", 1, ": passes.*.lora_dropout is 1: write a number from 0 below 1."),
+        ("passes.*", "target_modules", 3, "write a list of values, each text, text or null."),
+        ("load_dataset_config", "max_rows", -1, "max_rows is -1: write a whole number from 1 or null."),
+        ("load_kwargs", "attn_implementation", None, "choose one of sdpa, eager, flash_attention_2."),
+        ("load_kwargs", "revision", 2024, ": revision is 2024: write text or null."),
+        ("training_args", "load_best_model_at_end", "false", "is 'false': write true or false."),
+        ("training_args", "lr_scheduler_type", "linnear", "is 'linnear': choose one of linear, cosine,"),
+        ("training_args", "logging_steps", 1.5, "write a whole number from 1 or a number above 0 below 1."),
+        ("training_args", "debug", "all", 'write "", underflow_overflow or a list of values, each underflow_overflow.'),
+        ("training_args", "data_seed", 2**32, "write a whole number from 0 to 4294967295 or null."),
+        ("training_args", "deepspeed", 3, "write true or false, text, settings of its own, indented below it or null."),
+        ("training_args", "unknown_thing", 1, "unknown_thing is not a setting: remove it, or see the file's comments."),
+        ("training_args", "hub_tokens", 1, "hub_tokens is not a setting: remove it, or see the file's comments."),
+        ("accelerators", "device", "npu", ": accelerators.device is 'npu': choose one of cpu, gpu."),
+        ("", "input_model", 3, ": input_model is 3: its settings stand below it, indented."),
+        ("", "data_configs", {}, ": data_configs is {}: each of its entries begins with a dash."),
+        ("", "passes", {}, ": passes holds no passes. Keep one; export.py has the later steps."),
+        ("input_model", "load_kwargs", None, ": input_model.load_kwargs is missing: "),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_to_write(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, section: str, key: str, value: Any, words: str
+) -> None:
+    from settings.config_file import ConfigError, check_sections
+    from settings.run_settings import Settings
+    from settings.validation import validate
+
+    monkeypatch.chdir(workspace)
+    config = config_of("LoRA")
+    section_of(config, section)[key] = value
+    with pytest.raises(ConfigError) as error:
+        check_sections(config)
+        validate(Settings.of(config))
+    assert words in str(error.value)
+    assert str(error.value).startswith("olive-config.yaml")
+
+
 def test_a_whole_number_with_a_point_is_one_for_the_schema_alone(verdicts: Verdicts) -> None:
     """Draft 7 says so; Olive would say that it gets a float."""
     config = config_of("LoRA")

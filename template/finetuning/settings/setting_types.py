@@ -36,6 +36,7 @@ TYPES: dict[str, Any] = {
     "debug": Literal["", "underflow_overflow"] | list[Literal["underflow_overflow"]],
     "dataloader_multiprocessing_context": Literal["fork", "spawn", "forkserver"] | None,
     "deepspeed": bool | str | dict[str, Any] | None,  # Olive takes true for settings of its own
+    "fsdp": bool | str | list[str] | None,
     "trackio_static_space_id": str | bool | None,
     "evaluators": dict[str, dict[str, Any]],
     "evaluator": str | dict[str, Any] | None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from enum import Enum
 from functools import cache, reduce
 from operator import or_
@@ -72,23 +71,23 @@ def complaint(kind: Any, value: Any) -> str | None:
 
 
 def in_words(schema: dict[str, Any]) -> str:
-    """Return what a JSON schema of a value takes."""
+    """Return what a JSON schema of a value takes, as in «a, b or c»."""
+    *others, last = dict.fromkeys(options(schema))
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def options(schema: dict[str, Any]) -> list[str]:
+    """Return each of the things that a JSON schema takes, in words."""
     if "anyOf" in schema:
-        return either([in_words(option) for option in schema["anyOf"]])
+        return [words for option in schema["anyOf"] for words in options(option)]
     if "const" in schema or "enum" in schema:
-        return either(map(written, schema.get("enum", [schema.get("const")])))
+        return [*map(written, schema.get("enum", [schema.get("const")]))]
     if schema.get("type") == "array":
-        return f"a list of values, each {in_words(schema.get('items', {}))}"
+        return [f"a list of values, each {in_words(schema.get('items', {}))}"]
     limits = [f"{word} {schema[limit]}" for limit, word in LIMITS.items() if limit in schema]
-    return " ".join([WORDS.get(schema.get("type", ""), "a value"), *limits])
+    return [" ".join([WORDS.get(schema.get("type", ""), "a value"), *limits])]
 
 
 def written(value: Any) -> str:
     """Return a value as a file has it."""
     return value if isinstance(value, str) and value else json.dumps(value)
-
-
-def either(words: Iterable[str]) -> str:
-    """Return words as in «a, b or c»."""
-    *others, last = dict.fromkeys(words)
-    return f"{', '.join(others)} or {last}" if others else last
