@@ -7,7 +7,7 @@
 # make release VERSION=1.2.0   check, test, date the changelog, tag
 # make bench   what it costs, beside its peers
 # make workspace   render and install the workspace that the tests use
-# make docs    the reference pages, made from copier.yml and catalog/, and the example workspace
+# make docs    the reference pages from copier.yml and catalog/, the example workspace, and the JSON schema for editors
 # make site    the documentation as a site in site/, with the configurator
 # make lock    pin what the repository and the workspaces install
 # make newest  test a workspace with the newest releases instead of the lock, and show what differs
@@ -86,6 +86,12 @@ $(WORKSPACE)/.venv-promptflow/ready: template/inference/flow/requirements.txt | 
 	  openai==3.57.0 jiter==0.19.0 sniffio==1.3.1
 	@touch $@
 
+# Files are held against the schema that a workspace hands to editors.
+.cache/fastjsonschema/ready: .venv/ready
+	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/fastjsonschema \
+	  fastjsonschema==2.22.3
+	@touch $@
+
 # The page is looked at in the browser that is installed; playwright downloads none by itself.
 .cache/playwright/ready: .venv/ready
 	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/playwright \
@@ -136,8 +142,8 @@ test: .venv/ready
 	@$(MAKE) $(IN_PAIRS) test-workspace test-real test-azure test-walk test-hub
 
 environments: workspace .cache/azure-cli/ready .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready \
-  .cache/playwright/ready .cache/rattler/ready .cache/bicep-tools/ready $(WORKSPACE)/.venv-promptflow/ready \
-  .cache/smollm2/ready
+  .cache/fastjsonschema/ready .cache/playwright/ready .cache/rattler/ready .cache/bicep-tools/ready \
+  $(WORKSPACE)/.venv-promptflow/ready .cache/smollm2/ready
 
 test-workspace:
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace
@@ -173,8 +179,9 @@ bench: workspace .cache/azure-cli/ready
 	python benchmarks/memory_estimate.py
 	$(WORKSPACE)/.venv/bin/python benchmarks/sync.py
 
-docs: .venv/ready
+docs: .venv/ready workspace
 	python docs/make_reference.py
+	$(WORKSPACE)/.venv/bin/python docs/make_schema.py
 	python docs/make_example.py
 
 # The generator stands apart: nothing else needs its packages.

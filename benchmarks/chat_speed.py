@@ -88,7 +88,6 @@ def prepare(workspace: Path) -> None:
 
     invoke_olive.quiet()
     import check
-    import export
     import int4
     import peft
     import record
@@ -97,6 +96,8 @@ def prepare(workspace: Path) -> None:
     import transformers
     import yaml
     from dataset import chat_rows
+
+    import export
 
     folder = workspace / "models" / "demo"
     rows = chat_rows("train", train_file=str(tiny_model.SAMPLE), held_out_file="unused")
@@ -162,9 +163,10 @@ def answer(workspace: Path, name: str) -> dict[str, float]:
 def api(workspace: Path, name: str) -> tuple[list[float], list[float]]:
     """Serve page and API; return the seconds of the same answers from the engine itself and for a client."""
     sys.path[:0] = [str(workspace / "inference"), str(ROOT / "tests" / "workspace")]
+    from served import served
+
     from engine import Generation
     from load_engine import load
-    from served import served
 
     engine = load(engine=name, root=workspace)
     messages = [{"role": "user", "content": QUESTION}]

@@ -126,6 +126,7 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     import shutil
 
     import check
+
     import invoke_olive
 
     invoke_olive.quiet()

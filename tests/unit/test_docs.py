@@ -18,7 +18,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "docs/example"  # made from the template, whose own tests read it
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "template/AGENTS.md"]
 PAGES += sorted(page for page in (ROOT / "docs").rglob("*.md") if EXAMPLE not in page.parents)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")

@@ -30,10 +30,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[
     try:
         import check
         import dataset
+        import model_facts
+
         import engine
         import export
         import get_model
-        import model_facts
 
         steps = (check, dataset, engine, export, get_model, model_facts)
         yield SimpleNamespace(root=root, **{step.__name__: step for step in steps})

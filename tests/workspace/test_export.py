@@ -238,9 +238,10 @@ def test_a_share_out_of_range_is_a_usage_error(export: Export) -> None:
 @pytest.mark.usefixtures("models")
 def test_an_int4_model_answers_held_out_rows_as_torch_does(exported: Path, models: Path) -> None:
     from dataset import load_tokenizer
+    from evaluate import generate, load_model
+
     from engine import Generation
     from load_engine import load
-    from evaluate import generate, load_model
 
     figures = json.loads((models / "run.json").read_text())["export"]["onnx"]
     assert figures["rows"] == 64
@@ -265,6 +266,7 @@ def test_the_model_for_a_gpu_computes_the_same_on_the_cpus_kernels(
     """The nearest to a run on a GPU that a machine without one allows: the same graph and float16 weights."""
     import int4
     import onnx
+
     from sources import tuned_source
 
     int4.build(models / "merged", tmp_path, provider)
@@ -555,8 +557,9 @@ def test_every_family_of_chat_templates_gives_the_tokens_of_the_training(
     family: str, models: Path, tmp_path: Path
 ) -> None:
     from dataset import NO_THINKING, load_tokenizer
-    from onnx_backend import ChatTokenizer
     from tiny_model import build_tokenizer
+
+    from onnx_backend import ChatTokenizer
 
     facts = families()[family]
     words = {"chat_template": facts["template"], "special_tokens": facts["special_tokens"]}
