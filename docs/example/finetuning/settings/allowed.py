@@ -6,24 +6,11 @@ other arguments of transformers.TrainingArguments reach the Trainer.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
-
-from preparing.dataset import chat_rows, chat_tokens
 
 Reasons = dict[str, tuple[str, ...]]  # why → the settings
 
-CHOICES = {
-    "name": ("train", "held_out"),
-    "train_on": ("responses", "all"),
-    "dataset_format": ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "columns", "text"),
-    "torch_dtype": ("float32", "bfloat16", "float16"),
-    "compute_dtype": ("float32", "bfloat16", "float16"),
-    "quant_type": ("nf4", "fp4"),
-    "attn_implementation": ("sdpa", "eager", "flash_attention_2"),
-}
 TRAINING_ARGS: Reasons = {
     "use warmup_steps, which takes a share below 1 too": ("warmup_ratio",),
     "set the environment variable TENSORBOARD_LOGGING_DIR": ("logging_dir",),
@@ -93,38 +80,6 @@ def reasons(method: str) -> dict[str, dict[str, str]]:
     return {
         section: {key: reason for reason, keys in table.items() for key in keys} for section, table in sections.items()
     }
-
-
-def known_keys(config: Mapping[str, Any], method: str) -> list[tuple[str, Mapping[str, Any], set[str]]]:
-    """Return (section, its settings, the keys it may have), read from the code that will use them."""
-    from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
-    from olive.passes.pytorch.lora import HFTrainingArguments
-    from olive.workflows.run.config import RunConfig, RunEngineConfig
-    from transformers import TrainingArguments
-
-    from settings.olive_pass import pass_class
-
-    (olive_pass,) = config["passes"].values()
-    components = {
-        "load_dataset_config": {"type", *inspect.signature(chat_rows).parameters},
-        "pre_process_data_config": {"type", *inspect.signature(chat_tokens).parameters} - {"rows"},
-    }
-    sections = [
-        ("", config, {*RunConfig.model_fields, *RunEngineConfig.model_fields} - {"engine"}),
-        # of Olive's own settings for these, the evaluation before and after the training would know nothing
-        ("input_model", config["input_model"], {"type", "model_path", "load_kwargs"}),
-        ("load_kwargs", config["input_model"]["load_kwargs"], {"revision", "attn_implementation"}),
-        ("passes.*", olive_pass, {"type", *pass_class(method)._default_config(DEFAULT_CPU_ACCELERATOR)}),
-        (
-            "training_args",
-            olive_pass["training_args"],
-            {*HFTrainingArguments.model_fields, *(field.name for field in fields(TrainingArguments))},
-        ),
-    ]
-    for data_config in config["data_configs"]:
-        sections.append(("data_configs", data_config, {"name", "user_script", "script_dir", *components}))
-        sections += [(name, data_config.get(name) or {}, known) for name, known in components.items()]
-    return sections
 
 
 def fixed_values(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], dict[str, Any]]]:

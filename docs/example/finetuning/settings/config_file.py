@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,18 @@ from preparing.workspace import ROOT
 
 CONFIG = ROOT / "finetuning" / "olive-config.yaml"
 RESTORE = "`git checkout` or `copier recopy --trust --vcs-ref :current:` brings it back"
+# what the steps read themselves, and what has no default in Olive
+NEEDED = {
+    "": ("input_model", "data_configs", "passes", "systems"),
+    "input_model": ("model_path", "load_kwargs"),
+    "data_configs": ("name", "load_dataset_config", "pre_process_data_config"),
+    "passes.*": ("type", "torch_dtype", "training_args"),
+    "training_args": ("seed", "per_device_eval_batch_size"),
+    "systems": ("local_system",),
+    "local_system": ("accelerators",),
+    "accelerators": ("device",),
+}
+NEEDED_BY_QLORA = ("compute_dtype", "quant_type", "double_quant")
 
 
 class Loader(yaml.SafeLoader):
@@ -47,17 +59,58 @@ def read_file(path: Path = CONFIG) -> dict[str, Any]:
         raise ConfigError(f"{name} is not a text file in YAML: {error}. `git checkout` brings it back.") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{name} holds no settings: {RESTORE}.")
-    need(config, "", ("input_model", "data_configs", "passes", "systems"))
-    need(config["input_model"], "input_model.", ("model_path", "load_kwargs"))
-    settings = the_pass(config)
-    need(settings, "passes.*.", ("type", "torch_dtype", "training_args"))
-    need(settings["training_args"], "training_args.", ("seed", "per_device_eval_batch_size"))
-    if str(settings["type"]).lower() == "qlora":
-        need(settings, "passes.*.", ("compute_dtype", "quant_type", "double_quant"))
+    check_sections(config)
     return config
 
 
-def need(section: dict[str, Any], where: str, keys: tuple[str, ...]) -> None:
+def check_sections(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the first section or setting that is missing although the steps need it."""
+    for name, section in sections(config):
+        need(section, f"{name}." if name else "", NEEDED.get(name, ()))
+        if name == "passes.*" and str(section["type"]).lower() == "qlora":
+            need(section, "passes.*.", NEEDED_BY_QLORA)
+
+
+def sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield each section of the file: its name in messages, and its settings. Raises ConfigError where one is none."""
+    yield "", config
+    model = inner(config, "input_model")
+    yield "input_model", model
+    yield "load_kwargs", inner(model, "load_kwargs", "input_model.")
+    for data_config in entries(config, "data_configs"):
+        yield "data_configs", data_config
+        for name in ("load_dataset_config", "pre_process_data_config"):
+            yield name, inner(data_config, name, "data_configs.")
+    olive_pass = the_pass(config)
+    yield "passes.*", olive_pass
+    yield "training_args", inner(olive_pass, "training_args", "passes.*.")
+    systems = inner(config, "systems")
+    yield "systems", systems
+    local_system = inner(systems, "local_system", "systems.")
+    yield "local_system", local_system
+    for accelerator in entries(local_system, "accelerators", "local_system."):
+        yield "accelerators", accelerator
+
+
+def inner(section: Mapping[str, Any], key: str, where: str = "") -> dict[str, Any]:
+    """Return the settings below a key. Raises ConfigError when it is missing or has none."""
+    need(section, where, (key,))
+    found = section[key]
+    if not isinstance(found, dict):
+        raise ConfigError(f"{CONFIG.name}: {where}{key} is {found!r}: its settings stand below it, indented.")
+    return found
+
+
+def entries(section: Mapping[str, Any], key: str, where: str = "") -> list[dict[str, Any]]:
+    """Return the entries of a list of sections. Raises ConfigError when it is missing, empty or something else."""
+    need(section, where, (key,))
+    found = section[key]
+    if not isinstance(found, list) or not found or not all(isinstance(entry, dict) for entry in found):
+        raise ConfigError(f"{CONFIG.name}: {where}{key} is {found!r}: each of its entries begins with a dash.")
+    return found
+
+
+def need(section: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> None:
     """Raise ConfigError for a setting that the steps read themselves and that has no default in Olive."""
     for key in keys:
         if section.get(key) is None:
@@ -66,13 +119,12 @@ def need(section: dict[str, Any], where: str, keys: tuple[str, ...]) -> None:
 
 def the_pass(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the one pass."""
-    passes = config["passes"]
-    if not isinstance(passes, dict) or len(passes) != 1:
+    passes = inner(config, "passes")
+    if len(passes) != 1:
         raise ConfigError(
-            "olive-config.yaml: passes holds more than one pass. Keep one; export.py has the later steps."
+            f"{CONFIG.name}: passes holds {len(passes) or 'no'} passes. Keep one; export.py has the later steps."
         )
-    settings: dict[str, Any] = next(iter(passes.values()))
-    return settings
+    return inner(passes, next(iter(passes)), "passes.")
 
 
 def line_of(path: Path, key: str, value: Any = "") -> int:

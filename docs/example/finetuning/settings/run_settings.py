@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 
 from preparing.dataset import chat_rows, chat_tokens
 from settings.config_file import CONFIG, RESTORE, ConfigError, line_of, read_file, the_pass
+from settings.value_types import complaint
 
 METHODS = {name.lower(): name for name in ("LoRA", "QLoRA", "DoRA", "LoHa", "LoKr")}
 METHODS_OF_LORA = ("lora", "qlora", "dora")
@@ -132,10 +133,9 @@ class Settings:
             raise ConfigError(
                 f"{CONFIG.name}: passes.*.type {olive_pass['type']!r} is none of {', '.join(METHODS.values())}."
             )
-        revision = model["load_kwargs"].get("revision")
         settings = cls(
-            model_path=str(model["model_path"]),
-            revision=None if revision is None else str(revision),
+            model_path=model["model_path"],
+            revision=model["load_kwargs"].get("revision"),
             method=method,
             torch_dtype=olive_pass["torch_dtype"],
             r=olive_pass.get("r", 64),
@@ -197,19 +197,15 @@ def frozen(value: Any) -> Any:
 
 def check_types(settings: Settings) -> Settings:
     """Raise ConfigError for the first value of the wrong type; return the settings else."""
-    from pydantic import TypeAdapter, ValidationError
-
     parts = [group for part in settings.data.values() for group in (part.rows, part.tokens)]
     for group in (settings, *parts):
         for name, kind in get_type_hints(type(group)).items():
             if name in ("data", "file"):
                 continue
             value = getattr(group, name)
-            try:
-                TypeAdapter(kind).validate_python(value, strict=True)
-            except ValidationError as error:
+            if wrong := complaint(kind, value):
                 where = f"{CONFIG.name}, line {line_of(CONFIG, name, value)}: {name}"
-                raise ConfigError(f"{where}: {error.errors()[0]['msg'].lower()}, not {value!r}.") from error
+                raise ConfigError(f"{where} is {value!r}: {wrong}.")
     return settings
 
 

@@ -6,14 +6,16 @@ import difflib
 import importlib.util
 import shlex
 import sys
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from settings.allowed import CHOICES, fixed_values, known_keys, reasons
-from settings.config_file import CONFIG, ConfigError, line_of
+from settings.allowed import fixed_values, reasons
+from settings.config_file import CONFIG, ConfigError, line_of, sections
 from settings.run_settings import Settings, olive_config
+from settings.setting_types import TRACKERS, setting_types
+from settings.value_types import complaint, written
 
-TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
+REMOVE = "remove it, or see the file's comments."
 
 
 def validate(settings: Settings, path: Path = CONFIG) -> None:
@@ -21,25 +23,30 @@ def validate(settings: Settings, path: Path = CONFIG) -> None:
 
     Olive only warns about a key that it does not know, and ignores it: a misspelt setting would train with its default.
     """
-    refused = reasons(settings.method)
-    for section, keys, known in known_keys(settings.file, settings.method):
-        for key in keys:
-            where = f"{path.name}, line {line_of(path, key, keys[key])}: {section}.{key}".replace(": .", ": ")
-            if why := refused.get(section, {}).get(key):
-                raise ConfigError(f"{where} cannot be set: {why}.")
-            if key not in known:
-                nearest = difflib.get_close_matches(key, known, n=1)
-                advice = f"did you mean {nearest[0]}?" if nearest else "remove it, or see the file's comments."
-                raise ConfigError(f"{where} is not a setting: {advice}")
-            if key in CHOICES and keys[key] not in CHOICES[key]:
-                raise ConfigError(f"{where} is {keys[key]!r}: choose one of {', '.join(CHOICES[key])}.")
+    check_report_to(settings, path)
+    refused, types = reasons(settings.method), setting_types(settings.method)
+    for section, keys in sections(settings.file):
+        for key, value in keys.items():
+            if wrong := complaint_about(key, value, types[section], refused.get(section, {})):
+                where = f"{path.name}, line {line_of(path, key, value)}: {section}.{key}".replace(": .", ": ")
+                raise ConfigError(f"{where} {wrong}")
     for section, keys, expected in fixed_values(settings.file):
         for key, value in expected.items():
             if keys.get(key) != value:
                 where = f"{path.name}, line {line_of(path, key, keys.get(key))}: {section}.{key}"
-                raise ConfigError(f"{where} is {keys.get(key)!r}: write {value!r}, which the steps rely on.")
-    check_report_to(settings, path)
+                raise ConfigError(f"{where} is {keys.get(key)!r}: write {written(value)}, which the steps rely on.")
     validate_values(settings, path)
+
+
+def complaint_about(key: str, value: Any, types: dict[str, Any], refused: dict[str, str]) -> str | None:
+    """Return what is wrong with a setting of a section and what to do, behind its name; None when nothing is."""
+    if key in refused:
+        return f"cannot be set: {refused[key]}."
+    if key not in types:
+        nearest = difflib.get_close_matches(str(key), [name for name in types if name not in refused], n=1)
+        return f"is not a setting: {f'did you mean {nearest[0]}?' if nearest else REMOVE}"
+    wrong = complaint(types[key], value)
+    return f"is {value!r}: {wrong}." if wrong else None
 
 
 def check_report_to(settings: Settings, path: Path) -> None:
@@ -66,23 +73,15 @@ def validate_values(settings: Settings, path: Path) -> None:
     from olive.passes.pytorch.lora import HFTrainingArguments
     from olive.workflows.run.config import RunConfig
     from pydantic import ValidationError
-    from transformers import TrainingArguments
 
     from settings.olive_pass import pass_class
 
     config = olive_config(settings)
-    (olive_pass,) = config["passes"].values()
-    arguments = olive_pass["training_args"]
     if settings.early_stopping_patience and settings.eval_strategy == "no":
         line = line_of(path, "early_stopping_patience")
         raise ConfigError(
             f"{path.name}, line {line}: early_stopping_patience needs evaluations: set eval_strategy: steps."
         )
-    for field in fields(TrainingArguments):
-        value = arguments.get(field.name)
-        if type(field.default) in (int, float) and value is not None and type(value) not in (int, float):
-            line = line_of(path, field.name)
-            raise ConfigError(f"{path.name}, line {line}: training_args.{field.name} is {value!r}: write a number.")
     try:
         run_config = RunConfig.model_validate(config)
         ((chosen,),) = run_config.passes.values()
@@ -96,5 +95,5 @@ def validate_values(settings: Settings, path: Path) -> None:
         key = next((part for part in reversed(problem["loc"]) if line_of(path, str(part)) > 1), problem["loc"][0])
         message = f"{key}: {problem['msg'].lower()}, not {problem['input']!r}."
         raise ConfigError(f"{path.name}, line {line_of(path, str(key))}: {message}") from error
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, ImportError, OSError) as error:
         raise ConfigError(f"{path.name}: {str(error).splitlines()[0]}") from error
