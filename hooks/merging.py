@@ -94,11 +94,10 @@ def merge(
         base, theirs, values = keep_values(base, ours, theirs)
         notes = [f"{name}: {value}." for value in values]
     data, conflicts = three_way(base, ours, theirs)
-    if conflicts:  # what was put before the first line or after the last has its place, whatever became of those
-        first, rest, last = ends(base, ours)
-        data_of_rest, conflicts_of_rest = three_way(base, rest, theirs)
-        if not conflicts_of_rest:
-            data, conflicts = first + data_of_rest + last, False
+    if conflicts:
+        data_beside, conflicts_beside = three_way(base, *beside(base, ours, theirs))
+        if not conflicts_beside:
+            data, conflicts = data_beside, False
     outcome = Outcome(replace(ended_as(mine, Entry(data)), executable=mode), notes)
     if conflicts:
         outcome.conflict = (lf(old) if old else None, lf(mine), lf(new))
@@ -135,15 +134,37 @@ def edits(base: bytes, ours: bytes) -> list[tuple[bool, list[bytes], list[bytes]
     return [(tag == "equal", before[i1:i2], after[j1:j2], i1) for tag, i1, i2, j1, j2 in codes]
 
 
-def ends(base: bytes, ours: bytes) -> tuple[bytes, bytes, bytes]:
-    """Take off what was added before the first line and behind the last, unless it belongs to what stands beside it."""
-    pieces = edits(base, ours)
-    first, last = b"", b""
-    if len(pieces) > 1 and not pieces[-1][1] and not pieces[-1][2][0][:1].isspace() and base.endswith(b"\n"):
-        last = b"".join(pieces.pop()[2])
-    if len(pieces) > 1 and not pieces[0][1] and not pieces[0][2][-1][:1].isspace():
-        first = b"".join(pieces.pop(0)[2])
-    return first, b"".join(line for piece in pieces for line in piece[2]), last
+def beside(base: bytes, ours: bytes, theirs: bytes) -> tuple[bytes, bytes]:
+    """Put lines that the user added next to a line that the template changed where they were, beside the other one.
+
+    Returns the user's text without them, and the template's with them. git calls such lines a conflict. They stay one
+    where both sides added something in the same place, where the template has such a line too, and where nothing that
+    is left says where they belong.
+    """
+    target = theirs.splitlines(keepends=True)
+    before = base.splitlines(keepends=True)
+    kept: dict[int, int] = {0: 0, len(before) + 1: len(target) + 1}  # where a line of the old text is in the new one
+    taken = set()  # places in the old text where the template added something
+    at = 0
+    for same, old, new, start in edits(base, theirs):
+        if same:
+            kept |= {start + number + 1: at + number + 1 for number in range(len(old))}
+        elif not old:
+            taken.add(start)
+        at += len(new)
+    rest: list[bytes] = []
+    places: list[tuple[int, list[bytes]]] = []
+    for same, old, new, start in edits(base, ours):
+        above, below = kept.get(start), kept.get(start + 1)
+        is_open = same or old or start in taken or any(line in target for line in new if line.strip())
+        outermost = (above == 0 or above is None) and (below is None or start == len(before))
+        if is_open or (above is None and below is None) or (outermost and new[0][:1].isspace()):
+            rest += new
+        else:
+            places.append((above if above is not None and start else below - 1 if below else 0, new))
+    for place, new in reversed(places):
+        target[place:place] = new
+    return b"".join(rest), b"".join(target)
 
 
 def follow(base: bytes, ours: bytes, texts: dict[str, bytes]) -> tuple[bytes, dict[str, bytes]]:

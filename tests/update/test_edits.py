@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,8 @@ from .conftest import BEFORE, NEXT, NOW, ROOT, commit, contents, git, known
 
 Copy = Callable[..., Path]
 CONFIG = "finetuning/olive-config.yaml"
+TRAIN, SMOKE = "finetuning/training/train.py", "finetuning/training/smoke.py"
+REPORT, CARD = "finetuning/reporting/report.html", "finetuning/reporting/model_card.md"
 
 
 @pytest.fixture
@@ -23,6 +26,11 @@ def workspace(copy: Copy, releases: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def renamed() -> dict[str, str]:
+    """Return the names that releases gave to files: old → new."""
+    return dict(runpy.run_path(str(ROOT / "hooks/renames.py"))["RENAMED_FILES"])
+
+
 def replace(file: Path, old: str, new: str) -> None:
     text = file.read_text(encoding="utf-8")
     assert old in text
@@ -30,32 +38,36 @@ def replace(file: Path, old: str, new: str) -> None:
 
 
 def test_every_kind_of_edit_is_kept(workspace: Path, copy: Copy, update: Copy, tmp_path: Path) -> None:
+    renames = {old: new for old, new in renamed().items() if (workspace / old).exists()}
+
+    def before(name: str) -> str:
+        """Return what a file of this release is called in the one before."""
+        return next((old for old, new in renames.items() if new == name), name)
+
     replace(workspace / CONFIG, "max_rows: null", "max_rows: 100")
     replace(workspace / "README.md", "## Start\n", "## Start\n\nAsk Ada first.\n")
-    replace(workspace / "finetuning/train.py", "from __future__ import annotations\n", "# mine\n\nimport os  # noqa\n")
+    replace(workspace / before(TRAIN), "from __future__ import annotations\n", "# mine\n\nimport os  # noqa\n")
     with (workspace / "dataset/sample-train.jsonl").open("a") as rows:
         rows.write('{"messages": []}\n')
     (workspace / "dataset/sample-heldout.jsonl").unlink()
     (workspace / "finetuning/mine.py").write_text("print('mine')\n")
-    (workspace / "finetuning/smoke.py").unlink()
-    git(workspace, "mv", "finetuning/report.html", "finetuning/my_report.html")
+    (workspace / before(SMOKE)).unlink()
+    git(workspace, "mv", before(REPORT), "finetuning/my_report.html")
     (workspace / "notes.bin").write_bytes(bytes(range(256)))
-    (workspace / "finetuning/model_card.md").write_bytes("Meine Karte: schön\n".encode("utf-16"))
+    (workspace / before(CARD)).write_bytes("Meine Karte: schön\n".encode("utf-16"))
     commit(workspace, "My edits")
     mine = contents(workspace)
 
     update(workspace, NOW)
 
     fresh = contents(copy(tmp_path / "fresh/tone", NOW, platform="linux", environment="venv"))
-    for name in ("dataset/sample-heldout.jsonl", "finetuning/smoke.py", "finetuning/report.html"):
+    for name in ("dataset/sample-heldout.jsonl", SMOKE, REPORT):
         del fresh[name]
-    kept = ("dataset/sample-train.jsonl", "finetuning/mine.py", "notes.bin", "finetuning/model_card.md")
-    fresh |= {name: mine[name] for name in (*kept, "finetuning/my_report.html")}
+    kept = ("dataset/sample-train.jsonl", "finetuning/mine.py", "finetuning/my_report.html", "notes.bin", CARD)
+    fresh |= {name: mine[before(name)] for name in kept}
     fresh[CONFIG] = fresh[CONFIG].replace(b"max_rows: null", b"max_rows: 100")
     fresh["README.md"] = fresh["README.md"].replace(b"## Start\n", b"## Start\n\nAsk Ada first.\n")
-    fresh["finetuning/train.py"] = fresh["finetuning/train.py"].replace(
-        b"from __future__ import annotations\n", b"# mine\n\nimport os  # noqa\n", 1
-    )
+    fresh[TRAIN] = fresh[TRAIN].replace(b"from __future__ import annotations\n", b"# mine\n\nimport os  # noqa\n", 1)
     assert contents(workspace) == fresh
 
 
@@ -91,11 +103,11 @@ def test_a_workspace_inside_a_larger_repository_keeps_its_edits(copy: Copy, upda
     workspace = copy(tmp_path / "all/of/tone", NOW)
     (tmp_path / "all/other.txt").write_text("other\n")
     replace(workspace / CONFIG, "max_rows: null", "max_rows: 100")
-    (workspace / "finetuning/model_card.md").write_bytes(b"\xff\xfea\x00")
+    (workspace / "finetuning/reporting/model_card.md").write_bytes(b"\xff\xfea\x00")
     commit(tmp_path / "all", "As copied")
     update(workspace, NEXT[0])
     assert "max_rows: 100" in (workspace / CONFIG).read_text(encoding="utf-8")
-    assert (workspace / "finetuning/model_card.md").read_bytes() == b"\xff\xfea\x00"
+    assert (workspace / "finetuning/reporting/model_card.md").read_bytes() == b"\xff\xfea\x00"
     assert not list((tmp_path / "all").rglob("*edits.json"))
 
 

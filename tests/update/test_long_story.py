@@ -16,7 +16,7 @@ PYTHON = Path(os.environ.get("WORKSPACE", ROOT / ".cache/workspace")) / ".venv/b
 EDITS = {
     "finetuning/olive-config.yaml": (b"max_rows: null", b"max_rows: 24"),
     "README.md": (b"## Start\n", b"## Start\n\nAsk Ada first.\n"),
-    "finetuning/train.py": (b"from __future__", b"# Ada was here.\nfrom __future__"),
+    "finetuning/training/train.py": (b"from __future__", b"# Ada was here.\nfrom __future__"),
 }
 
 

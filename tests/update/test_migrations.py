@@ -12,7 +12,7 @@ from copier import run_copy, run_update
 from .conftest import OPTIONS, ROOT, commit, contents, git, release, working_tree
 
 CONFIG = "finetuning/olive-config.yaml"
-FILES = '{"finetuning/smoke.py": "finetuning/rehearse.py"}'
+FILES = '{"finetuning/training/smoke.py": "finetuning/training/rehearse.py"}'
 SETTINGS = '{"finetuning/olive-config.yaml": {"max_rows": "row_limit"}}'
 
 
@@ -28,14 +28,15 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("template")
     working_tree(folder)
     release(folder, "v1.0.0")
-    (folder / "template/finetuning/smoke.py").rename(folder / "template/finetuning/rehearse.py")
-    with (folder / "template/finetuning/rehearse.py").open("a") as file:
+    (folder / "template/finetuning/training/smoke.py").rename(folder / "template/finetuning/training/rehearse.py")
+    with (folder / "template/finetuning/training/rehearse.py").open("a") as file:
         file.write("# since v1.1.0\n")
-    hook = folder / "hooks/migrate.py"
-    replace(hook, "RENAMED_FILES: dict[str, str] = {}", f"RENAMED_FILES = {FILES}")
+    with (folder / "hooks/renames.py").open("a", encoding="utf-8") as renames:
+        renames.write(f"RENAMED_FILES |= {FILES}\n")
     release(folder, "v1.1.0")
     replace(folder / f"template/{CONFIG}.jinja", "max_rows: null  #", "row_limit: null  # new words:")
-    replace(hook, "RENAMED_SETTINGS: dict[str, dict[str, str]] = {}", f"RENAMED_SETTINGS = {SETTINGS}")
+    with (folder / "hooks/renames.py").open("a", encoding="utf-8") as renames:
+        renames.write(f"RENAMED_SETTINGS |= {SETTINGS}\n")
     release(folder, "v1.2.0")
     models = folder / "catalog/models.yml"
     before, entry = models.read_text(encoding="utf-8").split("  - id: phi-2\n")
@@ -57,25 +58,25 @@ def workspace_of(template: Path, folder: Path, tag: str = "v1.0.0", **answers: s
 
 def test_a_renamed_file_takes_its_edits_along_though_the_release_changed_it_too(template: Path, tmp_path: Path) -> None:
     workspace = workspace_of(template, tmp_path / "ws/tone")
-    file = workspace / "finetuning/smoke.py"
+    file = workspace / "finetuning/training/smoke.py"
     file.write_text(f"# mine\n{file.read_text()}")
     commit(workspace, "My edits")
     run_update(workspace, vcs_ref="v1.1.0", **OPTIONS)
     fresh = contents(workspace_of(template, tmp_path / "fresh/tone", "v1.1.0"))
-    fresh["finetuning/rehearse.py"] = b"# mine\n" + fresh["finetuning/rehearse.py"]
+    fresh["finetuning/training/rehearse.py"] = b"# mine\n" + fresh["finetuning/training/rehearse.py"]
     assert contents(workspace) == fresh
-    assert "finetuning/smoke.py" not in fresh
+    assert "finetuning/training/smoke.py" not in fresh
 
 
 def test_a_renamed_file_that_git_ignores_takes_its_edits_along(template: Path, tmp_path: Path) -> None:
     workspace = workspace_of(template, tmp_path / "tone")
-    git(workspace, "rm", "--cached", "--quiet", "finetuning/smoke.py")
+    git(workspace, "rm", "--cached", "--quiet", "finetuning/training/smoke.py")
     (workspace / ".gitignore").write_text(f"{(workspace / '.gitignore').read_text()}smoke.py\n")
     commit(workspace, "Ignored")
-    file = workspace / "finetuning/smoke.py"
+    file = workspace / "finetuning/training/smoke.py"
     file.write_text(f"# mine\n{file.read_text()}")
     run_update(workspace, vcs_ref="v1.1.0", **OPTIONS)
-    text = (workspace / "finetuning/rehearse.py").read_text()
+    text = (workspace / "finetuning/training/rehearse.py").read_text()
     assert text.startswith("# mine\n") and text.endswith("# since v1.1.0\n")
     assert not file.exists()
 
@@ -86,12 +87,12 @@ def test_a_rename_is_followed_in_a_clone_of_the_template_that_has_no_tags(templa
     first = git(clone, "rev-parse", "v1.0.0").strip()
     git(clone, "tag", "--delete", *git(clone, "tag").split())
     workspace = workspace_of(clone, tmp_path / "tone", first)
-    file = workspace / "finetuning/smoke.py"
+    file = workspace / "finetuning/training/smoke.py"
     file.write_text(f"# mine\n{file.read_text()}")
     replace(workspace / CONFIG, "max_rows: null", "max_rows: 100")
     commit(workspace, "My edits")
     run_update(workspace, vcs_ref="HEAD", **OPTIONS)
-    assert (workspace / "finetuning/rehearse.py").read_text().startswith("# mine\n")
+    assert (workspace / "finetuning/training/rehearse.py").read_text().startswith("# mine\n")
     assert "row_limit: 100" in (workspace / CONFIG).read_text(encoding="utf-8")
     assert not file.exists()
 
@@ -102,13 +103,13 @@ def test_a_file_that_you_deleted_or_renamed_does_not_come_back_under_its_new_nam
     for number, target in enumerate([None, "finetuning/mine.py"]):
         workspace = workspace_of(template, tmp_path / str(number) / "tone")
         if target:
-            (workspace / "finetuning/smoke.py").rename(workspace / target)
+            (workspace / "finetuning/training/smoke.py").rename(workspace / target)
         else:
-            (workspace / "finetuning/smoke.py").unlink()
+            (workspace / "finetuning/training/smoke.py").unlink()
         commit(workspace, "My edits")
         run_update(workspace, vcs_ref="v1.1.0", **OPTIONS)
-        assert not (workspace / "finetuning/rehearse.py").exists()
-        assert not (workspace / "finetuning/smoke.py").exists()
+        assert not (workspace / "finetuning/training/rehearse.py").exists()
+        assert not (workspace / "finetuning/training/smoke.py").exists()
         assert not target or (workspace / target).exists()
 
 
@@ -121,7 +122,9 @@ def test_a_renamed_setting_keeps_the_value_of_the_user(template: Path, tmp_path:
     run_update(workspace, vcs_ref="v1.2.0", **OPTIONS)
     text = (workspace / CONFIG).read_text(encoding="utf-8")
     assert "        row_limit: null" in text and "        # for a trial: max_rows: 10" in text and "seed: 7" in text
-    assert (workspace / "finetuning/rehearse.py").exists() and not (workspace / "finetuning/smoke.py").exists()
+    assert (workspace / "finetuning/training/rehearse.py").exists() and not (
+        workspace / "finetuning/training/smoke.py"
+    ).exists()
 
 
 def test_a_renamed_setting_keeps_the_user_s_value_and_takes_the_template_s_comment(
@@ -197,9 +200,9 @@ def test_outside_of_any_repository_nothing_begins(tmp_path: Path) -> None:
 def test_the_names_of_the_template_are_those_that_the_migrations_end_at() -> None:
     sys.path.insert(0, str(ROOT / "hooks"))
     try:
-        import migrate
+        import renames
     finally:
         sys.path.pop(0)
-    for old, new in migrate.RENAMED_FILES.items():
+    for old, new in renames.RENAMED_FILES.items():
         assert not (ROOT / "template" / old).exists()
         assert any((ROOT / "template" / f"{new}{suffix}").exists() for suffix in ("", ".jinja"))

@@ -141,14 +141,14 @@ def test_no_setting_of_git_costs_an_edit(
     workspace: Path, update: Copy, text: str, settings: Callable[[str], None]
 ) -> None:
     replace(workspace / CONFIG, "max_rows: null", "max_rows: 100")
-    with (workspace / "finetuning/train.py").open("a") as file:
+    with (workspace / "finetuning/training/train.py").open("a") as file:
         file.write("# mine, with a blank behind \n")
     replace(workspace / "README.md", "## Start\n", "## Start\n\nAsk Ada first. \n")
     commit(workspace, "My edits")
     settings(text)
     update(workspace, NEXT[0])
     assert "max_rows: 100" in (workspace / CONFIG).read_text(encoding="utf-8")
-    assert "# mine, with a blank behind " in (workspace / "finetuning/train.py").read_text(encoding="utf-8")
+    assert "# mine, with a blank behind " in (workspace / "finetuning/training/train.py").read_text(encoding="utf-8")
     assert "Ask Ada first. \n" in (workspace / "README.md").read_text(encoding="utf-8")
     assert "Since release 1." in (workspace / "README.md").read_text(encoding="utf-8")
 
@@ -156,13 +156,13 @@ def test_no_setting_of_git_costs_an_edit(
 def test_another_answers_file_is_the_one_that_counts(releases: Path, tmp_path: Path) -> None:
     workspace, answers = tmp_path / "tone", ".copier-answers.tone.yml"
     run_copy(str(releases), workspace, data=ANSWERS, vcs_ref=NOW, answers_file=answers, **OPTIONS)
-    (workspace / "finetuning/model_card.md").write_bytes("Meine Karte\n".encode("utf-16"))
-    replace(workspace / "finetuning/smoke.py", "from", "# mine\nfrom")
+    (workspace / "finetuning/reporting/model_card.md").write_bytes("Meine Karte\n".encode("utf-16"))
+    replace(workspace / "finetuning/training/smoke.py", "from", "# mine\nfrom")
     commit(workspace, "My edits")
     done = copier_update(workspace, "-a", answers)
     assert done.returncode == 0, done.stderr
-    assert (workspace / "finetuning/model_card.md").read_bytes() == "Meine Karte\n".encode("utf-16")
-    assert "# mine\n" in (workspace / "finetuning/smoke.py").read_text()
+    assert (workspace / "finetuning/reporting/model_card.md").read_bytes() == "Meine Karte\n".encode("utf-16")
+    assert "# mine\n" in (workspace / "finetuning/training/smoke.py").read_text()
     assert not (workspace / ".copier-answers.yml").exists()
 
 
@@ -299,7 +299,7 @@ def test_a_key_that_cannot_sign_is_no_obstacle(workspace: Path, settings: Callab
 
 
 def test_modes_and_links_of_the_user_stay(workspace: Path, update: Copy, tmp_path: Path) -> None:
-    script, card = workspace / "finetuning/smoke.py", workspace / "finetuning/model_card.md"
+    script, card = workspace / "finetuning/training/smoke.py", workspace / "finetuning/reporting/model_card.md"
     script.chmod(0o755)
     card.unlink()
     card.symlink_to("../README.md")
@@ -354,7 +354,7 @@ def test_an_update_is_taken_back_completely_and_nothing_else_is(
     replace(workspace / CONFIG, "max_rows: null", "max_rows: 100")
     with (workspace / CONFIG).open("a") as file:
         file.write("# a line that will be a conflict\n")
-    (workspace / "finetuning/smoke.py").unlink()
+    (workspace / "finetuning/training/smoke.py").unlink()
     commit(tmp_path / "all", "As copied, and edited")
     other.write_text("not committed\n")
     before, index = whole(workspace), git(workspace, "ls-files", "--stage")

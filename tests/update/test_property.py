@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import runpy
 import shutil
 import subprocess
 import sys
@@ -55,13 +56,14 @@ CHANGES: list[dict[str, Any]] = [
 # What two more releases rename; the second renames one again.
 RENAMES = (
     {
-        "finetuning/smoke.py": "finetuning/rehearse.py",
-        "finetuning/report.html": "pages/report.html",
+        "finetuning/training/smoke.py": "finetuning/training/rehearse.py",
+        "finetuning/reporting/report.html": "pages/report.html",
         "setup/install.py": "setup/packages.py",
         "dataset/README.md": "dataset/ABOUT.md",
     },
-    {"finetuning/rehearse.py": "finetuning/trial.py", ".vscode/tasks.json": ".vscode/jobs.json"},
+    {"finetuning/training/rehearse.py": "finetuning/training/trial.py", ".vscode/tasks.json": ".vscode/jobs.json"},
 )
+KNOWN = runpy.run_path(str(conftest.ROOT / "hooks/renames.py"))
 RENAMING = tuple(f"{NEXT[-1].rpartition('.')[0].rpartition('.')[0]}.{number}.0" for number in (8, 9))
 
 
@@ -70,7 +72,6 @@ def source(releases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone of the template's repository with two more releases, which rename; the others' tests do not see them."""
     clone = tmp_path_factory.mktemp("renaming") / "clone"
     conftest.git(releases, "clone", "--quiet", ".", str(clone))
-    renamed: dict[str, str] = {}
     for number, (tag, names) in enumerate(zip(RENAMING, RENAMES, strict=True), start=8):
         conftest.changed(clone, number)
         for old, new in names.items():
@@ -78,12 +79,8 @@ def source(releases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 target = clone / "template" / f"{new}{source.name.removeprefix(Path(old).name)}"
                 target.parent.mkdir(exist_ok=True)
                 source.rename(target)
-        hook = clone / "hooks/migrate.py"
-        text = hook.read_text(encoding="utf-8")
-        known_names = f"RENAMED_FILES: dict[str, str] = {renamed}"
-        assert known_names in text
-        renamed |= names
-        hook.write_text(text.replace(known_names, f"RENAMED_FILES: dict[str, str] = {renamed}"), encoding="utf-8")
+        with (clone / "hooks/renames.py").open("a", encoding="utf-8") as hook:
+            hook.write(f"RENAMED_FILES |= {names}\n")
         release(clone, tag)
     return clone
 
@@ -344,7 +341,7 @@ def renamed_between(old: Tree, new: Tree) -> dict[str, str]:
     found = {}
     for name in old:
         target = name
-        for names in RENAMES:
+        for names in (KNOWN["RENAMED_FILES"], *RENAMES):
             target = names.get(target, target) if target not in new else target
         if target != name and target in new:
             found[name] = target
