@@ -134,6 +134,11 @@ def edits(base: bytes, ours: bytes) -> list[tuple[bool, list[bytes], list[bytes]
     return [(tag == "equal", before[i1:i2], after[j1:j2], i1) for tag, i1, i2, j1, j2 in codes]
 
 
+def joined(lines: list[bytes]) -> bytes:
+    """Join lines, of which one may have been the last of a file that ended without a newline."""
+    return b"".join(line if line.endswith(b"\n") else line + b"\n" for line in lines[:-1]) + b"".join(lines[-1:])
+
+
 def beside(base: bytes, ours: bytes, theirs: bytes) -> tuple[bytes, bytes]:
     """Put lines that the user added next to a line that the template changed where they were, beside the other one.
 
@@ -164,7 +169,7 @@ def beside(base: bytes, ours: bytes, theirs: bytes) -> tuple[bytes, bytes]:
             places.append((above if above is not None and start else below - 1 if below else 0, new))
     for place, new in reversed(places):
         target[place:place] = new
-    return b"".join(rest), b"".join(target)
+    return joined(rest), joined(target)
 
 
 def follow(base: bytes, ours: bytes, texts: dict[str, bytes]) -> tuple[bytes, dict[str, bytes]]:
@@ -192,7 +197,7 @@ def follow(base: bytes, ours: bytes, texts: dict[str, bytes]) -> tuple[bytes, di
             lines[name][at:at] = new
         else:
             rest += new
-    return b"".join(rest), {name: b"".join(text) for name, text in lines.items()}
+    return joined(rest), {name: joined(text) for name, text in lines.items()}
 
 
 def places_of(block: list[bytes], texts: dict[str, list[bytes]]) -> list[tuple[str, int]]:
