@@ -34,9 +34,9 @@ PAGE = (REPOSITORY / "docs" / "how-to" / "api.md").read_text(encoding="utf-8")
 @pytest.fixture(scope="module", autouse=True)
 def modules(workspace: Path) -> Iterator[None]:
     """Import inference/ of the workspace, with the demo's base model built."""
-    import tiny_model
+    from training.tiny_model import build_demo
 
-    tiny_model.build_demo()
+    build_demo()
     with inference_of(workspace):
         yield
 
@@ -279,8 +279,9 @@ class Echo:
 
 @pytest.fixture(scope="module")
 def echo_server() -> Iterator[tuple[Echo, str]]:
-    from engine import Engine, Source
     from fastapi import FastAPI
+
+    from engine import Engine, Source
 
     backend = Echo()
     engine = Engine(Source("models/demo", None, None, "lora", "float32", "Rule"), backend)
@@ -417,8 +418,9 @@ def test_other_mistakes_have_their_status_in_openais_shape(parrot: openai.OpenAI
 
 
 def test_the_base_model_can_be_asked_too_where_the_adapter_can_be_left_out() -> None:
-    from engine import Engine, Source
     from fastapi import FastAPI
+
+    from engine import Engine, Source
 
     tuned = Source("models/demo", None, "models/adapter", "lora", "float32", "")
     for switchable, names in ((True, ["tuned", "base"]), (False, ["tuned"])):
@@ -492,8 +494,9 @@ def test_a_reader_that_stops_reading_holds_nobody_up(echo: Echo) -> None:
 
 
 def test_health_is_503_until_the_model_answers() -> None:
-    from engine import Engine, Source
     from fastapi import FastAPI
+
+    from engine import Engine, Source
 
     loaded = threading.Event()
 

@@ -34,8 +34,9 @@ def tuned(workspace: Path) -> Iterator[Path]:
     os.chdir(workspace)
     tune(workspace, "lora", steps=150)
     import export
+    from settings.startup import quiet
 
-    export.quiet()
+    quiet()
     export.export("onnx", None, 0.95, debug=False)
     with inference_of(workspace):
         yield workspace
@@ -317,8 +318,9 @@ def test_a_stream_that_is_closed_computes_no_further(engine: Any, monkeypatch: p
 def test_a_conversation_that_is_too_long_loses_its_oldest_turns_and_every_face_says_so(
     engine: Any, pipe: Any, page: Any, api: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import console_chat
     import gradio
+
+    import console_chat
 
     monkeypatch.setattr(engine.backend, "context", 64)
     monkeypatch.setattr(console_chat, "load", lambda *_: engine)

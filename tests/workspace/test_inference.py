@@ -483,8 +483,9 @@ def test_the_adapter_left_out_is_the_base_model_alone_and_comes_back_whole(
 ) -> None:
     import peft
     import torch
-    from engine import Generation, load
     from transformers import AutoModelForCausalLM
+
+    from engine import Generation, load
 
     shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
     kind = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}.get(method, peft.LoraConfig)
@@ -598,8 +599,9 @@ def test_the_same_seed_draws_the_same_answer(engine: Any) -> None:
 
 
 def test_an_adapter_that_does_not_fit_the_base_model_is_an_error(tuned: Path, tmp_path: Path) -> None:
-    from engine import ChatError, load
     from safetensors.torch import load_file, save_file
+
+    from engine import ChatError, load
 
     weights = load_file(tuned / "models/adapter/adapter_model.safetensors")
     first = next(iter(weights))
@@ -763,6 +765,7 @@ def test_the_page_offers_to_compare_where_it_can_and_says_how_where_it_cannot(
 @pytest.mark.usefixtures("modules")
 def test_a_model_goes_on_from_what_it_said_to_the_space() -> None:
     import gradio
+
     from page import Chat
 
     chat = Chat(["  first\n    second"], {True: [TUNED_SAYS["poem"]], False: []})

@@ -54,13 +54,26 @@ def read_file(path: Path = CONFIG) -> dict[str, Any]:
     need(settings["training_args"], "training_args.", ("seed", "per_device_eval_batch_size"))
     if str(settings["type"]).lower() == "qlora":
         need(settings, "passes.*.", ("compute_dtype", "quant_type", "double_quant"))
+    for data_config in entries(config["data_configs"]):
+        need(data_config, "data_configs.", ("name", "load_dataset_config", "pre_process_data_config"))
+        for component in ("load_dataset_config", "pre_process_data_config"):
+            need(data_config[component], f"data_configs.{component}.", ("type",))
+    need(config["systems"], "systems.", ("local_system",))
+    need(config["systems"]["local_system"], "systems.local_system.", ("accelerators",))
+    for accelerator in entries(config["systems"]["local_system"]["accelerators"]):
+        need(accelerator, "systems.local_system.accelerators.", ("device",))
     return config
 
 
-def need(section: dict[str, Any], where: str, keys: tuple[str, ...]) -> None:
+def entries(value: Any) -> list[Any]:
+    """Return a list as it is, and what should be one and is not, or is empty, as one entry that lacks everything."""
+    return value if isinstance(value, list) and value else [None]
+
+
+def need(section: Any, where: str, keys: tuple[str, ...]) -> None:
     """Raise ConfigError for a setting that the steps read themselves and that has no default in Olive."""
     for key in keys:
-        if section.get(key) is None:
+        if not isinstance(section, dict) or section.get(key) is None:
             raise ConfigError(f"{CONFIG.name}: {where}{key} is missing: {RESTORE}.")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from preparing.dataset import chat_rows, chat_tokens
+from settings.allowed import CHOICES
 from settings.config_file import CONFIG, RESTORE, ConfigError, line_of, read_file, the_pass
 
 METHODS = {name.lower(): name for name in ("LoRA", "QLoRA", "DoRA", "LoHa", "LoKr")}
@@ -37,10 +38,10 @@ class RowSettings:
     dataset_format: str
     prompt_template: str | None
     completion_template: str | None
-    eval_split: int | float
+    eval_split: float
     data_seed: int
     max_rows: int | None
-    max_bad_rows: int | float
+    max_bad_rows: float
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class TokenSettings:
     system_prompt: str | None
     max_seq_len: int
     train_on: str
-    max_bad_rows: int | float
+    max_bad_rows: float
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Settings:
     method: str  # lora, qlora, dora, loha or lokr
     torch_dtype: str
     r: int
-    lora_dropout: int | float  # 0 with LoHa and LoKr, which drop whole ranks
+    lora_dropout: float  # 0 with LoHa and LoKr, which drop whole ranks
     target_modules: tuple[str, ...] | str | None  # None: every linear layer
     packing: bool
     early_stopping_patience: int
@@ -81,7 +82,7 @@ class Settings:
     double_quant: bool
     # training_args
     seed: int
-    num_train_epochs: int | float
+    num_train_epochs: float
     max_steps: int  # 0 or less: the epochs decide
     per_device_train_batch_size: int
     per_device_eval_batch_size: int
@@ -89,8 +90,8 @@ class Settings:
     gradient_checkpointing: bool | None  # None: on when memory is short
     optim: str
     eval_strategy: str
-    eval_steps: int | float | None
-    save_steps: int | float
+    eval_steps: float | None
+    save_steps: float
     save_total_limit: int
     report_to: str | tuple[str, ...]
     # systems
@@ -123,14 +124,17 @@ class Settings:
         return (min(self.max_steps, epochs) if self.max_steps > 0 else epochs), epochs
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Settings:
-        """Take the content of olive-config.yaml, with Olive's defaults for what it leaves out. Raises ConfigError."""
+    def of(cls, config: Mapping[str, Any], path: Path = CONFIG) -> Settings:
+        """Take the content of olive-config.yaml, with Olive's defaults for what it leaves out. Raises ConfigError.
+
+        `path` is the file that the content is from: errors name its lines.
+        """
         model, olive_pass = config["input_model"], the_pass(config)
         arguments = olive_pass["training_args"]
         method = str(olive_pass["type"]).lower()
         if method not in METHODS:
             raise ConfigError(
-                f"{CONFIG.name}: passes.*.type {olive_pass['type']!r} is none of {', '.join(METHODS.values())}."
+                f"{path.name}: passes.*.type {olive_pass['type']!r} is none of {', '.join(METHODS.values())}."
             )
         revision = model["load_kwargs"].get("revision")
         settings = cls(
@@ -160,28 +164,31 @@ class Settings:
             save_total_limit=arguments.get("save_total_limit") or EVALUATIONS,
             report_to=frozen(arguments.get("report_to", "none")),
             device=config["systems"]["local_system"]["accelerators"][0]["device"],
-            data={part: part_settings(config, part) for part in ("train", "held_out")},
+            data={part: part_settings(config, part, path) for part in CHOICES["name"]},
             processes=int(os.environ.get("WORLD_SIZE", "1")),
             sharded=os.environ.get("ACCELERATE_USE_FSDP") == "true",
             file=config,
         )
-        return check_types(settings)
+        return check_types(settings, path)
 
 
 def read_settings(path: Path = CONFIG) -> Settings:
     """Read olive-config.yaml. Raises ConfigError with the first thing that is wrong and its line."""
-    return Settings.of(read_file(path))
+    return Settings.of(read_file(path), path)
 
 
-def part_settings(config: Mapping[str, Any], part: str) -> PartSettings:
+def part_settings(config: Mapping[str, Any], part: str, path: Path) -> PartSettings:
     """Return what the file says about `train` or `held_out`, with the defaults of chat_rows and chat_tokens."""
     for data_config in config["data_configs"]:
-        if data_config.get("name") == part:
+        if (name := data_config["name"]) not in CHOICES["name"]:
+            where = f"{path.name}, line {line_of(path, 'name', name)}: data_configs.name"
+            raise ConfigError(f"{where} is {name!r}: choose one of {', '.join(CHOICES['name'])}.")
+        if name == part:
             rows = arguments_of(chat_rows, data_config["load_dataset_config"], {"part"})
             others = {"rows", "model_path", "revision"}
             tokens = arguments_of(chat_tokens, data_config["pre_process_data_config"], others)
             return PartSettings(RowSettings(**rows), TokenSettings(**tokens))
-    raise ConfigError(f"{CONFIG.name}: data_configs has no entry named {part}. {RESTORE}.")
+    raise ConfigError(f"{path.name}: data_configs has no entry named {part}. {RESTORE}.")
 
 
 def arguments_of(function: Any, given: Mapping[str, Any], others: set[str]) -> dict[str, Any]:
@@ -195,20 +202,20 @@ def frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def check_types(settings: Settings) -> Settings:
+def check_types(settings: Settings, path: Path) -> Settings:
     """Raise ConfigError for the first value of the wrong type; return the settings else."""
     from pydantic import TypeAdapter, ValidationError
 
     parts = [group for part in settings.data.values() for group in (part.rows, part.tokens)]
     for group in (settings, *parts):
         for name, kind in get_type_hints(type(group)).items():
-            if name in ("data", "file"):
+            if name in ("data", "file", "report_to", *CHOICES):  # validation.py says what may be chosen
                 continue
             value = getattr(group, name)
             try:
                 TypeAdapter(kind).validate_python(value, strict=True)
             except ValidationError as error:
-                where = f"{CONFIG.name}, line {line_of(CONFIG, name, value)}: {name}"
+                where = f"{path.name}, line {line_of(path, name, value)}: {name}"
                 raise ConfigError(f"{where}: {error.errors()[0]['msg'].lower()}, not {value!r}.") from error
     return settings
 
