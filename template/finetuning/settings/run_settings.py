@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from preparing.dataset import chat_rows, chat_tokens
-from settings.allowed import CHOICES
 from settings.config_file import CONFIG, RESTORE, ConfigError, line_of, read_file, the_pass
 
 METHODS = {name.lower(): name for name in ("LoRA", "QLoRA", "DoRA", "LoHa", "LoKr")}
+PARTS = ("train", "held_out")  # the names of the data_configs
 METHODS_OF_LORA = ("lora", "qlora", "dora")
 TRAINING_ARGS = {  # that a step may change
     *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "optim"),
@@ -127,7 +127,7 @@ class Settings:
     def of(cls, config: Mapping[str, Any], path: Path = CONFIG) -> Settings:
         """Take the content of olive-config.yaml, with Olive's defaults for what it leaves out. Raises ConfigError.
 
-        `path` is the file that the content is from: errors name its lines.
+        `path` is the file that the content is from. Values are taken as they are: validation.py judges them.
         """
         model, olive_pass = config["input_model"], the_pass(config)
         arguments = olive_pass["training_args"]
@@ -137,7 +137,7 @@ class Settings:
                 f"{path.name}: passes.*.type {olive_pass['type']!r} is none of {', '.join(METHODS.values())}."
             )
         revision = model["load_kwargs"].get("revision")
-        settings = cls(
+        return cls(
             model_path=str(model["model_path"]),
             revision=None if revision is None else str(revision),
             method=method,
@@ -164,12 +164,11 @@ class Settings:
             save_total_limit=arguments.get("save_total_limit") or EVALUATIONS,
             report_to=frozen(arguments.get("report_to", "none")),
             device=config["systems"]["local_system"]["accelerators"][0]["device"],
-            data={part: part_settings(config, part, path) for part in CHOICES["name"]},
+            data={part: part_settings(config, part, path) for part in PARTS},
             processes=int(os.environ.get("WORLD_SIZE", "1")),
             sharded=os.environ.get("ACCELERATE_USE_FSDP") == "true",
             file=config,
         )
-        return check_types(settings, path)
 
 
 def read_settings(path: Path = CONFIG) -> Settings:
@@ -180,9 +179,9 @@ def read_settings(path: Path = CONFIG) -> Settings:
 def part_settings(config: Mapping[str, Any], part: str, path: Path) -> PartSettings:
     """Return what the file says about `train` or `held_out`, with the defaults of chat_rows and chat_tokens."""
     for data_config in config["data_configs"]:
-        if (name := data_config["name"]) not in CHOICES["name"]:
+        if (name := data_config["name"]) not in PARTS:
             where = f"{path.name}, line {line_of(path, 'name', name)}: data_configs.name"
-            raise ConfigError(f"{where} is {name!r}: choose one of {', '.join(CHOICES['name'])}.")
+            raise ConfigError(f"{where} is {name!r}: choose one of {', '.join(PARTS)}.")
         if name == part:
             rows = arguments_of(chat_rows, data_config["load_dataset_config"], {"part"})
             others = {"rows", "model_path", "revision"}
@@ -200,24 +199,6 @@ def arguments_of(function: Any, given: Mapping[str, Any], others: set[str]) -> d
 def frozen(value: Any) -> Any:
     """Return a list as a tuple, anything else as it is."""
     return tuple(value) if isinstance(value, list) else value
-
-
-def check_types(settings: Settings, path: Path) -> Settings:
-    """Raise ConfigError for the first value of the wrong type; return the settings else."""
-    from pydantic import TypeAdapter, ValidationError
-
-    parts = [group for part in settings.data.values() for group in (part.rows, part.tokens)]
-    for group in (settings, *parts):
-        for name, kind in get_type_hints(type(group)).items():
-            if name in ("data", "file", "report_to", *CHOICES):  # validation.py says what may be chosen
-                continue
-            value = getattr(group, name)
-            try:
-                TypeAdapter(kind).validate_python(value, strict=True)
-            except ValidationError as error:
-                where = f"{path.name}, line {line_of(path, name, value)}: {name}"
-                raise ConfigError(f"{where}: {error.errors()[0]['msg'].lower()}, not {value!r}.") from error
-    return settings
 
 
 def olive_config(settings: Settings) -> dict[str, Any]:

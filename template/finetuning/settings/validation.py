@@ -8,6 +8,7 @@ import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 from settings.allowed import CHOICES, fixed_values, known_keys, reasons
 from settings.config_file import CONFIG, ConfigError, line_of
@@ -39,6 +40,7 @@ def validate(settings: Settings, path: Path = CONFIG) -> None:
                 where = f"{path.name}, line {line_of(path, key, keys.get(key))}: {section}.{key}"
                 raise ConfigError(f"{where} is {keys.get(key)!r}: write {value!r}, which the steps rely on.")
     check_report_to(settings, path)
+    check_types(settings, path)
     validate_values(settings, path)
 
 
@@ -55,6 +57,23 @@ def check_report_to(settings: Settings, path: Path) -> None:
         if name != "none" and importlib.util.find_spec(name) is None:
             install = f"{shlex.quote(sys.executable)} -m pip install {name}"
             raise ConfigError(f"{where} needs {name}, which is not installed: run `{install}`, or set report_to: none.")
+
+
+def check_types(settings: Settings, path: Path) -> None:
+    """Refuse the first value of another type than the settings object says. Raises ConfigError."""
+    from pydantic import TypeAdapter, ValidationError
+
+    parts = [group for part in settings.data.values() for group in (part.rows, part.tokens)]
+    for group in (settings, *parts):
+        for name, kind in get_type_hints(type(group)).items():
+            if name in ("data", "file"):
+                continue
+            value = getattr(group, name)
+            try:
+                TypeAdapter(kind).validate_python(value, strict=True)
+            except ValidationError as error:
+                where = f"{path.name}, line {line_of(path, name, value)}: {name}"
+                raise ConfigError(f"{where}: {error.errors()[0]['msg'].lower()}, not {value!r}.") from error
 
 
 def validate_values(settings: Settings, path: Path) -> None:
