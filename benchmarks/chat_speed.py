@@ -84,23 +84,24 @@ def prepare(workspace: Path) -> None:
     """Make base, adapter and models/run.json, and let the export make the rest, but for the comparison of answers."""
     os.chdir(workspace)
     sys.path.insert(0, str(workspace / "finetuning"))
-    import invoke_olive
+    from settings.startup import quiet
 
-    invoke_olive.quiet()
-    import check
-    import int4
+    quiet()
     import peft
-    import record
-    import tiny_model
     import torch
     import transformers
     import yaml
-    from dataset import chat_rows
 
     import export
+    from exporting import int4
+    from preparing.dataset import chat_rows
+    from preparing.workspace import SAMPLE
+    from reporting.run_record import describe, publish
+    from settings.run_settings import read_settings
+    from training import tiny_model
 
     folder = workspace / "models" / "demo"
-    rows = chat_rows("train", train_file=str(tiny_model.SAMPLE), held_out_file="unused")
+    rows = chat_rows("train", train_file=str(SAMPLE), held_out_file="unused")
     tiny_model.VOCABULARY = 32000  # so that every token that is drawn can be read
     draw = random.Random(1)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(40000)]
@@ -125,11 +126,10 @@ def prepare(workspace: Path) -> None:
     print(f"{model.num_parameters() / 1e9:.2f} billion parameters", flush=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    settings = check.read_config()
-    run_json = record.describe(settings, {"train": rows, "held_out": rows[:1]}, str(folder), workspace / "models")
+    run_json = describe(read_settings(), {"train": rows, "held_out": rows[:1]}, None, workspace / "models")
     adapter = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     peft.get_peft_model(model, adapter).save_pretrained(workspace / "models" / "unpublished")
-    record.publish(run_json, workspace / "models" / "unpublished", str(folder), workspace / "models")
+    publish(run_json, workspace / "models" / "unpublished", str(folder), workspace / "models")
     # random weights agree in nothing, and 64 answers take minutes
     int4.compare = lambda *_: {"rows": 0, "answers": 1.0, "tokens": 1.0, "logits_max": 0.0, "logits_mean": 0.0}
     export.export("onnx", None, 0.95, debug=False)

@@ -120,17 +120,18 @@ def changed(text: str, settings: dict[str, Any]) -> str:
 def build(workspace: Path, name: str) -> None:
     """Make the rows, a tokenizer and the model."""
     sys.path.insert(0, str(workspace / "finetuning"))
-    import dataset
-    import tiny_model
     import torch
     import transformers
     import yaml
+
+    from preparing.tokens import tokenise
+    from training.tiny_model import build_tokenizer
 
     draw = random.Random(1)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(600)]
     family = yaml.safe_load((BENCHMARKS.parent / "catalog" / "chat_templates.yml").read_text())["families"]["chatml"]
     facts = family | {"chat_template": family["template"]}
-    tokenizer = tiny_model.build_tokenizer(facts, [[{"role": "user", "content": " ".join(words)}]])
+    tokenizer = build_tokenizer(facts, [[{"role": "user", "content": " ".join(words)}]])
     place = workspace / "models" / "memory"
     place.mkdir(parents=True, exist_ok=True)
     for file, count, longest in (("train.jsonl", ROWS, LONGEST), ("held-out.jsonl", 2, 60)):  # answering takes long
@@ -138,7 +139,7 @@ def build(workspace: Path, name: str) -> None:
         for _ in range(count):
             row = [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]
             length, share = draw.randint(SHORTEST, longest), draw.uniform(0.2, 0.6)
-            while len(dataset.tokenise(tokenizer, row, "all")["input_ids"]) < length:
+            while len(tokenise(tokenizer, row, "all")["input_ids"]) < length:
                 row[draw.random() < share]["content"] += f" {draw.choice(words)}"
             lines.append(json.dumps({"messages": row}) + "\n")
         (place / file).write_text("".join(lines))

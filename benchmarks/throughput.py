@@ -68,17 +68,18 @@ def folder(options: argparse.Namespace) -> Path:
 def prepare(options: argparse.Namespace) -> dict[str, int]:
     """Make the rows, a tokenizer and the model. Returns how many tokens they have."""
     sys.path.insert(0, str(options.workspace / "finetuning"))
-    import dataset
-    import tiny_model
     import torch
     import transformers
     import yaml
+
+    from preparing.tokens import IGNORED, tokenise
+    from training.tiny_model import build_tokenizer
 
     draw = random.Random(1)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(600)]
     family = yaml.safe_load((Path(__file__).parents[1] / "catalog" / "chat_templates.yml").read_text())["families"]
     facts = family["chatml"] | {"chat_template": family["chatml"]["template"]}
-    tokenizer = tiny_model.build_tokenizer(facts, [[{"role": "user", "content": " ".join(words)}]])
+    tokenizer = build_tokenizer(facts, [[{"role": "user", "content": " ".join(words)}]])
     place = folder(options)
     place.mkdir(parents=True, exist_ok=True)
     rows, tokens, answers = [], 0, 0
@@ -90,14 +91,14 @@ def prepare(options: argparse.Namespace) -> dict[str, int]:
         share = draw.uniform(0.2, 0.8)
         row = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
         while True:  # until it has the length
-            example = dataset.tokenise(tokenizer, row, "responses")
+            example = tokenise(tokenizer, row, "responses")
             if len(example["input_ids"]) >= length:
                 break
-            learnt = sum(label != dataset.IGNORED for label in example["labels"])
+            learnt = sum(label != IGNORED for label in example["labels"])
             row[learnt < share * len(example["input_ids"])]["content"] += f" {draw.choice(words)}"
         rows.append(row)
         tokens += len(example["input_ids"])
-        answers += sum(label != dataset.IGNORED for label in example["labels"])
+        answers += sum(label != IGNORED for label in example["labels"])
     (place / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     (place / "held-out.jsonl").write_text(json.dumps({"messages": rows[0]}) + "\n")
     transformers.set_seed(1)
@@ -120,24 +121,27 @@ def prepare(options: argparse.Namespace) -> dict[str, int]:
 
 
 def ours(options: argparse.Namespace) -> dict[str, float]:
-    """Train with the workspace's own finetuning/train.py, then compare the packed rows' losses."""
+    """Train with the workspace's own finetuning/training/train.py, then compare the packed rows' losses."""
     os.chdir(options.workspace)
     sys.path.insert(0, str(options.workspace / "finetuning"))
     import shutil
 
-    import check
+    from settings.startup import quiet
 
-    import invoke_olive
+    quiet()
+    from planning.plan import read_rows
+    from preparing.dataset import chat_tokens
+    from settings.config_file import read_file, the_pass
+    from settings.run_settings import Settings
+    from training.train import train
 
-    invoke_olive.quiet()
-    import record
-    import train
-
-    config = check.read_config()
-    settings = check.pass_settings(config)
-    settings |= {"r": ADAPTER["r"], "alpha": ADAPTER["alpha"], "lora_dropout": ADAPTER["dropout"], "packing": True}
-    settings["target_modules"] = TARGETS
-    settings["training_args"] |= {
+    config, place = read_file(), folder(options)
+    config["input_model"]["model_path"] = str(place / "model")
+    config["input_model"]["load_kwargs"]["revision"] = None
+    olive_pass = the_pass(config)
+    olive_pass |= {"r": ADAPTER["r"], "alpha": ADAPTER["alpha"], "lora_dropout": ADAPTER["dropout"], "packing": True}
+    olive_pass["target_modules"] = TARGETS
+    olive_pass["training_args"] |= {
         "num_train_epochs": 1,
         "learning_rate": 2e-4,
         "per_device_train_batch_size": BATCH,
@@ -148,39 +152,44 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     }
     for data in config["data_configs"]:
         data["load_dataset_config"] |= {
-            "train_file": str(folder(options) / "rows.jsonl"),
-            "held_out_file": str(folder(options) / "held-out.jsonl"),
+            "train_file": str(place / "rows.jsonl"),
+            "held_out_file": str(place / "held-out.jsonl"),
         }
         data["pre_process_data_config"] |= {"max_seq_len": 1024}
-    record.use_folder(config, str(folder(options) / "model"))
-    shutil.rmtree(folder(options) / "run", ignore_errors=True)
-    tokens = check.tokenise_rows(config, check.read_rows(config))
-    _, timings, _ = train.train(config, tokens, folder(options) / "run")
+    settings = Settings.of(config)
+    shutil.rmtree(place / "run", ignore_errors=True)
+    tokens = {
+        part: chat_tokens(rows, settings.model_path, **vars(settings.data[part].tokens))
+        for part, rows in read_rows(settings).items()
+    }
+    _, timings, _ = train(settings, tokens, place / "run")
     return {"seconds": timings["training"], "worst": worst_difference(options)}
 
 
 def worst_difference(options: argparse.Namespace) -> float:
     """Return how far a row's loss in a packed batch is from its loss alone, at most, in nats a token."""
-    import batches
-    import dataset
     import torch
-    import train
     from transformers import AutoModelForCausalLM
+
+    from preparing.dataset import chat_rows, chat_tokens
+    from preparing.tokens import IGNORED
+    from training import batches
+    from training.train import pack_attention
 
     place = str(folder(options) / "model")
     model: Any = AutoModelForCausalLM.from_pretrained(place).eval()
-    rows = dataset.chat_rows("train", train_file=str(folder(options) / "rows.jsonl"), held_out_file="unused")
-    examples = dataset.chat_tokens(rows, place)
+    rows = chat_rows("train", train_file=str(folder(options) / "rows.jsonl"), held_out_file="unused")
+    examples = chat_tokens(rows, place)
     worst = 0.0
     with torch.inference_mode():
         alone = [batches.answer_loss(model, batches.pad([example], 0)) for example in examples]
-        train.pack_attention(model)
+        pack_attention(model)
         for start in range(0, len(examples), BATCH):
             several = examples[start : start + BATCH]
             for i, example in enumerate(several):  # all rows are in the batch, one is counted
-                others = [one | {"labels": [dataset.IGNORED] * len(one["labels"])} for one in several]
+                others = [one | {"labels": [IGNORED] * len(one["labels"])} for one in several]
                 batch = batches.pack([*others[:i], example, *others[i + 1 :]])
-                labels = sum(label != dataset.IGNORED for label in example["labels"])
+                labels = sum(label != IGNORED for label in example["labels"])
                 difference = abs(batches.answer_loss(model, batch) - alone[start + i]).item() / labels
                 worst = max(worst, difference)
     return worst

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "template" / "finetuning"))
 
-import check
+from settings.config_file import read_file
 
 ROOT = Path(__file__).resolve().parents[2]
 Answers = dict[str, Any]
@@ -367,7 +367,7 @@ def check_workspace(asked: Any, workspace: Path, harmless: Scene, hostile: Answe
     check_documents(harmless, answers, documents(workspace))
     check_readme(harmless, answers, found["README.md"].decode("utf-8"))
     config = "finetuning/olive-config.yaml"
-    assert dict(flat(check.read_config(workspace / config))) == document(config, found[config])
+    assert dict(flat(read_file(workspace / config))) == document(config, found[config])
     recorded = yaml.safe_load(found[".copier-answers.yml"])
     defaults = answers["defaults"] if answers["advanced"] else {}  # only confirmed: not recorded, they follow others
     given = {name: answers[name] for name in harmless.asked if answers[name] != defaults.get(name, not answers[name])}

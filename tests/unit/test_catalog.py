@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 
 CATALOG = Path(__file__).resolve().parents[2] / "catalog"
 sys.path.append(str(CATALOG.parent / "template" / "finetuning"))
-import estimate  # noqa: E402 - arithmetic alone, without the workspace's libraries
+from planning.architecture import Shape  # noqa: E402 - arithmetic alone, without the workspace's libraries
 
 ORIGINAL = {
     "phi-3-mini-4k-instruct",
@@ -259,7 +259,7 @@ def test_the_shape_of_a_model_gives_its_parameters(model: Model) -> None:
 @each_model
 def test_the_estimate_counts_the_parameters_of_the_catalogue(model: Model) -> None:
     if model.parameters:
-        shape = estimate.Shape.of(model.model_dump())
+        shape = Shape.of(model.model_dump())
         assert shape.parameters == pytest.approx(model.parameters, rel=0.0005, abs=1000)
         assert model.target_modules and set(shape.linear) == set(model.target_modules)
 

@@ -56,7 +56,7 @@ class Workspace:
     def __init__(self, root: Path) -> None:
         self.root = root
         (root / "setup").mkdir(parents=True)
-        (root / "finetuning").mkdir()
+        (root / "finetuning" / "training").mkdir(parents=True)
         for script in ("get_model.py", "model_folder.py"):
             shutil.copy(SETUP / script, root / "setup")
         self.env = {"PATH": os.defpath, "HF_HOME": str(root / "hub"), "HOME": str(root), "CI": "1"}
@@ -92,9 +92,9 @@ def workspace(tmp_path: Path) -> Workspace:
 
 def test_the_demo_is_built_by_its_script_and_only_once(workspace: Workspace) -> None:
     workspace.configure("models/demo")
-    build = "import shutil\nfrom pathlib import Path\nroot = Path(__file__).parents[1]\n"
+    build = "import shutil\nfrom pathlib import Path\nroot = Path(__file__).parents[2]\n"
     build += "shutil.copytree(root / 'built', root / 'models/demo', dirs_exist_ok=True)\n"
-    (workspace.root / "finetuning" / "tiny_model.py").write_text(build)
+    (workspace.root / "finetuning" / "training" / "tiny_model.py").write_text(build)
     (workspace.root / "built").mkdir()
     for name, body in MODEL.items():
         (workspace.root / "built" / name).write_bytes(body)
@@ -110,7 +110,7 @@ def test_the_demo_is_built_by_its_script_and_only_once(workspace: Workspace) -> 
 
 def test_a_demo_that_cannot_be_built_is_said(workspace: Workspace) -> None:
     workspace.configure("models/demo")
-    (workspace.root / "finetuning" / "tiny_model.py").write_text("raise SystemExit('no torch')\n")
+    (workspace.root / "finetuning" / "training" / "tiny_model.py").write_text("raise SystemExit('no torch')\n")
     workspace.fails_with("tiny_model.py failed")
 
 

@@ -1,6 +1,6 @@
 """Files → rows → messages: what is read, what is set aside, and what is refused, always by file and line.
 
-The two modules need no package, so that thousands of broken files can be tried in seconds.
+The modules need no package, so that thousands of broken files can be tried in seconds.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "template" / "finetuning"))
 
-import messages
-from rows import DataError
+from preparing.conversations import Conversation
+from preparing.conversations import read as read_file
+from preparing.formats import to_messages
+from preparing.rows import DataError
 
 INPUTS = 5200
 ASKED, ANSWERED = {"role": "user", "content": "Phrase: Hooray!"}, {"role": "assistant", "content": "joy"}
@@ -169,7 +171,7 @@ def test_a_corrupted_input_is_read_or_refused_by_file_and_line_and_never_a_trace
         rejected = tmp_path / "rows.rejected.jsonl"
         rejected.unlink(missing_ok=True)
         try:
-            conversations = messages.read(str(path), max_bad_rows=max_bad_rows)
+            conversations = read_file(str(path), max_bad_rows=max_bad_rows)
         except DataError as error:
             said = str(error)
             assert re.search(rf"{name}, (line|row) \d+: ", said) or "unknown ending" in said, said
@@ -205,9 +207,9 @@ def test_a_corrupted_input_is_read_or_refused_by_file_and_line_and_never_a_trace
     print(outcomes)
 
 
-def read(path: Path, text: str | bytes, **options: Any) -> list[messages.Conversation]:
+def read(path: Path, text: str | bytes, **options: Any) -> list[Conversation]:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return messages.read(str(path), **options)
+    return read_file(str(path), **options)
 
 
 def refused(path: Path, text: str | bytes, **options: Any) -> str:
@@ -247,7 +249,7 @@ SYSTEM = {"role": "system", "content": "Be kind."}
     ],
 )
 def test_the_format_of_a_row_is_found_from_its_columns(row: Any, expected: Any) -> None:
-    assert messages.to_messages(row) == expected
+    assert to_messages(row) == expected
 
 
 def test_calls_of_tools_are_learnt_as_lines_of_json_and_their_results_are_read() -> None:
@@ -255,16 +257,16 @@ def test_calls_of_tools_are_learnt_as_lines_of_json_and_their_results_are_read()
     expected = json.dumps(call, ensure_ascii=False)
     result = {"role": "tool", "content": "22 °C", "tool_call_id": "1"}
     opened = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-    row = messages.to_messages({"messages": [ASKED, opened, result, ANSWERED], "tools": []})
+    row = to_messages({"messages": [ASKED, opened, result, ANSWERED], "tools": []})
     assert [turn["role"] for turn in row] == ["user", "assistant", "tool", "assistant"]
     assert row[1]["content"] == expected
     assert row[2] == {"role": "tool", "content": "22 °C"}
     both = {"role": "assistant", "content": "Let me look.", "tool_calls": [CALL, CALL]}
-    row = messages.to_messages({"messages": [ASKED, both]})
+    row = to_messages({"messages": [ASKED, both]})
     assert row[1]["content"] == f"Let me look.\n{expected}\n{expected}"
     shared = [{"from": "human", "value": "?"}, {"from": "function_call", "value": expected}]
     shared += [{"from": "observation", "value": "22 °C"}, {"from": "gpt", "value": "Warm."}]
-    assert [turn["role"] for turn in messages.to_messages({"conversations": shared})] == [
+    assert [turn["role"] for turn in to_messages({"conversations": shared})] == [
         "user",
         "assistant",
         "tool",
@@ -274,7 +276,7 @@ def test_calls_of_tools_are_learnt_as_lines_of_json_and_their_results_are_read()
 
 def test_columns_are_put_into_templates_and_other_braces_stay() -> None:
     row = {"phrase": "Hooray!", "the tone": "joy {sic}", "note": None, "year": 1999}
-    asked, answered = messages.to_messages(row, "columns", "Phrase: {phrase}{note} {year} {not a column}", "{the tone}")
+    asked, answered = to_messages(row, "columns", "Phrase: {phrase}{note} {year} {not a column}", "{the tone}")
     assert (asked["content"], answered["content"]) == ("Phrase: Hooray! 1999 {not a column}", "joy {sic}")
 
 
@@ -307,7 +309,7 @@ def test_columns_are_put_into_templates_and_other_braces_stay() -> None:
 )
 def test_a_row_that_cannot_be_learnt_from_says_why(row: Any, words: str) -> None:
     with pytest.raises(DataError, match=re.escape(words)):
-        messages.to_messages(row)
+        to_messages(row)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +318,7 @@ def test_a_row_that_cannot_be_learnt_from_says_why(row: Any, words: str) -> None
 )
 def test_a_template_that_does_not_fit_is_named(template: str | None, words: str) -> None:
     with pytest.raises(DataError, match=re.escape(words)):
-        messages.to_messages({"phrase": "Hooray!", "tone": "joy"}, "columns", "{phrase}", template)
+        to_messages({"phrase": "Hooray!", "tone": "joy"}, "columns", "{phrase}", template)
 
 
 ROWS = [{"prompt": f"Phrase: {i}, ü", "completion": "jöy"} for i in range(3)]
@@ -419,7 +421,7 @@ def test_an_array_in_a_file_for_lines_is_explained(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.jsonl is not there: put it there, or change the path"):
-        messages.read(str(tmp_path / "absent.jsonl"))
+        read_file(str(tmp_path / "absent.jsonl"))
 
 
 def rows_with(bad: int, good: int) -> str:
@@ -444,7 +446,7 @@ def test_bad_rows_are_set_aside_up_to_the_share_and_above_it_the_run_stops(
     assert listed[0]["file"] == str(path)
     assert listed[0]["row"] == {"text": ""}
     assert "column 'text' is missing or empty" in listed[0]["reason"]
-    messages.read(str(path))
+    read_file(str(path))
     out = capsys.readouterr().out
     assert out.count("5 of 100 rows of ") == 1, "a run reads its rows several times, and says it once"
     assert "rows.rejected.jsonl; the first is line 1: column 'text' is missing" in out

@@ -16,8 +16,9 @@ from walks import CATALOGUED, FOLDER, PINNED, TINY, Named, render
 
 BUILD = """
 import yaml
-from dataset import chat_rows
-from tiny_model import ROOT, SAMPLE, build
+from preparing.dataset import chat_rows
+from preparing.workspace import ROOT, SAMPLE
+from training.tiny_model import build
 facts = yaml.safe_load((ROOT / "setup" / "model.yaml").read_text(encoding="utf-8"))
 build(ROOT / "models" / "tiny", facts, chat_rows("train", train_file=str(SAMPLE), held_out_file=str(SAMPLE)))
 """

@@ -28,16 +28,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[
     folders = [str(root / name) for name in ("setup", "finetuning", "inference")]
     sys.path[:0] = folders
     try:
-        import check
-        import dataset
-        import model_facts
-
-        import engine
-        import export
         import get_model
+        import load_engine
+        from exporting import tuned_model
+        from planning import model_facts
+        from preparing import dataset
 
-        steps = (check, dataset, engine, export, get_model, model_facts)
-        yield SimpleNamespace(root=root, **{step.__name__: step for step in steps})
+        steps = (dataset, get_model, load_engine, model_facts, tuned_model)
+        yield SimpleNamespace(root=root, **{step.__name__.rpartition(".")[2]: step for step in steps})
     finally:
         sys.path[:] = [path for path in sys.path if path not in folders]
         for name, module in list(sys.modules.items()):
@@ -79,9 +77,7 @@ def test_every_step_finds_the_model_under_every_name_in_every_cache(
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(sys, "argv", ["get_model.py"])
-    config = workspace.check.read_config()
-    config["input_model"] |= {"model_path": named.model}
-    config["input_model"]["load_kwargs"]["revision"] = named.revision
+    settings = settings_for(named)
     monkeypatch.setattr(workspace.get_model, "read_config", lambda: (named.model, named.revision))
     expected = workspace.root / named.model
     if named.commit:
@@ -92,17 +88,28 @@ def test_every_step_finds_the_model_under_every_name_in_every_cache(
         hub.asked.clear()
         assert workspace.get_model.main() == 0
         assert not (offline and hub.asked)
-        for step, folder in folders(workspace, config, named).items():
+        for step, folder in folders(workspace, settings, named).items():
             assert folder.resolve() == expected.resolve(), step
         assert not (offline and hub.asked)
 
 
-def folders(workspace: SimpleNamespace, config: dict[str, Any], named: Named) -> dict[str, Path]:
+def settings_for(named: Named) -> Any:
+    """Return the settings of olive-config.yaml with the model named in this way."""
+    from settings.config_file import read_file
+    from settings.run_settings import Settings
+
+    config = read_file()
+    config["input_model"]["model_path"] = named.model
+    config["input_model"]["load_kwargs"]["revision"] = named.revision
+    return Settings.of(config)
+
+
+def folders(workspace: SimpleNamespace, settings: Any, named: Named) -> dict[str, Path]:
     """Return the folder that each step takes the model from."""
     found = {
-        "check": Path(workspace.model_facts.find(config).folder),
-        "training": workspace.check.base_model(config).folder,
-        "export": workspace.export.base_folder({"base_model": named.model, "revision": named.commit}),
+        "check": Path(workspace.model_facts.find(settings).folder),
+        "training": workspace.model_facts.base_model(settings).folder,
+        "export": workspace.tuned_model.base_folder({"base_model": named.model, "revision": named.commit}),
     }
     tokens = workspace.dataset.chat_tokens(
         [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], named.model, named.revision
@@ -128,16 +135,12 @@ def test_the_check_says_which_commit_a_branch_is(
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(filled("hf")))
-    import preview
-    import screen
-    from estimate import Settings
+    from planning import plan, show_plan
 
-    config = workspace.check.read_config()
     for way, words in (("main", f": main is commit {ways['main'].commit} here"), ("commit", "")):
-        config["input_model"]["model_path"] = ways[way].model
-        config["input_model"]["load_kwargs"]["revision"] = ways[way].revision
-        facts = preview.model_facts(workspace.model_facts.find(config), Settings.of(config))
-        screen.show("model", facts)
+        settings = settings_for(ways[way])
+        facts = plan.model_facts(workspace.model_facts.find(settings), settings)
+        show_plan.show("model", facts)
         assert ("get_model.py looks for a newer one" in capsys.readouterr().out) == (way == "main")
-        assert words in json.dumps(screen.model_lines(facts))
+        assert words in json.dumps(show_plan.model_lines(facts))
         assert facts["parameters"] == AutoModelForCausalLM.from_pretrained(facts["folder"]).num_parameters()

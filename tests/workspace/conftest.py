@@ -31,9 +31,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workspaces") / "workspace"
     shutil.copytree(RENDERED, folder, ignore=shutil.ignore_patterns(".venv*", "models", ".git"))
     sys.path[:0] = [str(folder / "finetuning")]
-    import invoke_olive
+    from settings.startup import quiet
 
-    invoke_olive.quiet()  # the libraries read their environment variables when they are imported
+    quiet()  # the libraries read their environment variables when they are imported
     return folder
 
 

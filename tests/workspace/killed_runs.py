@@ -22,19 +22,20 @@ sys.path.insert(0, str(workspace / "finetuning"))
 os.chdir(workspace)
 
 import invoke_olive  # noqa: E402
+from settings.startup import leave_out, quiet  # noqa: E402
 
-invoke_olive.quiet()
-invoke_olive.leave_out("torchmetrics")
+quiet()
+leave_out("torchmetrics")
 
-import check  # noqa: E402
-import evaluate  # noqa: E402, F401
-import record  # noqa: E402, F401
-import report  # noqa: E402, F401
 import torch  # noqa: E402
-import train  # noqa: E402, F401
+
+from reporting import evaluate, report, run_record  # noqa: E402, F401
+from settings.run_settings import read_settings  # noqa: E402
+from settings.validation import validate  # noqa: E402
+from training import train  # noqa: E402, F401
 
 torch.set_num_threads(1)
-check.validate(check.read_config())
+validate(read_settings())
 LOG = workspace / "log.txt"
 
 

@@ -34,9 +34,9 @@ PAGE = (REPOSITORY / "docs" / "how-to" / "api.md").read_text(encoding="utf-8")
 @pytest.fixture(scope="module", autouse=True)
 def modules(workspace: Path) -> Iterator[None]:
     """Import inference/ of the workspace, with the demo's base model built."""
-    import tiny_model
+    from training.tiny_model import build_demo
 
-    tiny_model.build_demo()
+    build_demo()
     with inference_of(workspace):
         yield
 

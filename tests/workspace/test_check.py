@@ -44,22 +44,31 @@ def checked(run: Run) -> dict[str, Any]:
 @pytest.fixture
 def machine_of(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let the check see another machine."""
-    import machine
+    from planning import hardware
 
     def change(**facts: Any) -> None:
-        here = replace(machine.look(), **facts)
-        monkeypatch.setattr(machine, "look", lambda: here)
+        here = replace(hardware.look(), **facts)
+        monkeypatch.setattr(hardware, "look", lambda: here)
 
     return change
 
 
 @pytest.fixture
 def settings(workspace: Path) -> Any:
-    """Return the settings of the demo as the estimate reads them."""
-    import check
-    from estimate import Settings
+    """Return the settings of the demo."""
+    return settings_with({})
 
-    return Settings.of(check.read_config())
+
+def settings_with(olive_pass: dict[str, Any], arguments: dict[str, Any] | None = None, device: str = "cpu") -> Any:
+    """Return the settings of the demo with other ones for the pass, its training_args and the device."""
+    from settings.config_file import read_file, the_pass
+    from settings.run_settings import Settings
+
+    config = read_file()
+    config["systems"]["local_system"]["accelerators"][0]["device"] = device
+    the_pass(config).update(olive_pass)
+    the_pass(config)["training_args"] |= arguments or {}
+    return Settings.of(config)
 
 
 def test_the_check_says_what_there_is_in_plain_lines(invoke: Invoke, workspace: Path) -> None:
@@ -74,14 +83,14 @@ def test_the_check_says_what_there_is_in_plain_lines(invoke: Invoke, workspace: 
 
 
 def test_json_is_one_object_and_agrees_with_the_rows(invoke: Invoke, workspace: Path) -> None:
-    from dataset import IGNORED, chat_rows, load_tokenizer, tokenise
+    from planning import token_counts
+    from preparing.dataset import chat_rows
+    from preparing.tokens import IGNORED, load_tokenizer, tokenise
 
     invoke("--smoke", settings={"max_steps": 1})
     report = checked(invoke("--check", "--json"))
     rows = chat_rows("train", train_file=str(workspace / "dataset/sample-train.jsonl"), held_out_file="x")
-    import lengths
-
-    tokenizer = lengths.demo_tokenizer()
+    tokenizer = token_counts.demo_tokenizer()
     if (workspace / "models" / "demo").is_dir():
         tokenizer = load_tokenizer(str(workspace / "models" / "demo"))
     labels = [tokenise(tokenizer, row, "responses")["labels"] for row in rows]
@@ -163,10 +172,10 @@ def test_without_the_gpu_that_is_asked_for_the_needs_are_said_all_the_same(invok
 def test_a_gpu_that_is_too_small_is_named_with_its_driver(
     invoke: Invoke, machine_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import machine
+    from planning import hardware
 
     machine_of(gpu="NVIDIA T4", gpus=1, driver="550.1", vram=16 * 2**30, vram_free=2**29)
-    monkeypatch.setattr(machine, "speed", lambda *_: 1e13)
+    monkeypatch.setattr(hardware, "speed", lambda *_: 1e13)
     run = invoke("--check", edit=lambda text: text.replace("device: cpu", "device: gpu"))
     assert run.status == 1 and "NVIDIA T4, driver 550.1" in run.out
     assert "GiB of GPU memory and 0.5 are free" in run.err
@@ -176,24 +185,19 @@ def test_a_gpu_that_is_too_small_is_named_with_its_driver(
 def test_bfloat16_is_refused_on_a_gpu_that_does_not_compute_in_it(
     workspace: Path, machine_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch, bf16: bool
 ) -> None:
-    import check
-    import machine
+    from planning import hardware
 
     monkeypatch.chdir(workspace)
     machine_of(gpu="NVIDIA T4", gpus=1, bf16=bf16)
-    config = check.read_config()
-    config["systems"]["local_system"]["accelerators"][0]["device"] = "gpu"
-    assert machine.lacking(config, machine.look()) is None
-    check.pass_settings(config)["torch_dtype"] = "bfloat16"
-    said = machine.lacking(config, machine.look())
+    assert hardware.lacking(settings_with({}, device="gpu"), hardware.look()) is None
+    said = hardware.lacking(settings_with({"torch_dtype": "bfloat16"}, device="gpu"), hardware.look())
     assert said is None if bf16 else said and "NVIDIA T4 does not compute in bfloat16: set torch_dtype" in said
 
 
 def test_gradient_checkpointing_that_nobody_set_is_switched_on_when_memory_is_short(
-    workspace: Path, machine_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    workspace: Path, settings: Any, machine_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import check
-    import preview
+    from planning import fit
 
     monkeypatch.chdir(workspace)
     row = {"input_ids": [7] * 30, "labels": [-100] * 20 + [7] * 10}
@@ -201,19 +205,17 @@ def test_gradient_checkpointing_that_nobody_set_is_switched_on_when_memory_is_sh
 
     def decided(**facts: Any) -> tuple[Any, str]:
         machine_of(**facts)
-        config = check.read_config()
-        assert "gradient_checkpointing" not in check.pass_settings(config)["training_args"]
-        _, line = preview.settle(config, tokens)
-        return check.pass_settings(config)["training_args"]["gradient_checkpointing"], line
+        settled, _, line = fit.settle(settings, tokens)
+        return settled.gradient_checkpointing, line
 
+    assert settings.gradient_checkpointing is None
     at_ease, line = decided(ram_free=2**40)
     assert at_ease is False and "off, not needed" in line
-    config = check.read_config()
-    lengths = {part: preview.lengths_of(rows) for part, rows in tokens.items()}
-    shape = preview.find(config).shape
+    lengths = {part: fit.lengths_of(rows) for part, rows in tokens.items()}
+    shape = fit.find(settings).shape
     assert shape
-    needed = preview.memory(shape, preview.Settings.of(config), lengths["train"], lengths["held_out"]).total
-    pressed, line = decided(ram_free=int(needed / preview.MARGIN) - 1)
+    needed = fit.memory(shape, settings, lengths["train"], lengths["held_out"]).total
+    pressed, line = decided(ram_free=int(needed / fit.MARGIN) - 1)
     assert pressed is True and "on, to save memory" in line
 
 
@@ -223,13 +225,15 @@ def test_gradient_checkpointing_that_nobody_set_is_switched_on_when_memory_is_sh
 def test_what_autograd_keeps_of_a_token_is_what_the_estimate_says(
     architecture: str, dropout: float, dtype: str, settings: Any
 ) -> None:
-    import estimate
     import torch
 
+    from planning.architecture import Shape
+    from planning.memory import per_token
+
     kept = kept_by_autograd(architecture, dropout, getattr(torch, dtype), tokens=64)
-    shape = estimate.Shape.of(CONFIG | {"model_type": architecture})
-    settings = replace(settings, dtype=dtype, dropout=dropout, target_modules=None)
-    assert estimate.per_token(shape, settings, masked=False) == pytest.approx(kept, rel=0.08)
+    shape = Shape.of(CONFIG | {"model_type": architecture})
+    settings = replace(settings, torch_dtype=dtype, lora_dropout=dropout, target_modules=None)
+    assert per_token(shape, settings, masked=False) == pytest.approx(kept, rel=0.08)
 
 
 def kept_by_autograd(architecture: str, dropout: float, dtype: Any, tokens: int) -> float:
@@ -264,9 +268,11 @@ def kept_by_autograd(architecture: str, dropout: float, dtype: Any, tokens: int)
 
 @pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
 def test_the_adapter_has_as_many_weights_as_are_counted(method: str, settings: Any) -> None:
-    import estimate
     import peft
     import transformers
+
+    from planning.architecture import Shape
+    from planning.memory import adapter_parameters
 
     config = transformers.AutoConfig.for_model(**CONFIG)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -278,14 +284,12 @@ def test_the_adapter_has_as_many_weights_as_are_counted(method: str, settings: A
         "lokr": lambda: peft.LoKrConfig(**options),
     }[method]()
     model = peft.get_peft_model(model, adapter)
-    counted = estimate.adapter_parameters(
-        estimate.Shape.of(CONFIG), replace(settings, method=method, rank=8, target_modules=None)
-    )
+    counted = adapter_parameters(Shape.of(CONFIG), replace(settings, method=method, r=8, target_modules=None))
     assert counted == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 def test_a_padded_batch_counts_its_padding_and_a_packed_one_does_not(workspace: Path) -> None:
-    from estimate import Lengths, batches
+    from planning.row_lengths import Lengths, batches
 
     rows = Lengths([10, 40], [5, 5])
     assert (batches(rows, 2, packing=True).tokens, batches(rows, 2, packing=False).tokens) == (50, 80)
@@ -308,14 +312,13 @@ def test_a_padded_batch_counts_its_padding_and_a_packed_one_does_not(workspace: 
 def test_a_full_gpu_is_told_with_estimate_peak_and_the_setting_to_change(
     workspace: Path, changes: dict[str, Any], advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import check
     import torch
-    from advice import explained
 
-    config = check.read_config()
-    check.pass_settings(config)["training_args"] |= changes
+    from planning.advice import explained
+    from settings.config_file import ConfigError
+
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 15 * 2**30)
-    with pytest.raises(check.ConfigError) as error, explained(config, 12.5 * 2**30):
+    with pytest.raises(ConfigError) as error, explained(settings_with({}, changes), 12.5 * 2**30):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert "12.5 GiB were estimated and 15.0 GiB were in use" in str(error.value)
     assert advice in str(error.value)
@@ -341,13 +344,13 @@ def test_a_run_in_azure_is_held_against_the_chosen_gpu_and_priced(
 def test_a_table_fits_a_terminal_of_eighty_columns(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import screen
+    from planning import show_plan
 
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     facts = {"name": "a/b", "revision": None, "commit": None, "folder": None, "download_bytes": 2**33}
     facts |= {"parameters": 10**9, "trained_parameters": 10**7, "own_template": False}
-    screen.show("model", facts)
+    show_plan.show("model", facts)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 2 and any("get_model" in line for line in lines)
 
@@ -357,12 +360,13 @@ def test_the_first_line_comes_before_anything_heavy_is_imported(workspace: Path)
 import sys
 sys.argv = ["invoke_olive.py", "--check"]
 sys.path.insert(0, sys.path.pop(0) or "finetuning")
-import invoke_olive, screen
+import invoke_olive
+from planning import show_plan
 def show(part, facts):
     assert not {"torch", "transformers", "olive", "datasets"} & set(sys.modules), sorted(sys.modules)
     print(part, facts["model"])
     raise SystemExit(7)
-screen.show = show
+show_plan.show = show
 invoke_olive.main()
 """
     environment = {"PYTHONPATH": str(workspace / "finetuning"), "PATH": ""}
@@ -431,7 +435,7 @@ def test_offline_the_check_says_what_it_cannot_know_and_goes_on(invoke: Invoke) 
 def test_a_hub_that_never_answers_does_not_hold_the_check(
     workspace: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import model_facts
+    from planning import model_facts
 
     silent = threading.Event()
     monkeypatch.setattr(model_facts, "ask_hub", lambda *_: silent.wait(60))
@@ -442,7 +446,7 @@ def test_a_hub_that_never_answers_does_not_hold_the_check(
 
 
 def test_what_is_not_a_model_of_known_shape_has_no_estimate(workspace: Path) -> None:
-    import model_facts
+    from planning import model_facts
 
     assert model_facts.shape_in({"model_type": "mamba", "d_model": 8}) is None
     assert model_facts.shape_in({"text_config": CONFIG, "model_type": "gemma3"})

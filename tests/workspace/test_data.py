@@ -25,17 +25,24 @@ TONE = [{"role": "user", "content": "Phrase: Hooray!"}, {"role": "assistant", "c
 
 @pytest.fixture(scope="module")
 def dataset(workspace: Path) -> Any:
-    import dataset
+    from preparing import dataset
 
     return dataset
 
 
-def test_rows_that_stand_twice_and_held_out_rows_that_are_trained_on_are_counted(dataset: Any) -> None:
-    import check
+@pytest.fixture(scope="module")
+def tokens(workspace: Path) -> Any:
+    from preparing import tokens
+
+    return tokens
+
+
+def test_rows_that_stand_twice_and_held_out_rows_that_are_trained_on_are_counted(workspace: Path) -> None:
+    from planning.plan import repeated_rows
 
     other = [TONE[0], {"role": "assistant", "content": "fear"}]
-    assert check.repeated_rows({"train": [TONE], "held_out": [other]}) == []
-    doubled, leaked = check.repeated_rows({"train": [TONE, TONE, other], "held_out": [other]})
+    assert repeated_rows({"train": [TONE], "held_out": [other]}) == []
+    doubled, leaked = repeated_rows({"train": [TONE, TONE, other], "held_out": [other]})
     assert "1 of 3 rows to train on stand there more than once" in doubled
     assert "1 held-out rows are trained on too" in leaked
 
@@ -69,15 +76,15 @@ def sample(dataset: Any, workspace: Path) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_labels_are_the_answers_with_their_end_of_turn(dataset: Any, sample: Any, family: str) -> None:
-    import tiny_model
+def test_the_labels_are_the_answers_with_their_end_of_turn(tokens: Any, sample: Any, family: str) -> None:
+    from training import tiny_model
 
     facts = FAMILIES[family]
     tokenizer = tiny_model.build_tokenizer({**facts, "chat_template": facts["template"]}, sample)
-    example = dataset.tokenise(tokenizer, CONVERSATION, "responses")
+    example = tokens.tokenise(tokenizer, CONVERSATION, "responses")
     spans: list[list[int]] = [[]]
     for token, label in zip(example["input_ids"], example["labels"], strict=True):
-        assert label in (token, dataset.IGNORED)
+        assert label in (token, tokens.IGNORED)
         if label == token:
             spans[-1].append(token)
         elif spans[-1]:
@@ -86,22 +93,22 @@ def test_the_labels_are_the_answers_with_their_end_of_turn(dataset: Any, sample:
     end = facts["end_of_turn"]
     assert [text.removesuffix(end).strip() for text in learnt] == ["I am glad.", "joy\n\nmore  of it"]
     assert all(text.endswith(end) for text in learnt)
-    everything = dataset.tokenise(tokenizer, CONVERSATION, "all")
+    everything = tokens.tokenise(tokenizer, CONVERSATION, "all")
     assert everything["labels"] == everything["input_ids"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_asked_later_is_tokenised_as_what_was_trained(dataset: Any, sample: Any, family: str) -> None:
-    import tiny_model
+def test_what_is_asked_later_is_tokenised_as_what_was_trained(tokens: Any, sample: Any, family: str) -> None:
+    from training import tiny_model
 
     facts = FAMILIES[family]
     tokenizer = tiny_model.build_tokenizer({**facts, "chat_template": facts["template"]}, sample)
     asked = tokenizer.apply_chat_template(CONVERSATION[:-1], add_generation_prompt=True, return_dict=False)
-    assert dataset.tokenise(tokenizer, CONVERSATION, "responses")["input_ids"][: len(asked)] == asked
+    assert tokens.tokenise(tokenizer, CONVERSATION, "responses")["input_ids"][: len(asked)] == asked
 
 
-def test_a_model_that_thinks_learns_the_answer_alone_in_every_turn(dataset: Any, sample: Any) -> None:
-    import tiny_model
+def test_a_model_that_thinks_learns_the_answer_alone_in_every_turn(tokens: Any, sample: Any) -> None:
+    from training import tiny_model
 
     # as Qwen3 does it: an empty thought before the last answer only, and in the prompt when thinking is off
     template = """{% for message in messages %}<|im_start|>{{ message.role }}
@@ -118,24 +125,25 @@ def test_a_model_that_thinks_learns_the_answer_alone_in_every_turn(dataset: Any,
 {% endif %}{% endif %}"""
     facts = {**FAMILIES["chatml"], "chat_template": template}
     tokenizer = tiny_model.build_tokenizer(facts, sample)
-    labels = dataset.tokenise(tokenizer, CONVERSATION, "responses")["labels"]
-    learnt = tokenizer.decode([label for label in labels if label != dataset.IGNORED])
+    labels = tokens.tokenise(tokenizer, CONVERSATION, "responses")["labels"]
+    learnt = tokenizer.decode([label for label in labels if label != tokens.IGNORED])
     assert learnt == "I am glad.<|im_end|>joy\n\nmore  of it<|im_end|>"
 
 
 def test_rows_that_are_too_long_are_cut_and_counted(
     dataset: Any, workspace: Path, sample: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import tiny_model
+    from training.tiny_model import build_demo
 
-    if not tiny_model.DEMO.is_dir():
-        tiny_model.build_demo()
+    demo = workspace / "models" / "demo"
+    if not demo.is_dir():
+        build_demo()
     capsys.readouterr()
-    whole = dataset.chat_tokens(sample, str(tiny_model.DEMO), max_seq_len=256)
+    whole = dataset.chat_tokens(sample, str(demo), max_seq_len=256)
     assert len(whole) == len(sample), "no row is dropped because the data is short"
     assert capsys.readouterr().out == ""
     longest = max(len(row["input_ids"]) for row in whole)
-    assert len(dataset.chat_tokens(sample, str(tiny_model.DEMO), max_seq_len=longest - 3)) < len(sample)
+    assert len(dataset.chat_tokens(sample, str(demo), max_seq_len=longest - 3)) < len(sample)
     out = capsys.readouterr().out
     assert re.match(rf"\d+ of 800 rows are longer than max_seq_len {longest - 3} and were cut; [1-9]", out)
     assert re.search(r"were left out \(the first: .*sample-train\.jsonl, line \d+\)\.\n$", out)
@@ -143,23 +151,21 @@ def test_rows_that_are_too_long_are_cut_and_counted(
         with pytest.raises(
             dataset.DataError, match=rf"line \d+: max_seq_len {length} cuts off the whole answer, as in"
         ):
-            dataset.chat_tokens(sample, str(tiny_model.DEMO), max_seq_len=length, max_bad_rows=share)
-    assert dataset.chat_tokens(sample, str(tiny_model.DEMO), max_seq_len=20, max_bad_rows=1)
+            dataset.chat_tokens(sample, str(demo), max_seq_len=length, max_bad_rows=share)
+    assert dataset.chat_tokens(sample, str(demo), max_seq_len=20, max_bad_rows=1)
 
 
-def test_a_row_that_the_chat_template_refuses_is_named(dataset: Any, workspace: Path, sample: Any) -> None:
-    import tiny_model
+def test_a_row_that_the_chat_template_refuses_is_named(tokens: Any, sample: Any) -> None:
+    from training import tiny_model
 
     # as Gemma and Mistral have it
     template = """{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}
 {{ raise_exception('Conversation roles must alternate') }}{% endif %}{{ message.content }}{% endfor %}"""
     tokenizer = tiny_model.build_tokenizer({**FAMILIES["chatml"], "chat_template": template}, sample)
     row = type(sample[0])([TONE[0], *TONE], "rows.jsonl, line 7")
-    for refused in (row, dataset.with_system(row, "Be kind.")):
-        with pytest.raises(
-            dataset.DataError, match=r"^rows\.jsonl, line 7: .* take this row \(Conversation roles must"
-        ):
-            dataset.tokenise(tokenizer, refused, "responses")
+    for refused in (row, tokens.with_system(row, "Be kind.")):
+        with pytest.raises(tokens.DataError, match=r"^rows\.jsonl, line 7: .* take this row \(Conversation roles must"):
+            tokens.tokenise(tokenizer, refused, "responses")
 
 
 def test_rows_of_parquet_and_of_the_hub_are_placed_by_their_number(
@@ -200,11 +206,12 @@ def test_held_out_rows_of_a_file_are_read_from_it_also_beside_a_dataset_of_the_h
 
 
 def test_too_few_rows_to_learn_from_are_refused(workspace: Path) -> None:
-    import check
+    from planning.fit import check_count
+    from settings.config_file import ConfigError
 
-    check.check_count({"train": [TONE] * 8, "held_out": [TONE]})
-    with pytest.raises(check.ConfigError, match="7 rows to train on are too few"):
-        check.check_count({"train": [TONE] * 7, "held_out": [TONE]})
+    check_count({"train": [TONE] * 8, "held_out": [TONE]})
+    with pytest.raises(ConfigError, match="7 rows to train on are too few"):
+        check_count({"train": [TONE] * 7, "held_out": [TONE]})
 
 
 def test_olive_finds_what_the_user_script_imports(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,8 +222,8 @@ def test_olive_finds_what_the_user_script_imports(workspace: Path, monkeypatch: 
     # as in a process of `olive run`, which knows nothing of the folder
     monkeypatch.chdir(workspace)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(workspace / "finetuning")])
-    for module in ("rows", "messages"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
+    for module in [name for name in sys.modules if name.partition(".")[0] == "preparing"]:
+        monkeypatch.delitem(sys.modules, module)
     for known in (import_lib.import_user_module, import_lib.import_module_from_file):
         known.cache_clear()
     with pytest.raises(ModuleNotFoundError):

@@ -36,29 +36,30 @@ def models(workspace: Path) -> Iterator[Path]:
 
 def tune(workspace: Path, method: str, steps: int = 0) -> None:
     """Publish an adapter as a run does: taught the task for some steps, or with weights drawn at random."""
-    import check
     import peft
     import torch
-    from batches import answer_loss, pad
-    from dataset import chat_rows, load_tokenizer, tokenise
-    from record import describe, publish
     from transformers import AutoModelForCausalLM
 
-    config = check.read_config()
-    rows = {
-        part: chat_rows(**check.data_settings(config, part, "load_dataset_config")) for part in ("train", "held_out")
-    }
-    folder = str(check.base_model(config).folder)
-    run_json = describe(config, rows, None, workspace / "models") | {"method": method}
+    from planning.model_facts import base_model
+    from planning.plan import read_rows
+    from preparing.tokens import load_tokenizer, tokenise
+    from reporting.run_record import describe, publish
+    from settings.run_settings import read_settings
+    from training.batches import answer_loss, pad
+
+    settings = read_settings()
+    rows = read_rows(settings)
+    folder = str(base_model(settings).folder)
+    run_json = describe(settings, rows, None, workspace / "models") | {"method": method}
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    common = {"target_modules": check.pass_settings(config)["target_modules"], "task_type": "CAUSAL_LM"}
-    settings: Any = {
+    common: Any = {"target_modules": list(settings.target_modules), "task_type": "CAUSAL_LM"}
+    config: Any = {
         "loha": peft.LoHaConfig(r=8, alpha=16, **common),
         "lokr": peft.LoKrConfig(r=8, alpha=16, **common),
         "dora": peft.LoraConfig(r=16, lora_alpha=32, use_dora=True, **common),
     }.get(method, peft.LoraConfig(r=16, lora_alpha=32, **common))
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), settings)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if not steps:
         with torch.no_grad():
@@ -178,7 +179,7 @@ def test_a_missing_package_is_said_before_the_work(export: Export, monkeypatch: 
 def test_an_architecture_that_the_builder_does_not_know_leaves_the_merged_model(
     export: Export, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import int4
+    from exporting import int4
 
     def refuse(merged: Path, folder: Path, provider: str) -> None:
         raise NotImplementedError("not supported")
@@ -196,7 +197,7 @@ def test_an_architecture_that_the_builder_does_not_know_leaves_the_merged_model(
 def test_a_model_that_answers_otherwise_than_the_merged_one_does_not_take_its_place(
     export: Export, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import int4
+    from exporting import int4
 
     worse = {"rows": 64, "answers": 0.5, "tokens": 0.9, "logits_max": 9.0, "logits_mean": 1.0}
     monkeypatch.setattr(int4, "compare", lambda *_: worse)
@@ -237,11 +238,11 @@ def test_a_share_out_of_range_is_a_usage_error(export: Export) -> None:
 
 @pytest.mark.usefixtures("models")
 def test_an_int4_model_answers_held_out_rows_as_torch_does(exported: Path, models: Path) -> None:
-    from dataset import load_tokenizer
-    from evaluate import generate, load_model
-
     from engine import Generation
     from load_engine import load
+    from preparing.tokens import load_tokenizer
+    from reporting.evaluate import generate, load_model
+    from settings.run_settings import read_settings
 
     figures = json.loads((models / "run.json").read_text())["export"]["onnx"]
     assert figures["rows"] == 64
@@ -249,7 +250,7 @@ def test_an_int4_model_answers_held_out_rows_as_torch_does(exported: Path, model
     assert figures["tokens"] >= 0.95
     assert 0 < figures["logits_mean"] < figures["logits_max"] < 2
     rows = held_out(models)
-    model = load_model(str(models / "demo"), models / "adapter", {"type": "LoRA", "torch_dtype": "float32"})
+    model = load_model(str(models / "demo"), models / "adapter", read_settings())
     tokenizer = load_tokenizer(str(models / "adapter"))
     stops = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
     expected = generate(model, tokenizer, rows, 32, stops)
@@ -264,9 +265,9 @@ def test_the_model_for_a_gpu_computes_the_same_on_the_cpus_kernels(
     exported: Path, models: Path, tmp_path: Path, provider: str
 ) -> None:
     """The nearest to a run on a GPU that a machine without one allows: the same graph and float16 weights."""
-    import int4
     import onnx
 
+    from exporting import int4
     from sources import tuned_source
 
     int4.build(models / "merged", tmp_path, provider)
@@ -294,7 +295,7 @@ def test_a_provider_that_is_not_here_is_refused_before_the_work(export: Export, 
 
 
 def test_an_exported_model_ends_at_the_end_of_turn_that_only_the_template_knows(exported: Path, models: Path) -> None:
-    from dataset import load_tokenizer
+    from preparing.tokens import load_tokenizer
 
     stops = sorted(load_tokenizer(str(models / "adapter")).convert_tokens_to_ids(["<|endoftext|>", "<|end|>"]))
     for path in (models / "merged/generation_config.json", exported / "genai_config.json"):
@@ -367,10 +368,12 @@ STRETCHED = {"rope_type": "llama3", "factor": 32.0, "high_freq_factor": 4.0, "lo
 def test_the_builder_rotates_positions_as_torch_does_for_every_architecture_of_the_catalogue(
     models: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, settings: Any
 ) -> None:
-    import int4
     import onnxruntime_genai
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from exporting import int4
+    from exporting.agreement import answer_greedily
 
     size = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
     size |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512, "eos_token_id": 1}
@@ -386,7 +389,7 @@ def test_the_builder_rotates_positions_as_torch_does_for_every_architecture_of_t
     ids = list(range(100, 300))
     with torch.inference_mode():
         expected = model(torch.tensor([ids])).logits[0, -1].numpy()
-    _, logits = int4.answer_greedily(onnxruntime_genai.Model(str(tmp_path / "onnx")), ids)
+    _, logits = answer_greedily(onnxruntime_genai.Model(str(tmp_path / "onnx")), ids)
     assert expected.std() > 0.1
     assert abs(logits - expected).max() < 1e-2  # rotated wrongly, Phi-2 is off by 0.2 on average
 
@@ -556,10 +559,9 @@ def families() -> dict[str, dict[str, Any]]:
 def test_every_family_of_chat_templates_gives_the_tokens_of_the_training(
     family: str, models: Path, tmp_path: Path
 ) -> None:
-    from dataset import NO_THINKING, load_tokenizer
-    from tiny_model import build_tokenizer
-
     from onnx_backend import ChatTokenizer
+    from preparing.tokens import NO_THINKING, load_tokenizer
+    from training.tiny_model import build_tokenizer
 
     facts = families()[family]
     words = {"chat_template": facts["template"], "special_tokens": facts["special_tokens"]}

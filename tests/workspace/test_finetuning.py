@@ -31,18 +31,18 @@ def refused(run: Run, *words: str) -> None:
         assert word in run.err
 
 
-@pytest.mark.parametrize("script", ["invoke_olive.py", "tiny_model.py"])
-def test_help_is_quick_because_it_imports_nothing_heavy(workspace: Path, script: str) -> None:
+@pytest.mark.parametrize("module", ["invoke_olive", "training.tiny_model"])
+def test_help_is_quick_because_it_imports_nothing_heavy(workspace: Path, module: str) -> None:
     code = """
 import runpy, sys
-script, sys.argv = sys.argv[1], ["script", "--help"]
+module, sys.argv = sys.argv[1], ["script", "--help"]
 try:
-    runpy.run_path(script, run_name="__main__")
+    runpy.run_module(module, run_name="__main__")
 except SystemExit as done:
     assert not done.code
 assert not {"torch", "transformers", "olive", "datasets"} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code, workspace / "finetuning" / script], check=True, cwd="/")
+    subprocess.run([sys.executable, "-c", code, module], check=True, cwd=workspace / "finetuning")
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,10 @@ def test_wrong_settings_are_refused_in_one_sentence(invoke: Invoke, edit: Callab
 
 
 def test_missing_settings_are_named(workspace: Path) -> None:
-    import check
+    from settings.config_file import ConfigError, read_file
 
-    with pytest.raises(check.ConfigError, match=r"absent\.yaml is missing: `copier recopy .* --vcs-ref :current:`"):
-        check.read_config(workspace / "absent.yaml")
+    with pytest.raises(ConfigError, match=r"absent\.yaml is missing: `copier recopy .* --vcs-ref :current:`"):
+        read_file(workspace / "absent.yaml")
 
 
 def test_the_line_of_a_wrong_setting_is_named(invoke: Invoke, workspace: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_changed_dataset_is_trained_again(invoke: Invoke, workspace: Path) -> 
 def test_an_interrupted_run_goes_on_and_another_one_never_takes_its_checkpoints(
     invoke: Invoke, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import train
+    from training import train
 
     whole = invoke("--fresh", settings={"max_steps": 30}).json
     expected = weights(workspace)

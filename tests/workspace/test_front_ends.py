@@ -34,8 +34,9 @@ def tuned(workspace: Path) -> Iterator[Path]:
     os.chdir(workspace)
     tune(workspace, "lora", steps=150)
     import export
+    from settings.startup import quiet
 
-    export.quiet()
+    quiet()
     export.export("onnx", None, 0.95, debug=False)
     with inference_of(workspace):
         yield workspace

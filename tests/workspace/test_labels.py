@@ -23,18 +23,19 @@ TOOL = {"role": "tool", "content": "17 degrees"}
 
 
 @pytest.fixture(scope="module")
-def dataset(workspace: Path) -> Any:
-    import dataset
+def tokens(workspace: Path) -> Any:
+    from preparing import tokens
 
-    return dataset
+    return tokens
 
 
 @pytest.fixture(scope="module")
-def tokenizers(dataset: Any, workspace: Path) -> dict[str, Any]:
+def tokenizers(workspace: Path) -> dict[str, Any]:
     """A tiny tokenizer of each family, with its special tokens and its template."""
-    import tiny_model
+    from preparing.dataset import chat_rows
+    from training import tiny_model
 
-    rows = dataset.chat_rows("train", str(workspace / "dataset" / "sample-heldout.jsonl"), "unused")
+    rows = chat_rows("train", str(workspace / "dataset" / "sample-heldout.jsonl"), "unused")
     return {
         name: tiny_model.build_tokenizer({**facts, "chat_template": facts["template"]}, rows)
         for name, facts in FAMILIES.items()
@@ -73,13 +74,13 @@ def learnt(example: dict[str, list[int]], ignored: int) -> list[list[int]]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("system_prompt", ["", "Be kind."])
 def test_what_is_asked_in_a_chat_is_tokenised_as_the_same_turns_were_trained(
-    dataset: Any, tokenizers: dict[str, Any], serving: Any, family: str, system_prompt: str
+    tokens: Any, tokenizers: dict[str, Any], serving: Any, family: str, system_prompt: str
 ) -> None:
     tokenizer = tokenizers[family]
-    trained = dataset.tokenise(tokenizer, dataset.with_system(TURNS, system_prompt or None), "responses")
+    trained = tokens.tokenise(tokenizer, tokens.with_system(TURNS, system_prompt or None), "responses")
     engine = serving(tokenizer, system_prompt)
     # the first question, and the second with the first answer before it
-    for turns, answer in zip((TURNS[:1], TURNS[:3]), learnt(trained, dataset.IGNORED), strict=True):
+    for turns, answer in zip((TURNS[:1], TURNS[:3]), learnt(trained, tokens.IGNORED), strict=True):
         asked, _ = engine.fit(turns, 64, pytest.fail)
         assert trained["input_ids"][: len(asked)] == asked
         # what comes next is learnt: the model is never asked for a token that it has not been taught
@@ -88,30 +89,30 @@ def test_what_is_asked_in_a_chat_is_tokenised_as_the_same_turns_were_trained(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_chat_stops_at_the_token_that_was_learnt_as_the_end(
-    dataset: Any, tokenizers: dict[str, Any], serving: Any, family: str
+    tokens: Any, tokenizers: dict[str, Any], serving: Any, family: str
 ) -> None:
     tokenizer = tokenizers[family]
-    trained = dataset.tokenise(tokenizer, TURNS, "responses")
+    trained = tokens.tokenise(tokenizer, TURNS, "responses")
     stops = serving(tokenizer, "").backend.end_of_answer(tokenizer.eos_token_id)
-    for answer in learnt(trained, dataset.IGNORED):
+    for answer in learnt(trained, tokens.IGNORED):
         assert answer[-1] in stops
         assert not set(answer[:-1]) & set(stops)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_system_text_is_read_and_never_learnt(dataset: Any, tokenizers: dict[str, Any], family: str) -> None:
+def test_a_system_text_is_read_and_never_learnt(tokens: Any, tokenizers: dict[str, Any], family: str) -> None:
     tokenizer = tokenizers[family]
-    without, with_it = (dataset.tokenise(tokenizer, turns, "responses") for turns in (TURNS, [SYSTEM, *TURNS]))
+    without, with_it = (tokens.tokenise(tokenizer, turns, "responses") for turns in (TURNS, [SYSTEM, *TURNS]))
     assert "Be kind." in tokenizer.decode(with_it["input_ids"])
-    assert learnt(with_it, dataset.IGNORED) == learnt(without, dataset.IGNORED)
+    assert learnt(with_it, tokens.IGNORED) == learnt(without, tokens.IGNORED)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_tool_says_is_never_learnt(dataset: Any, tokenizers: dict[str, Any], family: str) -> None:
+def test_what_a_tool_says_is_never_learnt(tokens: Any, tokenizers: dict[str, Any], family: str) -> None:
     tokenizer = tokenizers[family]
     turns = [*TURNS[:2], TOOL, TURNS[3]]
-    example = dataset.tokenise(tokenizer, turns, "responses")
-    texts = [tokenizer.decode(run) for run in learnt(example, dataset.IGNORED)]
+    example = tokens.tokenise(tokenizer, turns, "responses")
+    texts = [tokenizer.decode(run) for run in learnt(example, tokens.IGNORED)]
     assert "17 degrees" in tokenizer.decode(example["input_ids"])
     assert "17 degrees" not in "".join(texts)
     assert len(texts) == 2 and "I am glad." in texts[0] and "more  of it" in texts[1]
@@ -119,17 +120,17 @@ def test_what_a_tool_says_is_never_learnt(dataset: Any, tokenizers: dict[str, An
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_train_on_all_every_token_is_learnt_the_ends_of_turns_too(
-    dataset: Any, tokenizers: dict[str, Any], family: str
+    tokens: Any, tokenizers: dict[str, Any], family: str
 ) -> None:
     tokenizer = tokenizers[family]
-    example = dataset.tokenise(tokenizer, [SYSTEM, *TURNS], "all")
+    example = tokens.tokenise(tokenizer, [SYSTEM, *TURNS], "all")
     assert example["labels"] == example["input_ids"]
     end = tokenizer.convert_tokens_to_ids(FAMILIES[family]["end_of_turn"])
     assert example["labels"].count(end) >= 2
 
 
 def test_a_turn_that_a_template_refuses_is_one_sentence_in_training_and_in_a_chat(
-    dataset: Any, tokenizers: dict[str, Any], serving: Any
+    tokens: Any, tokenizers: dict[str, Any], serving: Any
 ) -> None:
     import copy
 
@@ -141,7 +142,7 @@ def test_a_turn_that_a_template_refuses_is_one_sentence_in_training_and_in_a_cha
         "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('Only user and assistant') }}"
         "{% endif %}{{ message.content }}<|im_end|>{% endfor %}"
     )
-    with pytest.raises(dataset.DataError, match=r"does not take this row \(Only user and assistant\)"):
-        dataset.tokenise(tokenizer, [SYSTEM, *TURNS], "responses")
+    with pytest.raises(tokens.DataError, match=r"does not take this row \(Only user and assistant\)"):
+        tokens.tokenise(tokenizer, [SYSTEM, *TURNS], "responses")
     with pytest.raises(engine.ChatError, match="does not take this conversation: Only user and assistant"):
         serving(tokenizer, "Be kind.").fit(TURNS[:1], 64, pytest.fail)

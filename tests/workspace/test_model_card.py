@@ -64,7 +64,8 @@ def rows_of(name: str | None) -> dict[str, Any]:
 def card(workspace: Path, folder: Path, **changes: Any) -> Any:
     """Write a card with the workspace's own code, and read it as the hub's library does."""
     from huggingface_hub import ModelCard
-    from model_card import write_model_card
+
+    from reporting.model_card import write_model_card
 
     path = write_model_card(run_json(**changes), folder)
     assert [file.name for file in folder.iterdir()] == ["README.md"]
@@ -100,13 +101,13 @@ def test_a_folder_is_not_given_out_as_a_model_of_the_hub(workspace: Path, tmp_pa
 def test_the_licence_is_the_base_model_s_as_the_hub_writes_it(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: dict[str, Any]
 ) -> None:
-    import model_card
+    from reporting import model_card
 
     facts = {key: entry[key] for key in ("licence", "licence_url", "source")}
     (tmp_path / "setup").mkdir()
     (tmp_path / "setup" / "model.yaml").write_text(yaml.safe_dump(facts), encoding="utf-8")
     (tmp_path / "adapter").mkdir()
-    monkeypatch.setattr(model_card, "ROOT", tmp_path)
+    monkeypatch.setattr(model_card, "MODEL_FACTS", tmp_path / "setup" / "model.yaml")
     data = card(workspace, tmp_path / "adapter", base_model=entry["hub_id"] or "owner/model").data
     assert data.license in LICENCES if entry["licence"] else data.license is None
     for another in ("owner/another", "models/smoke/base", f"{entry['hub_id']}-2"):
@@ -116,13 +117,13 @@ def test_the_licence_is_the_base_model_s_as_the_hub_writes_it(
 def test_a_licence_that_the_hub_does_not_know_is_named_and_linked(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import model_card
+    from reporting import model_card
 
     facts = {"licence": "Own Terms", "licence_url": "https://example.org/terms", "source": "x/microsoft/phi-2/y"}
     (tmp_path / "setup").mkdir()
     (tmp_path / "setup" / "model.yaml").write_text(yaml.safe_dump(facts), encoding="utf-8")
     (tmp_path / "adapter").mkdir()
-    monkeypatch.setattr(model_card, "ROOT", tmp_path)
+    monkeypatch.setattr(model_card, "MODEL_FACTS", tmp_path / "setup" / "model.yaml")
     data = card(workspace, tmp_path / "adapter", **PHI).data
     assert (data.license, data.license_name, data.license_link) == ("other", "Own Terms", "https://example.org/terms")
 
@@ -196,7 +197,7 @@ def test_the_code_of_the_card_gives_the_answers_that_were_counted(
 def test_a_card_s_template_that_is_torn_costs_no_adapter(
     invoke: Callable[..., Run], workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import model_card
+    from reporting import model_card
 
     monkeypatch.setattr(model_card, "TEMPLATE", tmp_path / "model_card.md")
     model_card.TEMPLATE.write_text("{{ nothing }}", encoding="utf-8")

@@ -41,8 +41,9 @@ def model_and_rows(architecture: str, **options: Any) -> tuple[Any, list[dict[st
 
 def mean_losses(model: Any, rows: list[dict[str, list[int]]], packed: bool) -> list[float]:
     """Return the mean loss of each row: alone, or in one packed batch of all."""
-    import batches
     import torch
+
+    from training import batches
 
     losses = []
     with torch.inference_mode():
@@ -56,7 +57,7 @@ def mean_losses(model: Any, rows: list[dict[str, list[int]]], packed: bool) -> l
 @pytest.mark.parametrize("attention", ["each row alone", "one mask"])
 @pytest.mark.parametrize("architecture", ["phi3", "phi", "llama", "mistral", "qwen3", "smollm3", "gemma3_text"])
 def test_each_packed_example_has_the_loss_it_has_alone(workspace: Path, architecture: str, attention: str) -> None:
-    import train
+    from training import train
 
     # a window that some rows are longer than
     window = {"sliding_window": 32} if architecture in ("phi3", "mistral", "gemma3_text") else {}
@@ -70,9 +71,9 @@ def test_each_packed_example_has_the_loss_it_has_alone(workspace: Path, architec
 
 def test_rows_that_see_each_other_have_another_loss(workspace: Path) -> None:
     """The test above could not fail if the loss of these models did not depend on what a token sees."""
-    import batches
     import torch
-    import train
+
+    from training import batches, train
 
     model, rows = model_and_rows("llama")
     train.pack_attention(model)
@@ -84,7 +85,7 @@ def test_rows_that_see_each_other_have_another_loss(workspace: Path) -> None:
 
 
 def test_a_packed_batch_has_no_padding_and_all_rows(workspace: Path) -> None:
-    import batches
+    from training import batches
 
     _, rows = model_and_rows("llama")
     batch = batches.pack(rows)
@@ -98,8 +99,9 @@ def test_a_packed_batch_has_no_padding_and_all_rows(workspace: Path) -> None:
 def test_the_loss_of_a_padded_batch_is_that_of_its_rows(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, keeps_columns: bool
 ) -> None:
-    import batches
     import torch
+
+    from training import batches
 
     model, rows = model_and_rows("llama")
     monkeypatch.setattr(batches, "takes_columns", lambda model: keeps_columns)
@@ -118,7 +120,8 @@ def test_a_model_whose_layers_mix_packed_rows_is_found_and_padded(
     workspace: Path, capsys: pytest.CaptureFixture[str], architecture: str, apart: bool
 ) -> None:
     import peft
-    import train
+
+    from training import train
 
     layers = {"layer_types": ["conv", "full_attention"]} if architecture == "lfm2" else {}
     model, rows = model_and_rows(architecture, **layers)

@@ -29,11 +29,12 @@ SHORT, LONG = 12, 256  # tokens of an answer: as the tests set it, and as the pa
 def engine(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The demo with an adapter of chance, which says letters and spaces and never comes to an end by itself."""
     import peft
-    import tiny_model
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tiny_model.build_demo()
+    from training.tiny_model import build_demo
+
+    build_demo()
     root = tmp_path_factory.mktemp("page")
     shutil.copytree(workspace / "models/demo", root / "models/demo")
     config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")

@@ -77,7 +77,7 @@ def run_json(**changes: Any) -> dict[str, Any]:
 
 def write(workspace: Path, folder: Path, run: dict[str, Any], history: list[dict[str, float]] = HISTORY) -> Page:
     """Write a report with the workspace's own code, and read it."""
-    from report import write_report
+    from reporting.report import write_report
 
     path = write_report(run, history, folder)
     assert path == folder / "index.html"
@@ -201,7 +201,7 @@ def test_a_new_report_takes_the_place_of_the_last_one(workspace: Path, tmp_path:
 @pytest.fixture
 def demo_model(workspace: Path) -> str:
     """Return the folder of the demo model, built unless a run has done it."""
-    from tiny_model import build_demo
+    from training.tiny_model import build_demo
 
     folder = workspace / "models" / "demo"
     if not folder.is_dir():
@@ -209,19 +209,28 @@ def demo_model(workspace: Path) -> str:
     return str(folder)
 
 
+def settings_with(**tokens: Any) -> Any:
+    """Return the settings of olive-config.yaml with other ones for the tokens."""
+    from settings.config_file import read_file
+    from settings.run_settings import Settings
+
+    config = read_file()
+    for data_config in config["data_configs"]:
+        data_config["pre_process_data_config"] |= tokens
+    return Settings.of(config)
+
+
 def test_the_facts_of_the_data_are_those_of_the_tokens_that_are_trained_on(workspace: Path, demo_model: str) -> None:
-    import check
-    from dataset import IGNORED, chat_tokens
-    from record import data_facts
+    from preparing.dataset import chat_tokens
+    from preparing.tokens import IGNORED
+    from reporting.run_record import data_facts
 
     def row(question: str, answer: str) -> list[dict[str, str]]:
         return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
     train = [row("We won!", "joy")] * 3 + [row("Boo!", "fear"), row("Boo! " * 40, "fear"), row("Oh?", "surprise " * 40)]
-    config = check.read_config()
-    for data_config in config["data_configs"]:
-        data_config["pre_process_data_config"]["max_seq_len"] = 40
-    facts = data_facts(config, {"train": train, "held_out": [train[0], row("No.", "anger")]}, demo_model)
+    rows = {"train": train, "held_out": [train[0], row("No.", "anger")]}
+    facts = data_facts(settings_with(max_seq_len=40), rows, demo_model)
     uncut = sorted(len(example["input_ids"]) for example in chat_tokens(train, demo_model, max_seq_len=1000))
     kept = chat_tokens(train, demo_model, max_seq_len=40, max_bad_rows=1)
     assert len(kept) == 5  # one question fills the row, so that no answer is left
@@ -243,10 +252,11 @@ def test_the_facts_of_the_data_are_those_of_the_tokens_that_are_trained_on(works
 
 
 def test_the_settings_in_use_are_recorded_with_their_defaults_and_without_plumbing(workspace: Path) -> None:
-    import check
-    from record import settings_in_use
+    from reporting.run_record import settings_in_use
+    from settings.run_settings import olive_config, read_settings
 
-    used = settings_in_use(check.read_config())
+    settings = read_settings()
+    used = settings_in_use(settings, olive_config(settings))
     assert used["rows"]["dataset_split"] == "train"
     assert used["tokens"] == {"system_prompt": None, "max_seq_len": 256, "train_on": "responses"}
     assert (used["adapter"]["r"], used["training"]["learning_rate"]) == (16, 0.004)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -31,8 +32,13 @@ def tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(TENSORBOARD)
 
 
-def config_with(report_to: object) -> dict[str, object]:
-    return {"passes": {"finetune": {"training_args": {"report_to": report_to}}}}
+def settings_with(report_to: object) -> Any:
+    from settings.config_file import read_file, the_pass
+    from settings.run_settings import Settings
+
+    config = read_file()
+    the_pass(config)["training_args"]["report_to"] = report_to
+    return Settings.of(config)
 
 
 @pytest.mark.parametrize("names", ["mlflow", "wandb", "trackio", ["trackio", "wandb"]])
@@ -67,10 +73,11 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
     ],
 )
 def test_what_no_run_reports_to_is_refused(workspace: Path, value: object, words: str) -> None:
-    import check
+    from settings.config_file import CONFIG, ConfigError
+    from settings.validation import check_report_to
 
-    with pytest.raises(check.ConfigError) as refused:
-        check.check_report_to(config_with(value), check.CONFIG)
+    with pytest.raises(ConfigError) as refused:
+        check_report_to(settings_with(value), CONFIG)
     assert words in str(refused.value)
     assert str(refused.value).startswith("olive-config.yaml, line ")
 
@@ -79,23 +86,24 @@ def test_what_no_run_reports_to_is_refused(workspace: Path, value: object, words
 def test_a_run_that_reports_to_nothing_needs_nothing_and_leaves_nothing(
     workspace: Path, tmp_path: Path, value: object
 ) -> None:
-    import check
-    import record
+    from reporting.run_record import keep_logs
+    from settings.config_file import CONFIG
+    from settings.validation import check_report_to
 
-    check.check_report_to(config_with(value), check.CONFIG)
+    check_report_to(settings_with(value), CONFIG)
     before = dict(os.environ)
-    record.keep_logs(config_with(value), tmp_path / "logs")
+    keep_logs(settings_with(value), tmp_path / "logs")
     assert dict(os.environ) == before
     assert not (tmp_path / "logs").exists()
 
 
 def test_logs_lie_with_the_results_unless_the_environment_says_where(workspace: Path) -> None:
-    import record
+    from reporting.run_record import keep_logs
 
     logs = workspace / "models" / "logs"
     os.environ["WANDB_DIR"] = "/somewhere/else"
     before = dict(os.environ)
-    record.keep_logs(config_with("mlflow"), logs)
+    keep_logs(settings_with("mlflow"), logs)
     new = {name: value for name, value in os.environ.items() if before.get(name) != value}
     places = {name: value for name, value in new.items() if name.endswith("DIR")}
     assert set(places) == {"TENSORBOARD_LOGGING_DIR", "TRACKIO_DIR", "WANDB_CACHE_DIR"}

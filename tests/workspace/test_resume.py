@@ -56,23 +56,23 @@ def test_a_run_told_to_stop_saves_first_and_goes_on_later(interrupted: Any) -> N
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "unmarked"])
 def test_a_torn_checkpoint_is_passed_over(workspace: Path, tmp_path: Path, damage: str) -> None:
-    import train
+    from training import checkpoints
 
     for step in (5, 10):
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
         (checkpoint / "optimizer.pt").write_bytes(b"x" * 100)
-        (checkpoint / train.SIZES).write_text('{"optimizer.pt": 100}')
+        (checkpoint / checkpoints.SIZES).write_text('{"optimizer.pt": 100}')
     newest = tmp_path / "checkpoint-10"
-    assert train.newest_checkpoint(tmp_path) == str(newest)
+    assert checkpoints.newest_checkpoint(tmp_path) == str(newest)
     {
         "cut": lambda: (newest / "optimizer.pt").write_bytes(b"x" * 50),
         "missing": lambda: (newest / "optimizer.pt").unlink(),
-        "unmarked": lambda: (newest / train.SIZES).unlink(),
+        "unmarked": lambda: (newest / checkpoints.SIZES).unlink(),
     }[damage]()
-    assert train.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    assert checkpoints.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
     assert not newest.exists()
-    assert train.newest_checkpoint(tmp_path / "absent") is None
+    assert checkpoints.newest_checkpoint(tmp_path / "absent") is None
 
 
 def test_a_second_run_at_once_is_refused(invoke: Invoke, workspace: Path) -> None:

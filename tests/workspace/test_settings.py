@@ -87,9 +87,9 @@ class Seen:
 
     def text(self, part: str = "train") -> str:
         """The first row as text."""
-        import dataset
+        from preparing.tokens import load_tokenizer
 
-        return str(dataset.load_tokenizer(str(self.folder / "models/demo")).decode(self.rows(part)[0]))
+        return str(load_tokenizer(str(self.folder / "models/demo")).decode(self.rows(part)[0]))
 
     def labels(self) -> int:
         """How many tokens of the first row are learnt."""
@@ -170,17 +170,19 @@ def change(text: str, changes: dict[str, Any]) -> str:
 @pytest.fixture(scope="module")
 def places(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Put models and data beside the sample: another model, one in the hub's cache, a file, a folder as on the hub."""
-    import tiny_model
     from huggingface_hub import constants, snapshot_download
 
-    if not tiny_model.DEMO.is_dir():
-        tiny_model.build_demo()
-    shutil.copytree(tiny_model.DEMO, workspace / "models" / "other")
+    from training.tiny_model import build_demo
+
+    demo = workspace / "models" / "demo"
+    if not demo.is_dir():
+        build_demo()
+    shutil.copytree(demo, workspace / "models" / "other")
     cache = tmp_path_factory.mktemp("hub")
     with Hub() as hub, pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         for commit in ("a" * 40, "b" * 40):
-            model = {path.name: path for path in tiny_model.DEMO.iterdir()}
+            model = {path.name: path for path in demo.iterdir()}
             hub.add("someone/demo", SUNDRIES | model | {"NOTICE": commit.encode()}, commit=commit)
             snapshot_download("someone/demo", revision=commit, cache_dir=cache, endpoint=hub.url)
     rows = [{"prompt": f"Hooray {i}!", "completion": "joy", "text": f"We won {i}."} for i in range(48)]
@@ -201,9 +203,9 @@ def observe(
     """Run invoke_olive.py with settings changed, and watch. Generated answers and the report are left out: they take
     long and say nothing of settings.
     """
-    import evaluate
-    import report
     import transformers
+
+    from reporting import evaluate, report
 
     trainers: list[Any] = []
     given: tuple[list[Any], list[Any]] = ([], [])
@@ -222,7 +224,7 @@ def observe(
         return workspace / "models" / "report" / "index.html"
 
     monkeypatch.setattr(transformers.Trainer, "__init__", watch)
-    monkeypatch.setattr(evaluate, "MAX_ANSWERS", 0)
+    monkeypatch.setattr(evaluate, "ANSWERS", 0)
     monkeypatch.setattr(report, "write_report", no_report)
 
     def run(changes: dict[str, Any], base: str | None = None) -> Seen:
@@ -489,11 +491,12 @@ PASSED_ON = {
 def test_every_training_argument_is_in_the_file_or_refused_or_reaches_the_trainer(
     observe: Callable[..., Seen], workspace: Path, renders: Path
 ) -> None:
-    import schema
     from transformers import TrainingArguments
 
+    from settings import allowed
+
     in_the_file = {path.rpartition(".")[2] for path in CASES if path.startswith(ARGS)} | {"report_to"}
-    refused_ones = {key for keys in schema.TRAINING_ARGS.values() for key in keys}
+    refused_ones = {key for keys in allowed.TRAINING_ARGS.values() for key in keys}
     known = {argument.name for argument in dataclasses.fields(TrainingArguments) if argument.init}
     assert not in_the_file & refused_ones
     assert known - in_the_file - refused_ones == set(PASSED_ON)
@@ -519,25 +522,27 @@ def test_rows_may_be_trained_in_the_order_of_the_file(observe: Callable[..., See
 
 
 def every_refusal() -> list[tuple[str, str, str]]:
-    """Return (method, path, why) of each setting that schema.py refuses."""
+    """Return (method, path, why) of each setting that allowed.py refuses."""
     sys.path.insert(0, str(REPOSITORY / "template" / "finetuning"))
     try:
-        import schema
+        from settings import allowed
     finally:
         sys.path.pop(0)
     sections = {"training_args": ARGS, "passes.*": PASS, "load_kwargs": "input_model.load_kwargs"}
     return sorted(
         {
             (method if section == "passes.*" else "lora", f"{sections[section]}.{key}", why)
-            for method in schema.METHOD
-            for section, table in schema.reasons(method).items()
+            for method in allowed.METHOD
+            for section, table in allowed.reasons(method).items()
             for key, why in table.items()
         }
     )
 
 
 def test_what_the_run_would_ignore_or_be_spoilt_by_is_refused_with_the_reason(workspace: Path, tmp_path: Path) -> None:
-    import check
+    from settings.config_file import ConfigError
+    from settings.run_settings import read_settings
+    from settings.validation import validate
 
     text = (workspace / FILE).read_text(encoding="utf-8")
     path = tmp_path / "olive-config.yaml"
@@ -554,10 +559,8 @@ def test_what_the_run_would_ignore_or_be_spoilt_by_is_refused_with_the_reason(wo
             dropped = {"target_modules", "lora_dropout"} - {kept, setting.rpartition(".")[2]}
             lines = path.read_text().splitlines(keepends=True)
             path.write_text("".join(line for line in lines if line.strip().partition(":")[0] not in dropped))
-        with pytest.raises(
-            check.ConfigError, match=rf"{setting.rpartition('.')[2]} cannot be set: {re.escape(why)}\.$"
-        ):
-            check.validate(check.read_config(path), path)
+        with pytest.raises(ConfigError, match=rf"{setting.rpartition('.')[2]} cannot be set: {re.escape(why)}\.$"):
+            validate(read_settings(path), path)
 
 
 # what a method's pass takes beside: where it is seen, and the value seen there
@@ -590,18 +593,18 @@ def tf32() -> bool:
 
 
 def test_every_setting_of_a_method_s_pass_is_tested_or_refused(workspace: Path, renders: Path) -> None:
-    import check
-    import schema
+    from settings import allowed
+    from settings.config_file import read_file, the_pass
 
     tested: set[str] = set()
     for method in OF_A_METHOD:
         tested |= set(OF_A_METHOD[method])
-        config = check.read_config()
-        check.pass_settings(config)["type"] = method
-        (known,) = (keys for section, _, keys in schema.known_keys(config, method) if section == "passes.*")
+        config = read_file()
+        the_pass(config)["type"] = method
+        (known,) = (keys for section, _, keys in allowed.known_keys(config, method) if section == "passes.*")
         in_the_files = {path.split(".")[2] for path in {*CASES, *FIXED} if path.startswith(PASS)}
         left_out = {
-            key for table in (schema.METHOD[method], schema.ANY_METHOD) for keys in table.values() for key in keys
+            key for table in (allowed.METHOD[method], allowed.ANY_METHOD) for keys in table.values() for key in keys
         }
         assert known - in_the_files - left_out - tested == set(), method
 

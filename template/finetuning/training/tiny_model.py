@@ -1,6 +1,6 @@
 """Tiny models, built on the spot without any download: the demo model, and the replica behind `--smoke`.
 
-python finetuning/tiny_model.py builds the demo model in models/demo, unless it is there.
+python -m training.tiny_model, in finetuning/, builds the demo model in models/demo, unless it is there.
 
 Both have the architecture, the chat template and the layer names of the model in setup/model.yaml, two layers and a
 vocabulary of about a thousand tokens. The base is taught the *form* of the answers on shuffled ones, so that it
@@ -9,6 +9,8 @@ answers in the right words at random: what fine-tuning adds can then be seen.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import sys
 import tempfile
@@ -20,7 +22,7 @@ import yaml
 
 from preparing.dataset import chat_rows
 from preparing.tokens import tokenise
-from preparing.workspace import DEMO, MODEL_FACTS, ROOT, SAMPLE
+from preparing.workspace import DEMO, MODEL_FACTS, ROOT, SAMPLE, ModelMissingError, find_model
 from training.whole_files import replace_folder
 
 VOCABULARY = 1024
@@ -147,7 +149,11 @@ def build_demo() -> None:
 
 
 def main() -> int:
-    """Build the demo model in a process of its own, for setup/get_model.py."""
+    """Build models/demo unless it is there; setup/get_model.py starts this in a process of its own."""
+    argparse.ArgumentParser(description="Build the demo model in models/demo, without any download.").parse_args()
+    with contextlib.suppress(ModelMissingError):
+        print(f"The demo model is there: {find_model(DEMO, None, ROOT).folder}")
+        return 0
     started = time.monotonic()
     build_demo()
     print(f"Built the demo model in {time.monotonic() - started:.0f} s: {ROOT / DEMO}")
