@@ -469,6 +469,7 @@ def engine(tuned: Path) -> Any:
 
 
 def test_the_adapter_that_was_trained_is_the_one_that_answers(tuned: Path, engine: Any) -> None:
+    from load_engine import load
 
     base = load(baseonly=True, root=tuned)
     for question in ("hello", "poem"):
