@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ import yaml
 
 SKIPS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("skips.yml").read_text(encoding="utf-8"))
 unlisted: list[str] = []
+
+# A shell that starts this in the background lets it ignore Ctrl-C, and so every process that a test starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def note(report: Any) -> None:
