@@ -186,6 +186,9 @@ def follow(base: bytes, ours: bytes, texts: dict[str, bytes]) -> tuple[bytes, di
         end = start + len(old)
         above, below = before[max(start - 2, 0) : start], before[end : end + 2]
         places = places_of([*above, *old, *below], lines)
+        if not places and (old or all(line.strip() for line in [*above[-1:], *below[:1]])):  # one more may have moved
+            above, below = above[-1:], below[:1]
+            places = places_of([*above, *old, *below], lines)
         if same or len(places) > 1 or not b"".join([*above, *old, *below]).strip():
             rest += new
         elif places:
