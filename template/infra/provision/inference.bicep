@@ -1,12 +1,12 @@
-// What chatting needs in Azure: the file share that holds the tuned model, an environment with the GPU, and the app.
+// What chatting needs in Azure: the file share with the tuned model, an environment with the GPU, and the app.
 //
 // `python infra/azure.py provision inference` deploys it with the values of inference.parameters.json, which is where
-// to change them. A resource whose name is given there must exist, and is used as it is. Where the name is empty, the
-// resource is made; its name stays the same from one deployment to the next, so that deploying again changes it.
-// finetuning.bicep makes or uses the same share and logs, word for word, and an environment of its own: so each can
-// have another GPU, and deploying the one never disturbs the other.
+// to change them. A resource whose name is given there must exist, and is used as it is. If the name is empty, the
+// resource is created; its name is the same in every deployment, so deploying again updates it.
+// finetuning.bicep creates or uses the same share and logs, with identical code, and its own environment: so each can
+// have another GPU, and deploying one never affects the other.
 
-// ---- What is asked for
+// ---- Parameters
 
 @description('The name of the workspace. Names and tags of what is made are derived from it.')
 param projectName string
@@ -28,7 +28,7 @@ param workloadProfileName string = workloadProfileType == 'Consumption' ? 'Consu
 @minValue(1)
 param maximumInstanceCount int
 
-// Existing resources of this resource group, which are used as they are.
+// Existing resources in this resource group, which are used as they are.
 @description('An existing storage account, for the file share. Empty: one is made.')
 param storageAccountName string
 @description('An existing file share in that account. Empty: one is made.')
@@ -43,7 +43,7 @@ param acaLogAnalyticsName string
 @description('The name of the app, which is made or brought up to date. Empty: one is derived from projectName.')
 param acaAppName string
 
-// Who opens the page then has to log in with your organisation first; programs use the API with the key.
+// Users of the page must then log in with your organisation first; programs use the API with the key.
 @description('The client id of an app registration in Entra ID. Empty: no login, the key alone.')
 param entraClientId string
 
@@ -56,7 +56,7 @@ param ipSecurityRestrictions array
 @description('The key to the app: password of the page, bearer token of the API. Not given: drawn by Azure.')
 param chatApiKey string = newGuid()
 
-// It must have the secrets hf-token and chat-api-key, and be one with Azure RBAC.
+// It must use Azure RBAC and have the secrets hf-token and chat-api-key.
 @description('An existing key vault of this resource group, for the secrets. Empty: none.')
 param keyVaultName string
 
@@ -73,9 +73,9 @@ param image string = 'ghcr.io/astral-sh/uv@sha256:e5b65587bce7de595f299855d7385f
 @description('Tags of everything that is made, beside `workspace`, by which infra/azure.py knows it again.')
 param tags object
 
-// ---- What follows from it
+// ---- Derived values
 
-// As large as the profile allows. A container of a serverless profile has one GPU, that of a dedicated one has all.
+// As large as the profile allows. A container on a serverless profile has one GPU, on a dedicated one all GPUs.
 var sizes = {
   Consumption: { cpu: 4, memory: '8Gi' }
   'Consumption-GPU-NC8as-T4': { cpu: 8, memory: '56Gi' }
@@ -87,7 +87,7 @@ var sizes = {
 var size = sizes[workloadProfileType]
 
 var allTags = union(tags, { workspace: projectName })
-// Without hyphens, as a name may not hold two in a row.
+// Without hyphens, since a name cannot have two in a row.
 var uniqueName = '${take(replace(projectName, '-', ''), 12)}-${take(uniqueString(resourceGroup().id, projectName), 6)}'
 var storageName = empty(storageAccountName) ? 'st${uniqueString(resourceGroup().id, projectName)}' : storageAccountName
 var shareName = empty(fileShareName) ? uniqueName : fileShareName
@@ -96,7 +96,7 @@ var environmentStorageName = empty(acaEnvironmentStorageName) ? 'share-${uniqueN
 var logsName = empty(acaLogAnalyticsName) ? 'log-${uniqueName}' : acaLogAnalyticsName
 var appName = empty(acaAppName) ? 'app-${uniqueName}' : acaAppName
 
-// Python environments have links; nobody else writes to a file that is locked.
+// Python environments contain links; without byte-range locks, since nothing else writes to locked files.
 var mountOptions = 'mfsymlinks,nobrl'
 var mountVariables = [
   { name: 'WORKSPACE_MOUNT', value: '/mount' }
@@ -116,29 +116,29 @@ var keySecret = empty(keyVaultName)
   ? { name: 'chat-api-key', value: chatApiKey }
   : { name: 'chat-api-key', keyVaultUrl: '${vaultSecrets}/chat-api-key', identity: identity.id }
 
-// A new share is empty, and Azure takes no app that never answers. Then this start answers /health and nothing else;
-// `deploy` sends the workspace, and starts the app anew.
+// A new share is empty, and Azure refuses an app that never responds. In that case this start serves only /health;
+// `deploy` sends the workspace, and restarts the app.
 var answerHealth = 'mkdir -p /tmp/new/health && exec python3 -m http.server 7860 --directory /tmp/new'
 var prepare = 'source infra/environment.sh && python setup/get_model.py'
 var isNew = '[ ! -e infra/environment.sh ]'
 
-// ---- The share that holds the workspace, the models and the Python environments
+// ---- The share with the workspace, the models and the Python environments
 
 resource newStorage 'Microsoft.Storage/storageAccounts@2025-06-01' = if (empty(storageAccountName)) {
   name: storageName
   location: location
   tags: allTags
-  sku: { name: 'Standard_LRS' } // what is stored is billed, and nothing else
+  sku: { name: 'Standard_LRS' } // only stored data is billed
   kind: 'StorageV2'
   properties: {
     minimumTlsVersion: 'TLS1_2'
     supportsHttpsTrafficOnly: true
     allowBlobPublicAccess: false
     allowCrossTenantReplication: false
-    // Container Apps mount a share over SMB with the account's key, and with nothing else.
+    // Container Apps mount a share over SMB only with the account's key.
     allowSharedKeyAccess: true
-    // Your machine sends the workspace here, and an environment without a network of its own has no fixed address:
-    // there is no range of addresses to restrict this to.
+    // Your machine sends the workspace here, and an environment without its own network has no fixed address:
+    // there is no address range to restrict access to.
     publicNetworkAccess: 'Enabled'
   }
 }
@@ -165,8 +165,8 @@ resource newShare 'Microsoft.Storage/storageAccounts/fileServices/shares@2025-06
   parent: fileService
   name: shareName
   properties: {
-    accessTier: 'TransactionOptimized' // a Python environment is many small files
-    shareQuota: 1024 // GiB at the most
+    accessTier: 'TransactionOptimized' // a Python environment has many small files
+    shareQuota: 1024 // GiB, the maximum
   }
   dependsOn: [newFileService]
 }
@@ -179,7 +179,7 @@ resource newLogs 'Microsoft.OperationalInsights/workspaces@2025-07-01' = if (emp
   tags: allTags
   properties: {
     sku: { name: 'PerGB2018' }
-    retentionInDays: 30 // which the price of the logs includes
+    retentionInDays: 30 // included in the price of the logs
     workspaceCapping: { dailyQuotaGb: 1 }
   }
 }
@@ -187,7 +187,7 @@ resource newLogs 'Microsoft.OperationalInsights/workspaces@2025-07-01' = if (emp
 resource log 'Microsoft.OperationalInsights/workspaces@2025-07-01' existing = { name: logsName }
 
 var consumptionProfile = { name: 'Consumption', workloadProfileType: 'Consumption' }
-// Azure refuses counts for a serverless profile; a dedicated one has no instance while nothing runs.
+// Azure refuses counts for a serverless profile; a dedicated one has no instance while it is idle.
 var isServerless = startsWith(workloadProfileType, 'Consumption')
 var counts = isServerless ? {} : { minimumCount: 0, maximumCount: maximumInstanceCount }
 var gpuProfile = union({ name: workloadProfileName, workloadProfileType: workloadProfileType }, counts)
@@ -236,7 +236,7 @@ resource readOnlyStorage 'Microsoft.App/managedEnvironments/storages@2025-07-01'
   dependsOn: [newEnvironment, newShare]
 }
 
-// ---- Who the containers are to Azure, and what they may read: the secrets of the key vault, if there is one
+// ---- The identity of the containers, and its access: the secrets of the key vault, if there is one
 
 resource identity 'Microsoft.ManagedIdentity/userAssignedIdentities@2024-11-30' = {
   name: 'id-${uniqueName}'
@@ -269,14 +269,14 @@ resource app 'Microsoft.App/containerApps@2025-07-01' = {
     workloadProfileName: workloadProfileName
     configuration: {
       activeRevisionsMode: 'Single'
-      // For everybody with the key: without one, inference/gradio_chat.py refuses to listen.
+      // For everyone with the key: without one, inference/gradio_chat.py does not start.
       ingress: { external: true, targetPort: 7860, allowInsecure: false, ipSecurityRestrictions: ipSecurityRestrictions }
       secrets: hasToken ? [keySecret, tokenSecret] : [keySecret]
-      // Azure reads the key vault with it; what runs in a container cannot use it.
+      // Azure reads the key vault with it; the containers cannot use it.
       identitySettings: [{ identity: identity.id, lifecycle: 'None' }]
     }
     template: {
-      // Before the app: the Python environment and the base model, unless a run has put them on the share already.
+      // Before the app: the Python environment and the base model, unless a run already put them on the share.
       initContainers: [
         {
           name: 'prepare'
@@ -301,7 +301,7 @@ resource app 'Microsoft.App/containerApps@2025-07-01' = {
           resources: { cpu: size.cpu, memory: size.memory }
           volumeMounts: [{ volumeName: 'read-only', mountPath: '/mount' }]
           probes: [
-            // Ten times a minute: to load libraries and model from the share takes minutes.
+            // Ten times a minute: loading libraries and model from the share takes minutes.
             { type: 'Startup', httpGet: health, periodSeconds: 60, failureThreshold: 10 }
             { type: 'Readiness', httpGet: health, periodSeconds: 10 }
             { type: 'Liveness', httpGet: health, periodSeconds: 30, timeoutSeconds: 10 }
@@ -312,7 +312,7 @@ resource app 'Microsoft.App/containerApps@2025-07-01' = {
         { name: 'workspace', storageType: 'AzureFile', storageName: environmentStorageName, mountOptions: mountOptions }
         { name: 'read-only', storageType: 'AzureFile', storageName: readOnlyStorage.name, mountOptions: mountOptions }
       ]
-      // The first request starts the app, and five minutes after the last one it ends: until then the GPU is billed.
+      // The first request starts the app, and it stops five minutes after the last one: until then the GPU is billed.
       scale: { minReplicas: 0, maxReplicas: 1, cooldownPeriod: 300 }
     }
   }
@@ -327,7 +327,7 @@ resource login 'Microsoft.App/containerApps/authConfigs@2025-07-01' = if (!empty
     globalValidation: {
       unauthenticatedClientAction: 'RedirectToLoginPage'
       redirectToProvider: 'azureactivedirectory'
-      // For programs, which have the key; /health says only whether the model is loaded.
+      // For programs, which have the key; /health only says whether the model is loaded.
       excludedPaths: ['/v1/models', '/v1/chat/completions', '/health']
     }
     identityProviders: {
@@ -340,7 +340,7 @@ resource login 'Microsoft.App/containerApps/authConfigs@2025-07-01' = if (!empty
   }
 }
 
-// ---- What infra/inference.config.json gets
+// ---- Outputs for infra/inference.config.json
 
 output SUBSCRIPTION_ID string = subscription().subscriptionId
 output RESOURCE_GROUP_NAME string = resourceGroup().name
