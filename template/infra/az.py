@@ -35,7 +35,7 @@ FAILURES = {
         f"Azure asks for fewer requests: wait a minute, until `az group list --output table` answers, {AGAIN}."
     ),
     r"StorageAccountAlreadyTaken|[Ss]torage account (?:named )?\S+ is already taken": (
-        "The storage account's name, which comes from group and project, is taken by somebody else: take another group "
+        "The storage account's name, which comes from group and project, is already taken: choose another group "
         "with `copier update --trust --data azure_resource_group=…`, or name an account of yours as storageAccountName "
         f"in infra/provision/{{purpose}}.parameters.json, {AGAIN}."
     ),

@@ -30,9 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (AzureError, OSError) as error:
         if options.debug:
             raise
-        return say(error)
+        return print_error(error)
     except ModuleNotFoundError as error:
-        return say(
+        return print_error(
             f"{error.name} is not installed in {sys.prefix}: run `python setup/create_env.py`, then use its Python."
         )
     except KeyboardInterrupt:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def say(error: object) -> int:
+def print_error(error: object) -> int:
     """Print an error; return the exit status."""
     print(f"error: {error}", file=sys.stderr)
     return 1

@@ -29,7 +29,7 @@ QUOTAS = {
 def provision(purpose: str, yes: bool, dry_run: bool) -> None:
     """Create everything for `purpose` (finetuning or inference), or only show what it would be. Raises AzureError."""
     settings = Settings.read()
-    account, exists = look(settings)
+    account, exists = check_account(settings)
     print(f"Subscription {account['name']} ({account['id']}), group {settings.group} in {settings.location}")
     about = {"purpose": purpose, "group": settings.group, "location": settings.location}
     here = ["--subscription", account["id"]]
@@ -106,7 +106,7 @@ def agreed() -> bool:
         return False
 
 
-def look(settings: Settings) -> tuple[dict[str, Any], bool]:
+def check_account(settings: Settings) -> tuple[dict[str, Any], bool]:
     """Check az and account, then providers, region and quota; return the account, and whether the group exists.
 
     Raises AzureError for the first check that fails.

@@ -23,7 +23,7 @@ class Provisioned:
     def __init__(self, purpose: str) -> None:
         """Read infra/*.config.json. Raises AzureError."""
         self.purpose, self.config = purpose, read_config(purpose)
-        self.words, kind, key = KINDS[purpose]
+        self.command, kind, key = KINDS[purpose]
         self.name, self.group = self.config[key], self.config["RESOURCE_GROUP_NAME"]
         self.subscription = ["--subscription", self.config["SUBSCRIPTION_ID"]]
         self.named = ["--name", self.name, "--resource-group", self.group]
@@ -33,7 +33,7 @@ class Provisioned:
     def az(self, *words: str, stdin: str = "") -> Any:
         """Run an az command for it. Raises AzureError."""
         about = {"purpose": self.purpose, "group": self.group}
-        return az(*self.words, *words, *self.named, *self.subscription, stdin=stdin, about=about)
+        return az(*self.command, *words, *self.named, *self.subscription, stdin=stdin, about=about)
 
     def rest(self, method: str, path: str, api: str = API, body: Any = None) -> Any:
         """Call Azure Resource Manager, if az has no command for it. Raises AzureError."""

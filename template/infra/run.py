@@ -68,6 +68,6 @@ def pull() -> None:
     """Download adapter, report and run.json of the newest complete run to models/. Raises AzureError."""
     finished = fetch(Share(Provisioned("finetuning").config))
     if finished is None:
-        raise AzureError("The job has left no result yet: `python infra/azure.py status` says how it stands.")
+        raise AzureError("The job has no result yet: `python infra/azure.py status` shows its state.")
     print(f"models/ has the results of the run that finished at {finished}.")
     print("Next: python setup/get_model.py, then python inference/console_chat.py")

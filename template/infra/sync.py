@@ -118,7 +118,7 @@ def dataset_files(root: Path) -> Iterator[str]:
                 continue
             path = (root / file).resolve()
             if not path.is_relative_to(root.resolve()):
-                raise AzureError(f"{file} in olive-config.yaml lies outside of the workspace: `cp` it to dataset/.")
+                raise AzureError(f"{file} in olive-config.yaml is outside of the workspace: `cp` it to dataset/.")
             if path.is_file():
                 yield path.relative_to(root.resolve()).as_posix()
 

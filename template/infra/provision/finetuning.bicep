@@ -8,44 +8,44 @@
 
 // ---- Parameters
 
-@description('The name of the workspace. Names and tags of what is made are derived from it.')
+@description('The name of the workspace. Names and tags of the created resources are derived from it.')
 param projectName string
 
-@description('The Azure region. It must offer the GPU, and is that of every named existing resource.')
+@description('The Azure region. It must offer the GPU, and all named existing resources must be in it.')
 param location string
 
-@description('What the job runs in the workspace, one after the other; it ends with the first command that fails.')
+@description('What the job runs in the workspace, in order; it stops at the first command that fails.')
 @minLength(1)
 param defaultCommands array
 
-@description('The most seconds that a run may take; then it is stopped. A run that was stopped goes on where it was.')
+@description('The maximum seconds of a run; then it is stopped. A stopped run resumes from its last checkpoint.')
 @minValue(60)
 @maxValue(2592000)
 param timeout int
 
-@description('The hardware to rent, one of `sizes` below. Consumption has no GPU: it does for the demo model.')
+@description('The hardware to rent, one of `sizes` below. Consumption has no GPU: enough for the demo model.')
 param workloadProfileType string
 
-@description('The name of that profile in the environment. It matters only for an environment that exists already.')
+@description('The name of that profile in the environment. Only needed for an existing environment.')
 param workloadProfileName string = workloadProfileType == 'Consumption' ? 'Consumption' : 'gpu'
 
-@description('The most instances of a dedicated profile (NC…-A100): each is billed while anything runs on it.')
+@description('The maximum instances of a dedicated profile (NC…-A100): each is billed while anything runs on it.')
 @minValue(1)
 param maximumInstanceCount int
 
 // Existing resources in this resource group, which are used as they are.
-@description('An existing storage account, for the file share. Empty: one is made.')
+@description('An existing storage account, for the file share. Empty: one is created.')
 param storageAccountName string
-@description('An existing file share in that account. Empty: one is made.')
+@description('An existing file share in that account. Empty: one is created.')
 param fileShareName string
-@description('An existing Container Apps environment. Empty: one is made.')
+@description('An existing Container Apps environment. Empty: one is created.')
 param acaEnvironmentName string
-@description('An existing storage of that environment, by which its containers write to the share. Empty: one is made.')
+@description('An existing storage of that environment, for writing to the share. Empty: one is created.')
 param acaEnvironmentStorageName string
-@description('An existing Log Analytics workspace, for the logs. Empty: one is made.')
+@description('An existing Log Analytics workspace, for the logs. Empty: one is created.')
 param acaLogAnalyticsName string
 
-@description('The name of the job, which is made or brought up to date. Empty: one is derived from projectName.')
+@description('The name of the job, which is created or updated. Empty: one is derived from projectName.')
 param acaJobName string
 
 @description('An existing key vault of this resource group, with Azure RBAC and the secret hf-token. Empty: none.')
@@ -62,17 +62,17 @@ param hfToken string = ''
 param image string = 'ghcr.io/astral-sh/uv@sha256:e5b65587bce7de595f299855d7385fe7fca39b8a74baa261ba1b7147afa78e58'
 
 // At 80 %, and when 100 % is forecast, the owners of the resource group get an email. Nothing is stopped.
-@description('What you mean to spend on this resource group in a month, in your currency. 0: no budget.')
+@description('What you plan to spend on this resource group per month, in your currency. 0: no budget.')
 @minValue(0)
 param budgetAmount int
 
-@description('Who gets the mails about the budget, beside the owners.')
+@description('Who gets the budget emails, in addition to the owners.')
 param budgetContactEmails array
 
 @description('The first month of the budget: Azure takes only the current one, and refuses to change it later.')
 param budgetStart string = utcNow('yyyy-MM-01')
 
-@description('Tags of everything that is made, beside `workspace`, by which infra/azure.py knows it again.')
+@description('Tags of all created resources, in addition to `workspace`, by which infra/azure.py finds them.')
 param tags object
 
 // ---- Derived values
