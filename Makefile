@@ -43,7 +43,7 @@ demo: .venv/ready
 	demo/.venv/bin/python demo/finetuning/invoke_olive.py
 	@printf '\nFrom here:\n'; printf '  cd demo && .venv/bin/python %s\n' \
 	  'inference/console_chat.py            # chat with the tuned model' \
-	  'inference/gradio_chat.py             # the same in the browser, beside the base model' \
+	  'inference/gradio_chat.py             # the same in the browser, next to the base model' \
 	  'finetuning/export.py                 # one model of both, in 4 bits: fast on a CPU'
 	@printf '  %s\n' 'cd demo && ../.venv/bin/copier update --trust --vcs-ref :current: -d model=qwen3-0.6b   # a real model'
 
