@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompt", metavar="TEXT", help="ask this, print only the answer, and exit")
     parser.add_argument("--max-new-tokens", type=at_least_one, default=256, metavar="N", help="(default: 256)")
     parser.add_argument(
-        "--temperature", type=temperature, default=0.0, metavar="T", help="0: always the likeliest words (default)"
+        "--temperature", type=temperature, default=0.0, metavar="T", help="0: always the likeliest tokens (default)"
     )
     parser.add_argument(
         "--history",
@@ -58,10 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
         if text is None and options.history:
             recall(options.history)
         if sys.stderr.isatty():
-            say("Loading the model …")
+            print_stderr("Loading the model …")
         engine = load(options.baseonly, options.engine)
         for notice in engine.backend.notices:
-            say(notice)
+            print_stderr(notice)
         if text is None:
             chat(engine, generation, typed(options.history), in_terminal=True)
         elif options.prompt is None:
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ChatError as error:
         if options.debug:
             raise
-        say(f"error: {error}")
+        print_stderr(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -168,10 +168,10 @@ def answer(engine: Engine, messages: list[Message], generation: Generation, said
             said.append(piece)
     print()
     for notice in notices:
-        say(notice)
+        print_stderr(notice)
 
 
-def say(text: str) -> None:
+def print_stderr(text: str) -> None:
     """Print to stderr: stdout is for the answers only."""
     print(text, file=sys.stderr, flush=True)
 

@@ -33,7 +33,7 @@ class OnnxBackend:
 
     def __init__(self, folder: Path, root: Path) -> None:
         """Load model, tokenizer and chat template from a folder in the workspace `root`. Raises ChatError."""
-        self.words = ChatTokenizer(folder, root)
+        self.tokenizer = ChatTokenizer(folder, root)
         try:
             settings = read_json(folder / "genai_config.json")["model"]
             self.context, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
@@ -51,7 +51,7 @@ class OnnxBackend:
                 f"models/{folder.name} is for: use --engine torch."
             ) from error
         self.stops = {*ends} if isinstance(ends, list) else {ends}
-        self.encode, self.decode = self.words.encode, self.words.decode
+        self.encode, self.decode = self.tokenizer.encode, self.tokenizer.decode
         self.description = f"ONNX Runtime, int4 weights on {provider}"
         self.notices: list[str] = []
 

@@ -191,11 +191,13 @@ def draw_settings(system_prompt: str, most: int) -> list[Any]:
     return [
         gr.Textbox(system_prompt, label="System prompt", info="Empty: none."),
         gr.Slider(1, most, min(256, most), step=1, label="Longest answer", info="In tokens."),
-        gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: always the likeliest words."),
-        gr.Slider(0.05, 1, 1, step=0.05, label="Top p", info="The share of the likeliest words to draw from."),
-        gr.Slider(0, 200, 0, step=1, label="Top k", info="How many of the likeliest to draw from; 0: all."),
-        gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty", info="Above 1: fewer words are said again."),
-        gr.Number(-1, precision=0, label="Seed", info="The same draws the same words; -1: others each time."),
+        gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: always the likeliest tokens."),
+        gr.Slider(
+            0.05, 1, 1, step=0.05, label="Top p", info="Sample from the likeliest tokens with this total probability."
+        ),
+        gr.Slider(0, 200, 0, step=1, label="Top k", info="Sample from this many of the likeliest tokens; 0: all."),
+        gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty", info="Above 1: less repetition."),
+        gr.Number(-1, precision=0, label="Seed", info="The same seed gives the same answer; -1: a new one each time."),
     ]
 
 

@@ -46,7 +46,7 @@ class TorchBackend:
                 "and answers may differ a little."
             )
         # The adapter's folder has the tokenizer with the chat template of the training.
-        words = root / source.adapter if source.adapter else base
+        tokenizer_folder = root / source.adapter if source.adapter else base
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 base,
@@ -60,7 +60,7 @@ class TorchBackend:
         except DAMAGED as error:
             raise damaged(source, error) from error
         try:
-            tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
         except DAMAGED as error:
             if not source.adapter:
                 raise damaged(source, error) from error
@@ -85,9 +85,9 @@ class TorchBackend:
         it, as trained, and would continue with a made-up conversation if it did not stop there.
         """
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "THE-ANSWER"}]
-        behind = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("THE-ANSWER")[2]
+        after = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("THE-ANSWER")[2]
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        tokens = self.tokenizer(behind, add_special_tokens=False)["input_ids"]
+        tokens = self.tokenizer(after, add_special_tokens=False)["input_ids"]
         end_of_turn = [token for token in tokens if token in special][:1]
         stops = [self.tokenizer.eos_token_id, *end_of_turn]
         stops += end_of_text if isinstance(end_of_text, list) else [end_of_text]

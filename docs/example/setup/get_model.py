@@ -59,7 +59,7 @@ def get_model() -> None:
     elif found and found.commit is None:
         print(f"The model is a folder, and it is there: {found.folder}")
     else:
-        print(f"The model lies in {download(model, revision, found).folder}")
+        print(f"The model is in {download(model, revision, found).folder}")
     print(f"Next, in {ROOT}:\n  python finetuning/invoke_olive.py --check")
 
 
@@ -239,7 +239,7 @@ def get_onnx() -> None:
         except Exception as error:  # the library passes on HTTP client errors
             raise ModelError(explain(error, variant["hub_id"], variant["revision"])) from error
         put_in_place(unfinished, variant["folder"], made_from)
-        print(f"The ONNX model lies in {ONNX}")
+        print(f"The ONNX model is in {ONNX}")
     print(f"Next, in {ROOT}:\n  python inference/console_chat.py --baseonly --engine onnx")
 
 

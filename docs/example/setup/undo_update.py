@@ -42,7 +42,7 @@ def undo(workspace: Path) -> None:
         delete_again(workspace, state["gone"])
     (copy / "undone").touch()
     pending.unlink(missing_ok=True)
-    print(f"The update of {names[-1][:10]} is taken back. What these files held until now lies in {now}.")
+    print(f"The update of {names[-1][:10]} is taken back. The previous content of these files is in {now}.")
     print("Next: git status")
 
 

@@ -27,11 +27,11 @@ def advice(shape: Shape, settings: Settings, lengths: Lengths, limit: float) -> 
     size = settings.per_device_train_batch_size
     while size > 1:
         size //= 2
-        for candidate, words in ((settings, ""), (checkpointed, before)):
+        for candidate, prefix in ((settings, ""), (checkpointed, before)):
             if memory(shape, replace(candidate, per_device_train_batch_size=size), lengths).total <= limit:
                 steps = settings.gradient_accumulation_steps * math.ceil(settings.per_device_train_batch_size / size)
                 return (
-                    f"set {words}per_device_train_batch_size: {size}, with gradient_accumulation_steps: {steps} to "
+                    f"set {prefix}per_device_train_batch_size: {size}, with gradient_accumulation_steps: {steps} to "
                     "get the same result"
                 )
     smallest = replace(checkpointed, per_device_train_batch_size=1)

@@ -108,7 +108,7 @@ def model_lines(facts: ModelFacts) -> Lines:
         share = f"{trained / facts['parameters']:.2%}"
         lines.append(("adapter", f"{number(trained)} parameters, {share} of the base"))
     if not facts["own_template"]:
-        lines.append(("template", "the model brings no chat template: the one in setup/model.yaml is used"))
+        lines.append(("template", "the model has no chat template: the one in setup/model.yaml is used"))
     return lines
 
 

@@ -67,20 +67,20 @@ def read(
             f"{source}, {first} In all, {count} cannot be used (max_bad_rows allows a share of {max_bad_rows:g}): "
             "repair them, or raise max_bad_rows in olive-config.yaml to skip them."
         )
-    beside = set_aside(source, bad, bool(dataset_name))
+    rejected_file = write_rejected(source, bad, bool(dataset_name))
     if bad:
-        say(f"{count} of {source} were rejected, see {beside.as_posix()}; the first is {first}")
+        print_once(f"{count} of {source} were rejected, see {rejected_file.as_posix()}; the first is {first}")
     if unused:
-        say(f"{source}: columns {short(', '.join(sorted(unused)), 300)} are not used.")
+        print_once(f"{source}: columns {short(', '.join(sorted(unused)), 300)} are not used.")
     return good
 
 
-def set_aside(source: str, bad: list[dict[str, Any]], is_from_hub: bool) -> Path:
+def write_rejected(source: str, bad: list[dict[str, Any]], is_from_hub: bool) -> Path:
     """Write the rejected rows to a file next to the data; if there are none, remove the file of an earlier run."""
     name = re.sub(r"\W+", "-", source).strip("-") if is_from_hub else Path(Path(source).name.removesuffix(".gz")).stem
     target = (ROOT / "dataset" if is_from_hub else Path(source).parent) / (name + REJECTED)
     try:
-        if target.is_file() and is_list_of(target, source):
+        if target.is_file() and is_rejected_list(target, source):
             if not bad:
                 target.unlink(missing_ok=True)
         elif target.is_file() and bad:
@@ -94,7 +94,7 @@ def set_aside(source: str, bad: list[dict[str, Any]], is_from_hub: bool) -> Path
     return target
 
 
-def is_list_of(target: Path, source: str) -> bool:
+def is_rejected_list(target: Path, source: str) -> bool:
     """Return whether a file contains the rejected rows of this source."""
     try:
         with target.open("rb") as file:
@@ -114,6 +114,6 @@ def to_line(rejected: dict[str, Any]) -> bytes:
 
 
 @cache
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """Print a line only once: the check, the training and the evaluation of a run read the same rows."""
     print(one_line(text))

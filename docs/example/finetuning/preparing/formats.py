@@ -103,7 +103,7 @@ def used_columns(
 
 def turns(row: dict[str, Any], column: str, role_of_text: str) -> list[Message]:
     """Return the turns of a column; a text is one turn of the role `role_of_text`, if that is not empty."""
-    value = need(row, column)
+    value = required(row, column)
     if role_of_text and isinstance(value, str):
         return [message(role_of_text, value)]
     if not isinstance(value, list):
@@ -184,13 +184,13 @@ def history(row: dict[str, Any]) -> Iterator[Message]:
 
 def text(row: dict[str, Any], column: str, needed: bool = False) -> str:
     """Return the text of a column, empty if it is missing or null."""
-    value = need(row, column) if needed else row.get(column)
+    value = required(row, column) if needed else row.get(column)
     if value is not None and not isinstance(value, str):
         raise DataError(f"column {column!r} is {kind(value)}, not text.")
     return value or ""
 
 
-def need(row: dict[str, Any], column: str) -> Any:
+def required(row: dict[str, Any], column: str) -> Any:
     """Return a column's value. Raises DataError if it is missing."""
     if row.get(column) in (None, "", []):
         raise DataError(f"column {column!r} is missing or empty; the row has {short(', '.join(row), 300)}.")

@@ -19,7 +19,7 @@ from training import batches
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures, and the questions and answers behind the accuracy."""
+    """The metrics, and the questions and answers of the accuracy."""
 
     metrics: dict[str, float]  # eval_loss in nats per answer token, perplexity, accuracy from 0 to 1
     questions: list[list[Message]]

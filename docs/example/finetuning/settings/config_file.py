@@ -66,9 +66,9 @@ def read_file(path: Path = CONFIG) -> dict[str, Any]:
 def check_sections(config: Mapping[str, Any]) -> None:
     """Raise ConfigError for the first missing section or setting that the steps need."""
     for name, section in sections(config):
-        need(section, f"{name}." if name else "", NEEDED.get(name, ()))
+        check_present(section, f"{name}." if name else "", NEEDED.get(name, ()))
         if name == "passes.*" and str(section["type"]).lower() == "qlora":
-            need(section, "passes.*.", NEEDED_BY_QLORA)
+            check_present(section, "passes.*.", NEEDED_BY_QLORA)
 
 
 def sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -94,7 +94,7 @@ def sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]
 
 def inner(section: Mapping[str, Any], key: str, where: str = "") -> dict[str, Any]:
     """Return the settings below a key. Raises ConfigError if it is missing or has none."""
-    need(section, where, (key,))
+    check_present(section, where, (key,))
     found = section[key]
     if not isinstance(found, dict):
         raise ConfigError(f"{CONFIG.name}: {where}{key} is {found!r}: its settings stand below it, indented.")
@@ -103,14 +103,14 @@ def inner(section: Mapping[str, Any], key: str, where: str = "") -> dict[str, An
 
 def entries(section: Mapping[str, Any], key: str, where: str = "") -> list[dict[str, Any]]:
     """Return the entries of a list of sections. Raises ConfigError if it is missing, empty or not such a list."""
-    need(section, where, (key,))
+    check_present(section, where, (key,))
     found = section[key]
     if not isinstance(found, list) or not found or not all(isinstance(entry, dict) for entry in found):
         raise ConfigError(f"{CONFIG.name}: {where}{key} is {found!r}: each of its entries begins with a dash.")
     return found
 
 
-def need(section: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> None:
+def check_present(section: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> None:
     """Raise ConfigError for a setting that the steps read themselves and that has no default in Olive."""
     for key in keys:
         if section.get(key) is None:

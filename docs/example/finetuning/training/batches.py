@@ -89,9 +89,9 @@ def keeps_apart(model: Any, rows: list[Row]) -> bool:
         return False
     model.eval()
     first, second = (row["input_ids"][:32] for row in (rows[0], rows[-1]))
-    learnt = {"input_ids": second, "labels": second}
+    labelled = {"input_ids": second, "labels": second}
     losses = [
-        answer_loss(model, pack([{"input_ids": ids, "labels": [IGNORED] * len(ids)}, learnt], model.device))
+        answer_loss(model, pack([{"input_ids": ids, "labels": [IGNORED] * len(ids)}, labelled], model.device))
         for ids in (first, first[::-1])
     ]
     return bool(torch.isclose(*losses, rtol=1e-4))
