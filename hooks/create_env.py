@@ -1,6 +1,6 @@
-"""Run after rendering, in the new workspace: create its environment and, when asked, download its model.
+"""Run after rendering, in the new workspace: create its environment and, if requested, download its model.
 
-It ends with status 0 whatever happens: a task that fails makes Copier delete the new workspace.
+It always exits with status 0: if a task fails, Copier deletes the new workspace.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--download-model", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--after-update", action="store_true", help="only when the update changed what is installed")
-    # An option that a later template passes to an older copy of this file is no reason to fail.
+    # A later template may pass new options to an older copy of this file: ignore them.
     args, _ = parser.parse_known_args()
     try:
         unchanged = args.after_update and not changed(Path.cwd())
         failed = None if unchanged else prepare(Path.cwd(), args.download_model)
     except KeyboardInterrupt:
         failed = "It was interrupted. Go on", f"{PYTHON} setup/create_env.py"
-    except Exception as error:  # whatever it is, the workspace must stay
+    except Exception as error:  # keep the workspace after any error
         failed = f"The environment was not created ({error}). Try again", f"{PYTHON} setup/create_env.py"
     if failed:
         print(f"The workspace is complete, but not all is set up. {failed[0]}, in {Path.cwd()}:", file=sys.stderr)
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def prepare(workspace: Path, download_model: bool) -> tuple[str, str] | None:
-    """Create the environment, then fetch the model; return None, or what failed and the command that tries again."""
+    """Create the environment, then download the model; return None, or what failed and the command to try again."""
     create_env = load(workspace / "setup" / "create_env.py")
     manager = create_env.read_settings()["manager"]
     if manager == "none":
@@ -56,7 +56,7 @@ def prepare(workspace: Path, download_model: bool) -> tuple[str, str] | None:
 
 
 def changed(workspace: Path) -> bool:
-    """Tell whether git sees another environment than the last commit has; not before conflicts in it are resolved."""
+    """Return whether git sees changes of the environment since the last commit; False while they have conflicts."""
     names = "setup/environment.toml", "setup/conda-environment.yml", "setup/requirements-*.txt"
     status = ["git", "status", "--porcelain", "--", *names]
     lines = subprocess.run(status, cwd=workspace, capture_output=True, text=True, check=False).stdout.splitlines()
@@ -67,9 +67,9 @@ def changed(workspace: Path) -> bool:
 
 
 def load(file: Path) -> Any:
-    """Return a script of the workspace as a module, without leaving a trace in the workspace."""
+    """Import a script of the workspace as a module, without writing to the workspace."""
     sys.dont_write_bytecode = True
-    sys.path.append(str(file.parent))  # for the scripts beside it
+    sys.path.append(str(file.parent))  # for the scripts next to it
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} cannot be loaded")

@@ -1,7 +1,7 @@
-"""How one file comes out of an update: from the old render, what the user has, and the new render.
+"""Merge one file in an update: from the old render, the user's file, and the new render.
 
-Copier's own merge goes through `git apply`, which some settings of git and some ignored files let fail. This one
-compares the three and merges text with `git merge-file`, wherever the workspace lies and however git is set.
+Copier's own merge uses `git apply`, which fails with some git settings and some ignored files. This one compares the
+three versions and merges text with `git merge-file`, independently of the workspace's location and git's settings.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 LABELS = ("before updating", "last update", "after updating")  # as Copier names the sides of a conflict
-SETTINGS = (".yaml", ".yml", ".toml")  # in which a value that the user chose stands against a new default
+SETTINGS = (".yaml", ".yml", ".toml")  # files in which a value of the user can differ from a new default
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What stands under a name: a file's bytes, or a link's target."""
+    """The content under a name: a file's bytes, or a link's target."""
 
     data: bytes
     is_link: bool = False
@@ -33,17 +33,17 @@ class Entry:
 
     @property
     def crlf(self) -> bool:
-        """Whether its lines end as Windows ends them."""
+        """Whether it has Windows line ends."""
         return self.is_text and b"\r\n" in self.data
 
     def same(self, other: Entry) -> bool:
-        """Tell whether two have the same text, however their lines end."""
+        """Return whether two entries have the same text, apart from line ends."""
         return self.is_link == other.is_link and lf(self) == lf(other)
 
 
 @dataclass
 class Outcome:
-    """What a name holds after the update, None for nothing; what to say about it; the sides of a conflict."""
+    """The entry after the update (None: nothing), the notes to print, and the sides of a conflict."""
 
     entry: Entry | None
     notes: list[str] = field(default_factory=list)
@@ -51,12 +51,12 @@ class Outcome:
 
 
 def lf(entry: Entry) -> bytes:
-    """Return the bytes with plain line ends, and without the mark that some editors of Windows put first."""
+    """Return the bytes with Unix line ends and without a byte order mark."""
     return entry.data.removeprefix(BOM_UTF8).replace(b"\r\n", b"\n") if entry.is_text else entry.data
 
 
 def read(folder: Path, name: str) -> Entry | None:
-    """Return what stands under a name in a folder; None for nothing, or for a folder."""
+    """Return the entry under a name in a folder; None if there is nothing or a folder."""
     path = folder / name
     if path.is_symlink():
         return Entry(str(path.readlink()).encode(), is_link=True)
@@ -68,14 +68,14 @@ def read(folder: Path, name: str) -> Entry | None:
 def merge(
     name: str, old: Entry | None, mine: Entry | None, new: Entry | None, names: dict[str, str] | None = None
 ) -> Outcome:
-    """Return what `name` holds after the update. `names` are settings that the template renamed: old → new."""
+    """Return the outcome for `name` after the update. `names` are settings that the template renamed: old → new."""
     if mine is None or (old and mine == old):
         untouched = mine is not None or old is None
         return Outcome(new if untouched else None)
     if new is None:
         kept = Outcome(mine)
         if old and mine.same(old) and mine.executable == old.executable:
-            kept.entry = None  # only its line ends differ: not an edit
+            kept.entry = None  # only line ends differ: not an edit
         elif old:
             kept.notes.append(f"{name} is not a part of the workspace any more; yours is kept.")
         return kept
@@ -106,7 +106,7 @@ def merge(
 
 
 def ended_as(mine: Entry, new: Entry) -> Entry:
-    """Return the new text with line ends, and a mark at its start, like the user's."""
+    """Return the new text with line ends and byte order mark like the user's."""
     if not new.is_text:
         return new
     data = lf(new).replace(b"\n", b"\r\n") if mine.crlf else lf(new)
@@ -128,7 +128,7 @@ def three_way(base: bytes, ours: bytes, theirs: bytes) -> tuple[bytes, bool]:
 
 
 def edits(base: bytes, ours: bytes) -> list[tuple[bool, list[bytes], list[bytes], int]]:
-    """Return both texts in pieces: whether a piece is the same, its lines in each, and where it stands in the old."""
+    """Return both texts in pieces: whether a piece is the same, its lines in each, and its position in the old."""
     before, after = base.splitlines(keepends=True), ours.splitlines(keepends=True)
     codes = SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
     return [(tag == "equal", before[i1:i2], after[j1:j2], i1) for tag, i1, i2, j1, j2 in codes]
@@ -173,11 +173,11 @@ def beside(base: bytes, ours: bytes, theirs: bytes) -> tuple[bytes, bytes]:
 
 
 def follow(base: bytes, ours: bytes, texts: dict[str, bytes]) -> tuple[bytes, dict[str, bytes]]:
-    """Make the user's edits in what the template has now, wherever it moved the lines around them.
+    """Apply the user's edits to the new template, wherever it moved the surrounding lines.
 
-    `texts` are the new file and those that took a part of the old one. An edit goes where the lines around it are; what
-    was added before a function or class goes before the one of that name. Returns the user's text without the edits
-    that found their place, and the new texts with them.
+    `texts` are the new file and the files that took over parts of the old one. An edit goes where its surrounding lines
+    are; an addition before a function or class goes before the one of that name. Returns the user's text without the
+    applied edits, and the new texts with them.
     """
     lines = {name: text.splitlines(keepends=True) for name, text in texts.items()}
     before = base.splitlines(keepends=True)
@@ -204,7 +204,7 @@ def follow(base: bytes, ours: bytes, texts: dict[str, bytes]) -> tuple[bytes, di
 
 
 def places_of(block: list[bytes], texts: dict[str, list[bytes]]) -> list[tuple[str, int]]:
-    """Return where in the texts a block of lines stands."""
+    """Return the places of a block of lines in the texts."""
     return [
         (name, at)
         for name, lines in texts.items()
@@ -217,7 +217,7 @@ DEFINITION = re.compile(rb"(?:async )?(?:def|class) \w+\b")
 
 
 def definitions(following: list[bytes], texts: dict[str, list[bytes]]) -> list[tuple[str, int]]:
-    """Return where the function or class starts, decorators included, that `following` starts with; or the next one."""
+    """Return where the first function or class of `following`, or the next one, starts, with decorators."""
     if not DEFINITION.match(next((line for line in following if not line.startswith(b"@")), b"")):
         return []
     for line in following:
@@ -236,7 +236,7 @@ def definitions(following: list[bytes], texts: dict[str, list[bytes]]) -> list[t
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a value stands: its line, and the columns from `start` to `end` there."""
+    """The position of a value: its line, and the columns from `start` to `end`."""
 
     line: int
     start: int
@@ -249,9 +249,9 @@ VALUE = re.compile(r"""\s*(?P<value>"(?:[^"\\]|\\.)*"|'[^']*'|[^#\s](?:[^#]*[^#\
 
 
 def settings(text: str) -> dict[tuple[str, ...], Setting]:
-    """Find the values that stand on a line of their own in YAML or TOML, by the keys above them.
+    """Find the values on a single line in YAML or TOML, by their path of keys.
 
-    An item of a list goes by its name, or by its first key, not by its number. What stands twice is left out.
+    A list item is identified by its name or first key, not by its index. Duplicate paths are left out.
     """
     found: dict[tuple[str, ...], Setting] = {}
     twice: set[tuple[str, ...]] = set()
@@ -281,9 +281,9 @@ def settings(text: str) -> dict[tuple[str, ...], Setting]:
 
 
 def keep_values(base: bytes, ours: bytes, theirs: bytes) -> tuple[bytes, bytes, list[str]]:
-    """Write the values that the user chose into the old and the new text; return both, and what to say.
+    """Write the values that the user chose into the old and the new text; return both, and the notes to print.
 
-    What is left to merge is everything else: so a new default or a new comment is no conflict with a chosen value.
+    Only the rest is merged, so a new default or comment does not conflict with a chosen value.
     """
     try:
         texts = [text.decode("utf-8") for text in (base, ours, theirs)]
@@ -305,7 +305,7 @@ def keep_values(base: bytes, ours: bytes, theirs: bytes) -> tuple[bytes, bytes, 
 
 
 def renamed(text: bytes, names: dict[str, str], new: bytes) -> bytes:
-    """Rename settings at the start of their lines, where the new text has only the new name."""
+    """Rename settings at the start of their lines, if the new text has only the new name."""
     for name, other in names.items():
         pattern = rb"(?m)^(\s*(?:- )?)%s(?=\s*[:=])"
         has = [re.search(pattern % re.escape(word.encode()), new) for word in (name, other)]

@@ -1,11 +1,11 @@
-"""Run before and after Copier updates a workspace: what the user has is copied first, and merged anew at the end.
+"""Run before and after Copier updates a workspace: copy the user's files first, and merge them again at the end.
 
-before: refuse what could not end well, while nothing is changed yet; then copy what is there into git's own folder.
+before: refuse updates that could not succeed, while nothing is changed; then copy the files into git's own folder.
 after:  merge each file from the old render, the user's copy and the new render (merging.py), whatever Copier did to it;
-        then say what stayed, what is a conflict, and how to take the update back.
+        then print what was kept, what conflicts, and how to undo the update.
 
-Runs with Copier's Python and without any package but Copier and what that brings. It ends with a status above 0 only
-where the update must not go on.
+Runs with Copier's Python and needs only Copier and its dependencies. It exits with a status above 0 only if the update
+must not continue.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 import yaml
 
-sys.dont_write_bytecode = True  # a template whose folder changes counts as one that is not committed
+sys.dont_write_bytecode = True  # new files in the template's folder would make it count as uncommitted
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from merging import Entry, ended_as, follow, lf, merge, read  # noqa: E402 - Copier runs this file with -I
 from renames import RENAMED_FILES, RENAMED_SETTINGS, SPLIT_FILES  # noqa: E402
@@ -40,12 +40,12 @@ TAB = "\t"  # before the name in git's listing of the index: mode, hash, stage
 UNDO = "setup/undo_update.py"
 
 
-class Refusal(Exception):  # noqa: N818 - it is no error
-    """Why the update does not begin, and what to do: one sentence."""
+class Refusal(Exception):  # noqa: N818 - not an error
+    """Why the update does not begin, and what to do, in one sentence."""
 
 
 def main() -> int:
-    """Do the stage that the command line names, for the workspace in the current folder."""
+    """Run the stage given on the command line, for the workspace in the current folder."""
     stage, answers_file, template, given = sys.argv[1:5]
     update = Update(Path.cwd(), answers_file, Path(template))
     try:
@@ -57,7 +57,7 @@ def main() -> int:
     except Refusal as refusal:
         print(f"The update did not begin, and nothing was changed: {refusal}", file=sys.stderr)
         return 1
-    except Exception as error:  # whatever it is: the user must know where things stand
+    except Exception as error:  # after any error the user must know the state of the workspace
         where = f"take it back with `python {update.undo}`" if stage == "after" else "nothing was changed"
         print(f"The update stopped ({first_line(error)}): {where}.", file=sys.stderr)
         return 1
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 class Update:
-    """One update of a workspace: where its copies are, and what it does with them."""
+    """One update of a workspace, and its copies."""
 
     def __init__(self, workspace: Path, answers_file: str, template: Path) -> None:
         self.workspace, self.answers_file, self.template = workspace, answers_file, template
@@ -78,12 +78,12 @@ class Update:
 
     @property
     def folder(self) -> Path:
-        """The safety copy of the update that has begun."""
+        """The folder of this update's safety copy."""
         return self.copies / self.pending.read_text(encoding="utf-8")
 
     @property
     def undo(self) -> Path:
-        """The script that takes the update back: its own copy, as the workspace's may be older, or gone."""
+        """The copied script that undoes the update: the workspace's own may be older, or missing."""
         with contextlib.suppress(OSError):
             return self.folder / "undo_update.py"
         return Path(UNDO)
@@ -91,7 +91,7 @@ class Update:
     # ---- before
 
     def refuse(self) -> None:
-        """Raise Refusal for what an update would lose or leave half done."""
+        """Raise Refusal if the update would lose something or could not finish."""
         if not git(self.workspace, "ls-files", "--", self.answers_file):
             raise Refusal(
                 f"git does not know {self.answers_file}, so it could not bring anything back: run `git init` in the "
@@ -135,12 +135,12 @@ class Update:
                     raise Refusal(f"{parent} is a file, and the template has a folder of that name: rename yours.")
 
     def has_begun(self) -> bool:
-        """Tell whether the update that is noted changed anything: a question may have failed, which changes nothing."""
+        """Return whether the recorded update changed anything: it may have failed at a question, before any change."""
         state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
         return any(read(self.workspace, name) != read(self.folder / "mine", name) for name in state["names"])
 
     def save(self) -> None:
-        """Copy what the user has, and the old render beside it, into a folder of git's."""
+        """Copy the user's files and the old render into a folder inside git's own folder."""
         old = self.old_render()
         try_git(old)
         name = datetime.now(UTC).strftime("%Y-%m-%d-%H%M%S-%f")
@@ -149,7 +149,7 @@ class Update:
         defaults = self.recorded_defaults()
         shutil.rmtree(self.copies / "old", ignore_errors=True)
         names = set(files(folder / "old")) | self.names_of_template() | {self.answers_file}
-        names |= {f"{name}.rej" for name in names}  # which Copier makes, and leaves where git does not list it
+        names |= {f"{name}.rej" for name in names}  # Copier creates these, and leaves those that git does not list
         for path in sorted(names):
             source, target = self.workspace / path, folder / "mine" / path
             if source.is_symlink() or source.is_file():
@@ -169,15 +169,15 @@ class Update:
         self.pending.write_text(name, encoding="utf-8")
 
     def names_of_template(self) -> set[str]:
-        """Return the names that the new template may write, whatever the answers are."""
+        """Return all names that the new template may write, for any answers."""
         sources = files(self.template / "template")
         return {name.removesuffix(".jinja") for name in sources if "{" not in name}
 
     def old_render(self) -> Path:
-        """Return the workspace as the old release rendered it. Raises Refusal when it cannot be had.
+        """Return the workspace as rendered by the old release. Raises Refusal if that is impossible.
 
-        Copier makes it before this runs, in the folder for temporary files, and does not say where: it is the one with
-        the same answers that is no repository yet.
+        Copier renders it before this runs, into the folder for temporary files, but does not pass the path: it is the
+        folder with the same answers that is not a repository yet.
         """
         answers = self.answers()
         for folder in sorted(Path(tempfile.gettempdir()).glob("*old_copy.*")):
@@ -190,7 +190,7 @@ class Update:
         return self.copies / "old"
 
     def render_old(self, without: Collection[str] = ()) -> dict[str, Any]:
-        """Render the old release without some answers; return all answers. Raises Refusal when it cannot be had."""
+        """Render the old release without some answers; return all answers. Raises Refusal if that is impossible."""
         answers = self.answers()
         try:
             return self.render(str(answers["_src_path"]), str(answers["_commit"]), self.copies / "old", without)
@@ -201,15 +201,15 @@ class Update:
             ) from error
 
     def recorded_defaults(self) -> dict[str, Any]:
-        """Return the answers that nobody chose: 0.1.0 and 0.1.1 recorded every default, once all questions were asked.
+        """Return the answers that were defaults: 0.1.0 and 0.1.1 recorded every default when all questions were asked.
 
-        They are those that the old release gives when they are left out.
+        They are the ones that the old release gives again if they are left out.
         """
         answers = self.answers()
         if not answers.get("advanced"):
             return {}
         questions = yaml.safe_load((self.template / "copier.yml").read_text(encoding="utf-8"))
-        # a default that depends on other answers, and is not recorded any more
+        # a default that depends on other answers, and is no longer recorded
         names = [name for name in answers if f"or {name} is defined" in str(questions.get(name))]
         defaults = self.render_old(without=names) if names else {}
         return {name: answers[name] for name in names if defaults.get(name) == answers[name]}
@@ -217,16 +217,16 @@ class Update:
     # ---- after
 
     def finish(self, given: list[str]) -> None:
-        """Merge every file from its three copies, and say how the update ended. `given` are answers of this command."""
+        """Merge every file from its three versions, and print the result. `given` are answers on the command line."""
         folder = self.folder
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         said: list[str] = []
         conflicts: list[str] = []
         answers = self.answers()
         stale = {name: old for name, old in state["defaults"].items() if answers.get(name) == old and name not in given}
-        if stale or self.is_edited(folder, state):  # else there is nothing to merge, and what Copier wrote is right
+        if stale or self.is_edited(folder, state):  # otherwise there is nothing to merge, and Copier's result is right
             release = git(self.template, "rev-parse", "HEAD").decode().strip()
-            # Copier's own is gone by now
+            # Copier's own render is deleted by now
             answers = self.render(str(self.template), release, folder / "new", without=stale)
             self.restore_index(state["index"])
             said, conflicts = self.merge_files(folder, state, folder / "new")
@@ -245,7 +245,7 @@ class Update:
 
     @staticmethod
     def is_edited(folder: Path, state: dict[str, Any]) -> bool:
-        """Tell whether the user changed anything that the template knows, or git does not track all of it."""
+        """Return whether the user changed any file of the template, or git does not track all of them."""
         tracked = {line.partition(TAB)[2] for line in state["index"]}
         return any(
             read(folder / "mine", name) != (old := read(folder / "old", name)) or (old and name not in tracked)
@@ -253,12 +253,12 @@ class Update:
         )
 
     def answers(self) -> dict[str, Any]:
-        """Return the answers that the workspace records."""
+        """Return the recorded answers of the workspace."""
         answers: dict[str, Any] = yaml.safe_load((self.workspace / self.answers_file).read_text(encoding="utf-8"))
         return answers
 
     def render(self, template: str, release: str, folder: Path, without: Collection[str] = ()) -> dict[str, Any]:
-        """Render a release into a folder, with the workspace's answers but some; return all answers."""
+        """Render a release into a folder, with the workspace's answers except some; return all answers."""
         from copier import run_copy
         from plumbum import local
 
@@ -269,24 +269,24 @@ class Update:
         kept = "".join(text for name, text in recorded.items() if name not in without)
         file.write_text(kept, encoding="utf-8", newline="\n")
         options: dict[str, Any] = {"defaults": True, "overwrite": True, "quiet": True, "skip_tasks": True}
-        # Copier's own clone lies on this machine: no setting of the user's has a say, nor a hook of theirs
+        # Copier's clone is local: the user's git settings and hooks must not apply
         plain = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"} if template == str(self.template) else {}
         with contextlib.redirect_stderr(io.StringIO()), local.env(**plain):
             worker = run_copy(template, folder, answers_file=self.answers_file, vcs_ref=release, **options)
-        # the workspace's file says where the template is; this one, where it lies just now
+        # the workspace's file has the template's address; this one has its current folder
         rendered = entries(file.read_text(encoding="utf-8"))
         rendered |= {name: text for name, text in recorded.items() if name.startswith("_")}
         file.write_text("".join(rendered.values()), encoding="utf-8", newline="\n")
         return dict(worker.answers.combined)
 
     def merge_files(self, folder: Path, state: dict[str, Any], new: Path) -> tuple[list[str], list[str]]:
-        """Give every name what it holds after the update; return what to say, and the names with conflicts."""
+        """Write every file of the update; return the notes to print, and the names with conflicts."""
         renames = dict(self.renames(files(folder / "old"), files(new)))
         said, conflicts = [], []
         left, edited_there = self.follow_edits(folder, new, renames)
         for name in sorted({*state["names"], *files(new)}):
             if name in renames.values():
-                continue  # comes with its old name
+                continue  # handled with its old name
             target = renames.get(name, name)
             old, mine = read(folder / "old", name), left.get(name) or read(folder / "mine", name)
             theirs = edited_there.get(target) or read(new, target)
@@ -296,7 +296,7 @@ class Update:
             if any(fnmatch(name, pattern) for pattern in OWNED) and mine:
                 theirs = mine
             outcome = merge(target, old, mine, theirs, RENAMED_SETTINGS.get(target))
-            if own and outcome.entry:  # a file of the user's under the new name
+            if own and outcome.entry:  # the user has a file with the new name
                 edited, entry = outcome.entry != read(new, target), outcome.entry
                 outcome = merge(target, None, own, entry)
                 if edited and not outcome.conflict and not own.same(entry):
@@ -315,7 +315,7 @@ class Update:
 
     @staticmethod
     def follow_edits(folder: Path, new: Path, renames: dict[str, str]) -> tuple[dict[str, Entry], dict[str, Entry]]:
-        """Make edits of code where the template moved it; return what is left of the old files, and the new ones."""
+        """Apply edits where the template moved code; return the rest of the old files, and the new files."""
         left: dict[str, Entry] = {}
         edited: dict[str, Entry] = {}
         for name in sorted(files(folder / "old")):
@@ -334,7 +334,7 @@ class Update:
 
     @staticmethod
     def renames(old: set[str], new: set[str]) -> Iterator[tuple[str, str]]:
-        """Yield the files that the template renamed between the two renders, also over several releases."""
+        """Yield the files that the template renamed between the two renders, also across several releases."""
         for name in old - new:
             target = name
             while target in RENAMED_FILES and target not in new:
@@ -343,12 +343,12 @@ class Update:
                 yield name, target
 
     def write(self, name: str, entry: Entry | None) -> None:
-        """Let a name hold an entry; a file is never seen half written."""
+        """Write an entry atomically."""
         path = self.workspace / name
         if entry == read(self.workspace, name):
             return
         if path.is_dir() and not path.is_symlink():
-            return  # the user has put a folder there
+            return  # the user has a folder there
         if entry is None:
             path.unlink(missing_ok=True)
             return
@@ -366,11 +366,11 @@ class Update:
     # ---- git
 
     def listed(self, *arguments: str) -> list[str]:
-        """Run git in the workspace, and return the names or lines that it separates by NUL."""
+        """Run git in the workspace, and return its NUL-separated output."""
         return split(git(self.workspace, *arguments))
 
     def restore_index(self, lines: list[str]) -> None:
-        """Give the index what it had before the update: Copier may have marked conflicts of its own."""
+        """Restore the index from before the update: Copier may have recorded its own conflicts."""
         now = self.listed("ls-files", "--stage", "-z")
         changed = [f"0 {'0' * 40}\t{self.prefix}{line.partition(TAB)[2]}" for line in now if line not in lines]
         for line in lines:
@@ -380,7 +380,7 @@ class Update:
         self.update_index(changed)
 
     def mark_conflict(self, name: str, sides: tuple[bytes | None, bytes, bytes]) -> None:
-        """Note a conflict in the index, so that git shows it as one."""
+        """Record a conflict in the index, so git shows it."""
         lines = [f"0 {'0' * 40}\t{self.prefix}{name}"]
         for stage, data in enumerate(sides, start=1):
             if data is not None:
@@ -400,7 +400,7 @@ class Update:
         raise OSError(done.stderr.decode(errors="replace").strip())
 
     def put_back_others(self, state: dict[str, Any]) -> None:
-        """Let what is no part of the template be as it was: Copier may have written or restored it."""
+        """Restore files that are not part of the template: Copier may have written or restored them."""
         names = set(state["names"])
         lines = [line.partition("\t")[2] for line in state["index"]]
         ours = [name for name in lines if name not in names]
@@ -414,12 +414,12 @@ class Update:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, without what follows on other lines."""
+    """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".:")
 
 
 def try_git(rendered: Path) -> None:
-    """Commit a render in another folder, as Copier does next. Raises Refusal where a setting or a hook forbids it."""
+    """Commit a render in another folder, as Copier does next. Raises Refusal if a setting or a hook prevents it."""
     who = {f"GIT_{role}_{fact}": "copier" for role in ("AUTHOR", "COMMITTER") for fact in ("NAME", "EMAIL")}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         copy = shutil.copytree(rendered, Path(folder) / "copy", symlinks=True)
@@ -440,12 +440,12 @@ def try_git(rendered: Path) -> None:
 
 
 def entries(answers: str) -> dict[str, str]:
-    """Return the text of each answer by its name; what stands above them is one, too."""
+    """Return the text of each answer by its name; the text above them counts as one, too."""
     return {text.partition(":")[0]: text for text in re.split(r"(?m)^(?=\S)", answers)}
 
 
 def files(folder: Path) -> set[str]:
-    """Return the names of the files and links below a folder, without those of a repository."""
+    """Return the names of all files and links below a folder, without those of a repository."""
     found = set()
     for parent, folders, names in os.walk(folder):
         if ".git" in folders:
@@ -456,12 +456,12 @@ def files(folder: Path) -> set[str]:
 
 
 def split(output: bytes) -> list[str]:
-    """Return what git separates by NUL."""
+    """Split git's NUL-separated output."""
     return [part for part in output.decode(errors="surrogateescape").split("\0") if part]
 
 
 def git(folder: Path, *arguments: str, given: bytes = b"") -> bytes:
-    """Run git in a folder, and return what it says; nothing when it fails."""
+    """Run git in a folder, and return its output; empty if it fails."""
     command = ["git", "-c", "core.quotePath=false", *arguments]
     return subprocess.run(command, cwd=folder, input=given, capture_output=True, check=False).stdout
 

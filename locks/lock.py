@@ -1,4 +1,4 @@
-"""Pin what the repository and the workspaces install: every locks/*.in. Needs uv and a package index."""
+"""Lock the requirements of the repository and the workspaces: every locks/*.in. Needs uv and a package index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 LOCKS = Path(__file__).resolve().parent
 SETUP = LOCKS.parent / "template" / "setup"
 HEADER = "# made by make lock; do not edit\n"
-# Input, output, and what uv is told besides.
+# Input, output, and further options for uv.
 TARGETS = [
     (LOCKS / "repository.in", LOCKS / "repository.txt", []),
     (LOCKS / "site.in", LOCKS / "site.txt", []),
@@ -20,16 +20,16 @@ TARGETS = [
     (LOCKS / "workspace-gpu.in", SETUP / "requirements-gpu.txt", []),
     (LOCKS / "promptflow.in", SETUP.parent / "inference" / "flow" / "requirements.txt", []),
 ]
-# One file for every platform and for Python 3.11 to 3.13; no address of an index in it, so it installs from any.
+# One file for all platforms and Python 3.11 to 3.13, without index URLs, so it installs from any index.
 COMPILE = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--no-emit-index-url"]
 COMPILE += ["--no-annotate", "--no-header"]
 
 
 def lock(source: Path, target: Path, options: list[str]) -> None:
-    """Write one lock. uv keeps the versions that the lock has already, unless it is told to upgrade."""
+    """Write one lock. uv keeps the versions already in the lock, unless it upgrades."""
     draft = target.with_suffix(".draft")
     draft.write_text(target.read_text() if target.is_file() else "")
-    # A folder of local wheels would put their local versions (2.13.0+cpu) into the lock.
+    # A folder of local wheels would add their local versions (2.13.0+cpu) to the lock.
     env = {name: value for name, value in os.environ.items() if name != "UV_FIND_LINKS"}
     command = [*COMPILE, *options, "--output-file", str(draft), str(source)]
     try:
@@ -53,7 +53,7 @@ def main() -> int:
         print(f"lock: {error.filename} is missing; `make lock` installs uv and runs this", file=sys.stderr)
         return 1
     except subprocess.CalledProcessError as error:
-        return int(error.returncode)  # uv has said why
+        return int(error.returncode)  # uv has printed the reason
     return 0
 
 

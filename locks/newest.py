@@ -1,7 +1,7 @@
-"""Give a rendered workspace a lock of the newest releases: what locks/workspace-cpu.in names, without its pins.
+"""Write a lock of the newest releases for a rendered workspace: from locks/workspace-cpu.in without its pins.
 
-setup/create_env.py of that workspace then installs them. versions.txt in the workspace lists what differs from the
-committed lock. Needs uv and a package index; torch comes from where create_env.py looks for it, as a CPU build.
+setup/create_env.py of that workspace then installs them. versions.txt in the workspace lists the differences from the
+committed lock. Needs uv and a package index; torch is a CPU build from the index that create_env.py uses.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ CUDA = re.compile(r"^(?:nvidia-|cuda-|triton)[\w.-]*", re.MULTILINE)
 
 
 def unpinned(requirements: str) -> str:
-    """Return the requirements without exact versions; other limits, such as <2, stay."""
+    """Return the requirements without exact versions; other limits, like <2, stay."""
     return re.sub(r"^([\w.-]+)==[^\s;,]+", r"\1", requirements, flags=re.MULTILINE)
 
 
 def newest_torch() -> str:
-    """Return the newest version of torch that has a CPU build, "" where none is found."""
+    """Return the newest version of torch that has a CPU build, "" if none is found."""
     _, env = installer(Path(sys.executable))
     command = [
         "uv",
@@ -56,7 +56,7 @@ def differences(locked: str, newest: str) -> str:
 
 
 def versions(lock_text: str) -> dict[str, str]:
-    """Return each package's version, or its versions when they depend on the Python version."""
+    """Return each package's version, or its versions if they depend on the Python version."""
     found: dict[str, list[str]] = {}
     for name, version in re.findall(r"^([\w.-]+)==(\S+)", lock_text, re.MULTILINE):
         found.setdefault(name, []).append(version)
@@ -64,7 +64,7 @@ def versions(lock_text: str) -> dict[str, str]:
 
 
 def main() -> int:
-    """Write the lock and versions.txt into the workspace that the command line names."""
+    """Write the lock and versions.txt into the workspace given on the command line."""
     workspace = Path(sys.argv[1]).resolve()
     torch = newest_torch()
     if not torch:
@@ -75,7 +75,7 @@ def main() -> int:
     try:
         lock(source, target, ["--upgrade", "--excludes", str(LOCKS / "without-cuda.txt")])
     except subprocess.CalledProcessError as error:
-        return int(error.returncode)  # uv has said why
+        return int(error.returncode)  # uv has printed the reason
     newest = target.read_text()
     table = differences((SETUP / target.name).read_text(), newest)
     (workspace / "versions.txt").write_text(table)

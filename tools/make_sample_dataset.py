@@ -1,10 +1,10 @@
 """Write the sample data of the template: short phrases, each labelled with the tone of its one emotion cue.
 
 python tools/make_sample_dataset.py            writes template/dataset/sample-{train,heldout}.jsonl
-python tools/make_sample_dataset.py --check    exits 1 when the files on disk are not what this script writes
+python tools/make_sample_dataset.py --check    exits 1 if the files on disk differ from what this script writes
 
-A phrase is a frame filled with a cue, a scene and a person. Frames, scenes and people are shared by all tones;
-only the cue decides the label. Held-out rows pair cues with scenes they never meet in the training rows.
+A phrase is a frame filled with a cue, a scene and a person. All tones share frames, scenes and people; only the cue
+determines the label. Held-out rows combine cues with scenes that do not occur together in the training rows.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ CUES: dict[str, dict[str, list[str]]] = {
 
 
 class Person(NamedTuple):
-    """Someone a phrase is about, in the forms that a frame may ask for."""
+    """A person in a phrase, in the forms that frames use."""
 
     who: str
     obj: str
@@ -122,7 +122,7 @@ PEOPLE = [
     Person("my cousins", "my cousins", "my cousins'", "their", "were"),
 ]
 
-# topic -> things that may please, sadden, frighten or surprise, depending on who tells them
+# topic -> events that can please, sadden, frighten or surprise, depending on the speaker
 SCENES: dict[str, list[str]] = {
     "work": [
         "the boss called a meeting",
@@ -210,7 +210,7 @@ TAILS = [
     "nobody asked why",
 ]
 
-# {reaction} is «was» and a state, or an act. Frames with an asterisk tell of somebody other than the speaker.
+# {reaction} is «was» and a state, or an act. Frames with an asterisk are about somebody other than the speaker.
 FRAMES: dict[str, list[str]] = {
     "reaction": [
         "{who} {reaction} when {scene}.",
@@ -250,7 +250,7 @@ FRAMES_FOR = {
 
 
 class Example(NamedTuple):
-    """One phrase with what it was made of."""
+    """One phrase with its parts."""
 
     phrase: str
     tone: str
@@ -261,17 +261,17 @@ class Example(NamedTuple):
 
 
 def normalise(phrase: str) -> str:
-    """Return the phrase in lower case and without punctuation: two phrases that agree in this are the same."""
+    """Return the phrase in lower case and without punctuation, to detect duplicates."""
     return " ".join(re.findall(r"[\w']+", phrase.lower()))
 
 
 def pick(rng: random.Random, items: list[T]) -> T:
-    """Choose an item with nothing but random(), the one method whose results are the same in every Python."""
+    """Choose an item using only random(), the one method with the same results in every Python."""
     return items[int(rng.random() * len(items))]
 
 
 def compose(rng: random.Random, tone: str, kind: str, cue: str) -> Example:
-    """Fill a random frame of the kind; the phrase may still be too long or repeat a word."""
+    """Fill a random frame of the kind; the phrase may be too long or repeat a word."""
     frame = pick(rng, FRAMES_FOR[kind])
     person = pick(rng, PEOPLE[2:] if frame.startswith("*") else PEOPLE)
     scene = pick(rng, [scene for topic, scenes in SCENES.items() if topic not in person.never_at for scene in scenes])
@@ -287,7 +287,7 @@ def compose(rng: random.Random, tone: str, kind: str, cue: str) -> Example:
 
 
 def reads_well(phrase: str) -> bool:
-    """Tell whether the phrase has a fair length and says no longer word twice."""
+    """Return whether the phrase has a suitable length and repeats no long word."""
     words = normalise(phrase).split()
     long_words = [word.removesuffix("'s") for word in words if len(word) > 3]
     return SHORTEST <= len(phrase.split()) <= LONGEST and len(set(long_words)) == len(long_words)
@@ -327,7 +327,7 @@ def make_split(rng: random.Random, rows_per_tone: int, earlier: list[Example]) -
 
 
 def make_dataset() -> dict[str, list[Example]]:
-    """Return the examples of each file, the same ones at every call."""
+    """Return the examples of each file, the same at every call."""
     rng = random.Random(SEED)
     dataset: dict[str, list[Example]] = {}
     for name, rows_per_tone in ROWS_PER_TONE.items():
@@ -336,7 +336,7 @@ def make_dataset() -> dict[str, list[Example]]:
 
 
 def to_jsonl(examples: list[Example]) -> bytes:
-    """Return the examples as chat rows, one JSON object a line."""
+    """Return the examples as chat rows, one JSON object per line."""
     rows = (
         {"messages": [{"role": "user", "content": example.phrase}, {"role": "assistant", "content": example.tone}]}
         for example in examples
@@ -345,10 +345,12 @@ def to_jsonl(examples: list[Example]) -> bytes:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the files, or with --check compare them; return the exit status."""
+    """Write the files, or compare them with --check; return the exit status."""
     parser = argparse.ArgumentParser(description="Write the sample data of the template.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file differs")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the files lie (default: template/dataset)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file differs")
+    parser.add_argument(
+        "--folder", type=Path, default=FOLDER, help="the folder of the files (default: template/dataset)"
+    )
     options = parser.parse_args(arguments)
     files = {options.folder / name: to_jsonl(examples) for name, examples in make_dataset().items()}
     if options.check:

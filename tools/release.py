@@ -1,6 +1,6 @@
-"""Cut a release: `make release VERSION=1.2.0`. docs/how-to/release.md says what it does, and what comes after it.
+"""Cut a release: `make release VERSION=1.2.0`. docs/how-to/release.md describes it and the steps after it.
 
-Run on a clean main, after the tests. Two commits and a tag stay in this clone; nothing is pushed.
+Run it on a clean main, after the tests. It makes two commits and a tag in this clone; nothing is pushed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class ReleaseError(Exception):
-    """Why there is no release, and what to do."""
+    """Why the release failed, and what to do."""
 
 
 def check(root: Path, version: str) -> None:
-    """Raise ReleaseError unless this is a clean main, and the version a new one with its entry in the changelog."""
+    """Raise ReleaseError unless this is a clean main, and the version is new and has a changelog entry."""
     try:
         new = Version(version)
     except InvalidVersion as error:
@@ -43,9 +43,9 @@ def check(root: Path, version: str) -> None:
 
 
 def cut(root: Path, version: str, day: str) -> None:
-    """Give the changelog's entry its version, commit and tag it, then name the commit in tests/update/releases.yml.
+    """Set the version of the changelog entry, commit and tag it, then add the commit to tests/update/releases.yml.
 
-    A pre-release leaves the entry under «Unreleased»: it is the final release's too.
+    A pre-release leaves the entry under «Unreleased», for the final release.
     """
     if not Version(version).is_prerelease:
         text = changelog(root).read_text("utf-8")
@@ -60,17 +60,17 @@ def cut(root: Path, version: str, day: str) -> None:
 
 
 def changelog(root: Path) -> Path:
-    """Return the changelog."""
+    """Return the path of the changelog."""
     return root / "CHANGELOG.md"
 
 
 def releases(root: Path) -> Path:
-    """Return the list of releases that the tests of updates read."""
+    """Return the path of the list of releases that the update tests read."""
     return root / "tests" / "update" / "releases.yml"
 
 
 def git(root: Path, *arguments: str) -> str:
-    """Run git, and return what it says; raise ReleaseError with it when it fails."""
+    """Run git, and return its output. Raises ReleaseError with git's message if it fails."""
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ReleaseError(f"git {arguments[0]} did not work: {done.stderr.strip()}")
@@ -78,7 +78,7 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def main() -> int:
-    """Check, and unless only that is asked for, cut the release."""
+    """Check, and unless --check is given, cut the release."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("version", help="PEP 440, as X.Y.Z")
     parser.add_argument("--check", action="store_true", help="change nothing")

@@ -1,7 +1,7 @@
 """Fine-tune the model through Microsoft Olive: check → evaluate → train → evaluate → report.
 
 python finetuning/invoke_olive.py            the run that finetuning/olive-config.yaml describes
-python finetuning/invoke_olive.py --check    only say whether it can work
+python finetuning/invoke_olive.py --check    only check whether the run can work
 python finetuning/invoke_olive.py --smoke    the same run on a tiny replica of the model, offline, in seconds
 
 accelerate launch finetuning/invoke_olive.py trains on all GPUs of the machine; with --config_file finetuning/fsdp.yaml
@@ -34,7 +34,7 @@ EXAMPLES = 10  # questions with their answers, kept in run.json
 
 
 def main() -> int:
-    """Run the steps, and turn a user's mistake into one sentence."""
+    """Run the steps, and report a user error in one sentence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="check settings, data and machine; train nothing")
     parser.add_argument("--json", action="store_true", help="with --check: one JSON object on stdout, for programs")
@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
-    if (arguments.smoke or arguments.check) and PROCESSES > 1:  # the others would wait for a training for ever
+    if (arguments.smoke or arguments.check) and PROCESSES > 1:  # the others would wait forever for the training
         parser.error("--check and --smoke are for one process: python finetuning/invoke_olive.py --check")
     if arguments.json and not arguments.check:
         parser.error("--json goes with --check")
@@ -50,12 +50,12 @@ def main() -> int:
     os.chdir(ROOT)  # the paths in olive-config.yaml are relative to the workspace
     quiet()
     leave_out("torchmetrics")
-    gc.disable()  # the imports make a million objects that stay: not worth looking through again and again
+    gc.disable()  # the imports create a million permanent objects, not worth scanning repeatedly
     try:
         return help_train() if RANK else run(arguments)
     except KeyboardInterrupt as stopped:
         if not RANK:
-            print("\nStopped. The same command goes on from the newest checkpoint.", file=sys.stderr)
+            print("\nStopped. The same command resumes from the newest checkpoint.", file=sys.stderr)
         return 128 + (stopped.args or (signal.SIGINT,))[0]
     except Exception as error:
         if arguments.debug:
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check the settings, the data and the machine, then tune, unless only the check is asked for."""
+    """Check the settings, the data and the machine; then tune, unless only the check is requested."""
     from filelock import FileLock
 
     from planning import hardware, show_plan
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def help_train() -> int:
-    """Train beside the first process of several, silently: that one does everything else."""
+    """Take part in the training as one of several processes, silently: the first one does everything else."""
     from training.processes import share
     from training.train import train
 
@@ -106,7 +106,7 @@ def help_train() -> int:
 
 
 def check_only(settings: Settings, as_json: bool) -> int:
-    """Show what the run will do and need; 1 when it cannot work."""
+    """Show what the run will do and need. Returns 1 if it cannot work."""
     from planning import show_plan
     from planning.plan import plan
 
@@ -141,17 +141,17 @@ def tune(settings: Settings, rows: dict[str, list[Any]], results: Path, fresh: b
     gc.enable()
     base = base_model(settings)
     run_json = describe(settings, rows, base.commit, results)
-    # checkpoints of other settings, other data or another number of processes are never gone on from
+    # never resume from checkpoints of other settings, other data or another number of processes
     name = f"{run_json['config_sha256'][:8]}-{run_json['dataset_sha256'][:8]}-{PROCESSES}".removesuffix("-1")
     run_folder, folder = results / "checkpoints" / name, str(base.folder)
-    settings = replace(settings, model_path=folder, revision=None)  # by its id, Olive would ask the hub for it
+    settings = replace(settings, model_path=folder, revision=None)  # given an id, Olive would ask the hub
     tokens = {
         part: chat_tokens(rows[part], folder, **vars(settings.data[part].tokens)) for part in ("train", "held_out")
     }
     settings, estimated, line = settle(settings, tokens)
     show_plan.show("memory", {"line": line})
     if fresh or (run_folder / "finished").exists():
-        shutil.rmtree(run_folder, ignore_errors=True)  # the result of a finished run stands in models/adapter
+        shutil.rmtree(run_folder, ignore_errors=True)  # the result of a finished run is in models/adapter
     keep_logs(settings, results / "logs")
 
     with explained(settings, estimated):

@@ -1,7 +1,7 @@
 """Chat with the tuned model in a terminal, or in a script.
 
 --prompt TEXT asks one question. Through a pipe each line is a message of one chat, or a command as in the terminal
-(/system TEXT, /clear, #end). Either way the answers alone are printed.
+(/system TEXT, /clear, #end). Both print only the answers.
 """
 
 from __future__ import annotations
@@ -26,42 +26,42 @@ Ctrl-C        stop an answer"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, load the model, answer. Returns the exit status."""
+    """Parse the command line, load the model, chat. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--baseonly", action="store_true", help="the base model, without what was fine-tuned")
+    parser.add_argument("--baseonly", action="store_true", help="the base model, without the adapter")
     parser.add_argument(
-        "--engine", default="auto", metavar="NAME", help=f"what computes: {', '.join(ENGINES)} (default: auto)"
+        "--engine", default="auto", metavar="NAME", help=f"the backend: {', '.join(ENGINES)} (default: auto)"
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="ask this, print the answer alone, and stop")
+    parser.add_argument("--prompt", metavar="TEXT", help="ask this, print only the answer, and exit")
     parser.add_argument("--max-new-tokens", type=at_least_one, default=256, metavar="N", help="(default: 256)")
     parser.add_argument(
-        "--temperature", type=temperature, default=0.0, metavar="T", help="0: always the likeliest words (default)"
+        "--temperature", type=temperature, default=0.0, metavar="T", help="0: always the likeliest tokens (default)"
     )
     parser.add_argument(
         "--history",
         type=Path,
         metavar="FILE",
-        help="keep what is typed in the terminal, for the arrow keys of the next chat (default: it is not kept)",
+        help="save what is typed in the terminal, for the arrow keys of the next chat (default: not saved)",
     )
     parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     options = parser.parse_args(arguments)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ? instead
+            stream.reconfigure(errors="replace")  # characters that the terminal cannot show become ?
     generation = Generation(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
     try:
         text = options.prompt
         if text is None and not sys.stdin.isatty():
             text = sys.stdin.read()
         if text is not None and not text.strip():
-            raise ChatError("The question is empty: write it behind --prompt, or send it through the pipe.")
+            raise ChatError("The question is empty: write it after --prompt, or send it through the pipe.")
         if text is None and options.history:
             recall(options.history)
         if sys.stderr.isatty():
-            say("Loading the model …")
+            print_stderr("Loading the model …")
         engine = load(options.baseonly, options.engine)
         for notice in engine.backend.notices:
-            say(notice)
+            print_stderr(notice)
         if text is None:
             chat(engine, generation, typed(options.history), in_terminal=True)
         elif options.prompt is None:
@@ -71,20 +71,20 @@ def main(arguments: list[str] | None = None) -> int:
     except ChatError as error:
         if options.debug:
             raise
-        say(f"error: {error}")
+        print_stderr(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read the answer has gone
+    except BrokenPipeError:  # the reader of the pipe has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
 
 
 def recall(history: Path) -> None:
-    """Give the lines of a file to the arrow keys; it is made when it is missing. Raises ChatError."""
+    """Load a history file for the arrow keys; it is created if missing. Raises ChatError."""
     try:
-        history.touch(mode=0o600)  # for nobody else to read
+        history.touch(mode=0o600)  # not readable by others
         lines = history.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise ChatError(f"The history cannot be kept in {history} ({error.strerror}): name another file.") from error
@@ -96,9 +96,9 @@ def recall(history: Path) -> None:
 
 
 def typed(history: Path | None) -> Iterator[str]:
-    """Yield each line that is typed, until Ctrl-C or the end key, and add it to the file `history`."""
+    """Yield each typed line until Ctrl-C or the end key, and append it to the file `history`."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives input() its arrow keys; Windows has its own)
+        import readline  # noqa: F401  (enables the arrow keys in input(); Windows has its own)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             line = input("You: ").strip()
@@ -110,12 +110,12 @@ def typed(history: Path | None) -> Iterator[str]:
 
 
 def chat(engine: Engine, generation: Generation, lines: Iterable[str], in_terminal: bool) -> None:
-    """Answer each line of one chat until `#end`, or do what it commands. Raises ChatError, but not in a terminal."""
+    """Answer each line of a chat, or run its command, until `#end`. Raises ChatError, but not in a terminal."""
     if in_terminal:
         source = engine.source
         print(f"\nModel    {source.base} · {engine.backend.description}")
         print(f"Adapter  {f'{source.adapter} · {source.method}' if source.adapter else 'none: the base model alone'}")
-        print("#end ends the chat, /help shows what else there is\n")
+        print("#end ends the chat, /help shows all commands\n")
     system: list[Message] = []
     turns: list[Message] = []
     for line in map(str.strip, lines):
@@ -141,7 +141,7 @@ def chat(engine: Engine, generation: Generation, lines: Iterable[str], in_termin
 def converse(
     engine: Engine, before: list[Message], question: str, generation: Generation, in_terminal: bool
 ) -> list[Message]:
-    """Print the answer to a question; return both, or nothing where there is no answer. Raises ChatError in a pipe."""
+    """Print the answer to a question; return both, or nothing if there is no answer. Raises ChatError in a pipe."""
     asked = {"role": "user", "content": question}
     said: list[str] = []
     if not in_terminal:
@@ -155,7 +155,7 @@ def converse(
         except KeyboardInterrupt:
             print("\n(stopped)")
         print()
-    # A question without an answer would leave two user turns in a row, which many chat templates refuse.
+    # A question without an answer would lead to two consecutive user turns, which many chat templates refuse.
     return [asked, {"role": "assistant", "content": "".join(said)}] if any(said) else []
 
 
@@ -168,11 +168,11 @@ def answer(engine: Engine, messages: list[Message], generation: Generation, said
             said.append(piece)
     print()
     for notice in notices:
-        say(notice)
+        print_stderr(notice)
 
 
-def say(text: str) -> None:
-    """Tell the person, not the program that reads the answer."""
+def print_stderr(text: str) -> None:
+    """Print to stderr: stdout is for the answers only."""
     print(text, file=sys.stderr, flush=True)
 
 

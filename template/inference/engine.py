@@ -1,7 +1,7 @@
-"""One streaming chat engine for the console, the web page and the API: messages in, text out, piece by piece.
+"""One streaming chat engine for the console, the web page and the API: messages in, pieces of text out.
 
-Engine does what is the same for every library; a backend (torch_backend.py, onnx_backend.py) computes the tokens. This
-file knows neither the backends nor where models lie, so that importing it costs nothing.
+Engine contains what is independent of the library; a backend (torch_backend.py, onnx_backend.py) computes the tokens.
+This file imports neither the backends nor the paths of models, so importing it is cheap.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 for variable, value in {
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_OFFLINE": "1",  # chatting needs no network: setup/get_model.py is what downloads
+    "HF_HUB_OFFLINE": "1",  # chatting needs no network: setup/get_model.py downloads
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
-    os.environ.setdefault(variable, value)  # the libraries read these when they are imported, which is later
+    os.environ.setdefault(variable, value)  # the libraries read these when they are imported, later
 
 ENGINES = ("auto", "torch", "onnx")
 COMPARE = "the int4 model has the adapter merged in: to compare with the base model, start with --engine torch"
@@ -28,39 +28,39 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 
 
 class ChatError(Exception):
-    """What is wrong, where, and what to do, for the user to read."""
+    """An error for the user: what is wrong, where, and what to do."""
 
 
 class TooLongError(ChatError):
-    """A conversation does not fit into what the model reads."""
+    """A conversation does not fit into the model's context."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How an answer is made. Temperature 0 takes the likeliest token each time: the same answer everywhere."""
+    """Generation settings. Temperature 0 is greedy: the same answer everywhere."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
-    top_p: float = 1.0  # draw from the likeliest tokens that together reach this share
-    top_k: int = 0  # draw from this many of the likeliest tokens; 0: from all
-    repetition_penalty: float = 1.0  # above 1, what was said is less likely to be said again
-    seed: int | None = None  # the same seed draws the same tokens; None: others each time
-    stop: tuple[str, ...] = ()  # texts at which the answer ends; they are no part of it
-    adapter: bool = True  # False: the base model answers, as it was before fine-tuning
+    top_p: float = 1.0  # sample from the likeliest tokens that together reach this probability
+    top_k: int = 0  # sample from this many of the likeliest tokens; 0: all
+    repetition_penalty: float = 1.0  # above 1: tokens are less likely to be repeated
+    seed: int | None = None  # the same seed samples the same tokens; None: different ones each time
+    stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
+    adapter: bool = True  # False: the base model answers, without fine-tuning
 
 
 @dataclass
 class Usage:
-    """What an answer took and why it ended, complete when its stream has ended."""
+    """Token counts of an answer and why it ended; complete when its stream has ended."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    finish_reason: str = "stop"  # the model's end or a stop text; "length": it was cut
+    finish_reason: str = "stop"  # end token or stop text; "length": it was cut
 
 
 @dataclass(frozen=True)
 class Source:
-    """Which model to load, as models/run.json or olive-config.yaml says."""
+    """Which model to load, from models/run.json or olive-config.yaml."""
 
     base: str  # a hub id, or a folder relative to the workspace
     revision: str | None
@@ -72,21 +72,21 @@ class Source:
 
 
 class Backend(Protocol):
-    """What an engine asks of a library."""
+    """The interface of a backend."""
 
     description: str  # for example "torch, float32 on cpu"
-    context: int  # how many tokens prompt and answer may have together
-    notices: list[str]  # what the user should know about the way the model was loaded
-    switchable: bool  # whether it has an adapter that can be left out of an answer
+    context: int  # maximum tokens of prompt and answer together
+    notices: list[str]  # for the user, about how the model was loaded
+    switchable: bool  # whether it has an adapter that can be disabled per answer
 
     def encode(self, messages: list[Message]) -> list[int]:
-        """Render messages with the chat template, up to where the answer begins, and tokenise them."""
+        """Render messages with the chat template, up to the start of the answer, and tokenise them."""
 
     def decode(self, tokens: list[int]) -> str:
-        """Turn tokens into text, without special tokens."""
+        """Decode tokens to text, without special tokens."""
 
     def generate(self, prompt: list[int], generation: Generation) -> Generator[int, None, None]:
-        """Yield the answer's tokens, without the one that ends it. Closing the generator stops the computing."""
+        """Yield the answer's tokens without the end token. Closing the generator stops the computation."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ class Engine:
         notify: Callable[[str], None],
         usage: Usage | None = None,
     ) -> Generator[str, None, None]:
-        """Yield the answer in pieces, one a token; closing the iterator stops the computing at once. Raises ChatError.
+        """Yield the answer in pieces, one per token; closing the iterator stops the computation. Raises ChatError.
 
-        A piece is empty while what was made may be the beginning of a character or of a stop text. A conversation
-        without a system message gets the training's system prompt; an empty one means none at all. `notify` is called
-        with a sentence when old messages are left out or the answer is cut, and `usage` is filled on the way.
+        A piece is empty while the text may be the beginning of a character or a stop text. A conversation without a
+        system message gets the training's system prompt; an empty one means no system prompt. `notify` is called with
+        a sentence if old messages are left out or the answer is cut, and `usage` is filled meanwhile.
         """
         if self.source.adapter and not (generation.adapter or self.backend.switchable):
             raise ChatError(f"The base model cannot answer here, as {COMPARE}.")
@@ -122,7 +122,7 @@ class Engine:
             for token in computing:
                 tokens.append(token)
                 usage.completion_tokens = len(tokens)
-                # All tokens together, as some tokenizers change the space at the start of what they decode.
+                # All tokens together, since some tokenizers change the space at the start of decoded text.
                 text = self.backend.decode(tokens)
                 if ends := [end for stop in generation.stop if (end := text.find(stop)) >= 0]:
                     text, ended = text[: min(ends)], True
@@ -137,15 +137,15 @@ class Engine:
             notify(f"The answer was cut at {room} tokens.")
 
     def fit(self, messages: list[Message], max_new_tokens: int, notify: Callable[[str], None]) -> tuple[list[int], int]:
-        """Return the prompt's tokens and how many the answer may have, without the oldest turns if need be."""
-        # the console and the API may be given bytes that are no text, which tokenizers refuse
+        """Return the prompt's tokens, without the oldest turns if necessary, and the answer's maximum tokens."""
+        # console and API input may contain bytes that are not text, which tokenizers refuse
         messages = [turn | {"content": turn["content"].encode(errors="replace").decode()} for turn in messages]
         given = [turn for turn in messages[:1] if turn["role"] == "system"]
         turns = messages[len(given) :]
         system = given or [{"role": "system", "content": self.source.system_prompt}]
         system = [turn for turn in system if turn["content"]]
         context = self.backend.context
-        kept = min(max_new_tokens, context // 2)  # for the answer
+        kept = min(max_new_tokens, context // 2)  # reserved for the answer
         while len(prompt := self.backend.encode(system + turns)) > context - kept:
             questions = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
             if len(questions) < 2:
@@ -160,8 +160,8 @@ class Engine:
 
 
 def half_said(text: str, stops: tuple[str, ...]) -> int:
-    """Return how many characters at the end of the text may become another one, or the beginning of a stop text."""
-    if text.endswith("\N{REPLACEMENT CHARACTER}"):  # some bytes of a character: the others follow
+    """Return how many characters at the end of the text may be incomplete, or the beginning of a stop text."""
+    if text.endswith("\N{REPLACEMENT CHARACTER}"):  # an incomplete character: the other bytes follow
         return len(text)
     longest = max(map(len, stops), default=0)
     for length in range(min(longest - 1, len(text)), 0, -1):

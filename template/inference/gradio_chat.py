@@ -1,7 +1,7 @@
-"""Chat with the tuned model in the browser, and through an OpenAI-compatible API, on this machine only.
+"""Chat with the tuned model in the browser and through an OpenAI-compatible API, on this machine only.
 
-The page is at /, the API at /v1, and /health says whether the model is there yet. With a key, in the environment
-variable CHAT_API_KEY, the API asks for it as a bearer token and the page as password, and --host may be a network's.
+The page is at /, the API at /v1, and /health says whether the model is loaded. With a key in the environment variable
+CHAT_API_KEY, the API requires it as bearer token and the page as password, and --host may be a network address.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from load_engine import load, not_installed
 if TYPE_CHECKING:
     from request_queue import RequestQueue
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, which is later
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported, later
 
-# The browser loads nothing from elsewhere, not even a picture that an answer asks for.
+# The browser loads nothing from other sites, not even an image in an answer.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, listen, load the model, serve until Ctrl-C. Returns the exit status."""
+    """Parse the command line, open the port, load the model, serve until Ctrl-C. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--baseonly", action="store_true", help="the base model, without what was fine-tuned")
+    parser.add_argument("--baseonly", action="store_true", help="the base model, without the adapter")
     parser.add_argument(
-        "--engine", default="auto", metavar="NAME", help=f"what computes: {', '.join(ENGINES)} (default: auto)"
+        "--engine", default="auto", metavar="NAME", help=f"the backend: {', '.join(ENGINES)} (default: auto)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
     parser.add_argument(
-        "--port", type=int, default=7860, help="0: any free one; if it is taken, the next is (default: 7860)"
+        "--port", type=int, default=7860, help="0: any free port; if it is taken, the next one is used (default: 7860)"
     )
     parser.add_argument(
         "--api-key",
         default=os.environ.get("CHAT_API_KEY", ""),
         metavar="KEY",
-        help="better in CHAT_API_KEY: others on this machine see what is on a command line",
+        help="prefer CHAT_API_KEY: others on this machine can see the command line",
     )
     parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     options = parser.parse_args(arguments)
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Serve page and API until Ctrl-C. Raises ChatError."""
+    """Serve the page and the API until Ctrl-C. Raises ChatError."""
     try:
         from server import create_app, create_server, listen
     except ModuleNotFoundError as error:
@@ -65,7 +65,7 @@ def serve(options: argparse.Namespace) -> None:
     port = listener.getsockname()[1]
     if options.port not in (0, port):
         print(f"Port {options.port} is taken: using {port}.")
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)  # all addresses: this machine's too
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)  # all addresses include this machine's
     address = f"http://{f'[{name}]' if ':' in name else name}:{port}/"
     failures: list[Exception] = []
 
@@ -75,7 +75,7 @@ def serve(options: argparse.Namespace) -> None:
         for notice in engine.backend.notices:
             print(notice)
         try:
-            import gradio  # noqa: F401  (here, as it takes seconds, in which /health is answered already)
+            import gradio  # noqa: F401  (here, since it takes seconds and /health already responds)
         except ModuleNotFoundError as error:
             raise not_installed(error) from error
         return engine
@@ -97,7 +97,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def open_page(queue: RequestQueue, key: str) -> Any:
-    """Return the page as an application: nothing of it is recorded, and nothing comes from elsewhere."""
+    """Return the page as an application that records nothing and loads nothing from other sites."""
     import gradio as gr
     from fastapi import FastAPI
 

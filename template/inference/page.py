@@ -1,6 +1,6 @@
-"""The chat page: one column for the model that was tuned and, to compare, one for what it was before.
+"""The chat page: one column for the tuned model and, for comparison, one for the base model.
 
-gradio_chat.py imports this file when the model is loaded; it is the only one here that draws anything.
+gradio_chat.py imports this file when the model is loaded; only this file builds user interface.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from api import failure
 from engine import COMPARE, Generation, Message
 from request_queue import RequestQueue
 
-# The columns stand side by side where there is room, share what height is left, and scroll by themselves, below their
-# names. Gradio's own buttons to clear would clear one column alone, and its sliders' knobs are white on white.
+# The columns are side by side if there is room, share the remaining height, and scroll separately below their names.
+# Gradio's own clear buttons would clear only one column, and its slider knobs are white on white.
 STYLE = """
 .columns { flex: 1 1 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));
   grid-auto-rows: minmax(16rem, 1fr); align-items: stretch; }
@@ -27,7 +27,7 @@ input[type=range]::-webkit-slider-thumb { background: var(--primary-600); }
 input[type=range]::-moz-range-thumb { background: var(--primary-600); }
 .prose :is(th, td) { padding: 0.3rem 0.6rem; word-break: normal; overflow-wrap: normal; }
 """
-# The machine's own font, as no other is loaded; a blue on which white is easy to read, in the light and in the dark.
+# The system font, since no other is loaded; a blue on which white text is readable in light and dark mode.
 THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]).set(
     button_primary_background_fill="*primary_600",
     button_primary_background_fill_dark="*primary_600",
@@ -44,14 +44,14 @@ THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]).
 
 @dataclass
 class Chat:
-    """What was asked, and what each model has answered so far, to as many of the questions as there are answers."""
+    """The questions, and the answers of each model so far: a model may have fewer answers than there are questions."""
 
     questions: list[str]
-    answers: dict[bool, list[str]]  # with the adapter, and without
+    answers: dict[bool, list[str]]  # with and without the adapter
 
     @classmethod
     def shown(cls, tuned: list[Any], base: list[Any]) -> Chat:
-        """Return the chat that stands in the page's two columns."""
+        """Return the chat shown in the page's two columns."""
 
         def said(turns: list[Any], role: str) -> list[str]:
             return ["".join(part["text"] for part in turn["content"]) for turn in turns if turn["role"] == role]
@@ -59,16 +59,16 @@ class Chat:
         return cls(said(tuned, "user"), {True: said(tuned, "assistant"), False: said(base, "assistant")})
 
     def ask(self, question: str) -> None:
-        """Add a question, in place of one that was stopped before its answer began."""
+        """Add a question; it replaces one that was stopped before its answer began."""
         self.questions = [*self.questions[: len(self.answers[True])], question]
 
     def ask_again(self) -> None:
-        """Forget what was answered to the last question."""
+        """Remove the answers to the last question."""
         for answers in self.answers.values():
             del answers[len(self.questions) - 1 :]
 
     def turns(self, adapter: bool) -> list[Message]:
-        """Return a column, which ends with a question while it has no answer."""
+        """Return the turns of a column; it ends with a question while that has no answer."""
         turns: list[Message] = []
         for i, question in enumerate(self.questions):
             turns.append({"role": "user", "content": question})
@@ -76,7 +76,7 @@ class Chat:
         return turns
 
     def columns(self) -> list[list[Any]]:
-        """Return both columns as the page shows them. A text alone would lose its indentation there."""
+        """Return both columns in Gradio's format. Plain text would lose its indentation there."""
         return [
             [turn | {"content": {"type": "text", "text": turn["content"]}} for turn in self.turns(adapter)]
             for adapter in (True, False)
@@ -85,9 +85,9 @@ class Chat:
     async def answer(
         self, queue: RequestQueue, comparing: bool, system: str, generation: Generation, notify: Callable[[str], None]
     ) -> AsyncIterator[None]:
-        """Let the tuned model answer what it has not, then the base model if it shall; yield after each piece.
+        """Generate the missing answers of the tuned model, then of the base model if requested; yield after each piece.
 
-        Each goes on from its own answers. What raises, the engine raises.
+        Each model continues from its own answers. Raises the errors of the engine.
         """
         for adapter in (True, False) if comparing else (True,):
             answers = self.answers[adapter]
@@ -99,11 +99,11 @@ class Chat:
                     async for piece in ticket.stream(messages, replace(generation, adapter=adapter), notify):
                         answers[-1] += piece
                         yield
-                yield  # an empty answer is one too
+                yield  # an empty answer counts too
 
 
 def build_page(queue: RequestQueue) -> gr.Blocks:
-    """Build the page: what answers, the chat, its settings, and what fine-tuning has changed."""
+    """Build the page: the model, the chat, its settings, and the metrics before and after fine-tuning."""
     engine = queue.engine
     source, most = engine.source, min(4096, engine.backend.context)
     adapter = f"adapter **{source.adapter}** ({source.method})" if source.adapter else "**the base model alone**"
@@ -155,7 +155,7 @@ def build_page(queue: RequestQueue) -> gr.Blocks:
             [question, tuned, base, compare, *settings],
             [question, tuned, base, *controls],
             trigger_mode="once",
-            concurrency_limit=None,  # all wait in the same queue as the API's requests
+            concurrency_limit=None,  # the request queue, shared with the API, limits concurrency
             show_progress="hidden",
             api_visibility="private",
         )
@@ -173,7 +173,7 @@ def build_page(queue: RequestQueue) -> gr.Blocks:
             top_p: float = 1,
             history: list[list[str]] | None = None,
         ) -> AsyncIterator[str]:
-            """Answer a question, after earlier [question, answer] pairs, for programs that use Gradio's client."""
+            """Answer a question that follows earlier [question, answer] pairs, for users of Gradio's client."""
             before = history or []
             chat = Chat([*(turn[0] for turn in before), question], {True: [turn[1] for turn in before]})
             try:
@@ -187,20 +187,22 @@ def build_page(queue: RequestQueue) -> gr.Blocks:
 
 
 def draw_settings(system_prompt: str, most: int) -> list[Any]:
-    """Draw the settings in their order: the system prompt, then what `generation` takes. `most` is in tokens."""
+    """Draw the settings in order: the system prompt, then the arguments of `generation`. `most` is in tokens."""
     return [
         gr.Textbox(system_prompt, label="System prompt", info="Empty: none."),
         gr.Slider(1, most, min(256, most), step=1, label="Longest answer", info="In tokens."),
-        gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: always the likeliest words."),
-        gr.Slider(0.05, 1, 1, step=0.05, label="Top p", info="The share of the likeliest words to draw from."),
-        gr.Slider(0, 200, 0, step=1, label="Top k", info="How many of the likeliest to draw from; 0: all."),
-        gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty", info="Above 1: fewer words are said again."),
-        gr.Number(-1, precision=0, label="Seed", info="The same draws the same words; -1: others each time."),
+        gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: always the likeliest tokens."),
+        gr.Slider(
+            0.05, 1, 1, step=0.05, label="Top p", info="Sample from the likeliest tokens with this total probability."
+        ),
+        gr.Slider(0, 200, 0, step=1, label="Top k", info="Sample from this many of the likeliest tokens; 0: all."),
+        gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty", info="Above 1: less repetition."),
+        gr.Number(-1, precision=0, label="Seed", info="The same seed gives the same answer; -1: a new one each time."),
     ]
 
 
 def usable(answering: bool = False) -> list[Any]:
-    """Return what Send, Stop, Retry and the switch are while an answer is made, and while none is."""
+    """Return the state of Send, Stop, Retry and the switch while an answer is generated, or otherwise."""
     resting = not answering
     return [gr.update(interactive=interactive) for interactive in (resting, answering, resting, resting)]
 
@@ -213,7 +215,7 @@ def generation(
     repetition_penalty: float = Generation.repetition_penalty,
     seed: int | None = None,
 ) -> Generation:
-    """Return how an answer is made, by the page's settings. What a browser sends as 1 may be either kind of number."""
+    """Return the generation settings of the page. A browser may send 1 as int or float."""
     return Generation(
         max_new_tokens=int(longest),
         temperature=float(temperature),
@@ -225,7 +227,7 @@ def generation(
 
 
 def metrics_table(run: dict[str, Any]) -> str:
-    """Return the metrics of models/run.json as a Markdown table, empty when it has none."""
+    """Return the metrics of models/run.json as a Markdown table, empty if it has none."""
     before, after = (run.get("metrics", {}).get(when, {}) for when in ("before", "after"))
     names = {"accuracy": ("exact answers", ".1%"), "eval_loss": ("loss", ".4g"), "perplexity": ("perplexity", ".4g")}
     rows = [

@@ -1,4 +1,4 @@
-"""One model and the requests that wait for it, from the web page and from the API."""
+"""The request queue of the model, for the web page and the API."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from dataclasses import dataclass, field
 
 from engine import ChatError, Engine, Generation, Message, Usage
 
-WAITING = 32  # requests that may wait while one is answered; more are told to come again
+WAITING = 32  # requests that may wait while one is answered; more are refused
 
 
 class QueueFullError(ChatError):
-    """Too many wait already."""
+    """Too many requests are waiting."""
 
 
 class RequestQueue:
-    """First come, first served. Lives in one event loop; the model computes in a thread."""
+    """First in, first out. Runs in one event loop; the model computes in a thread."""
 
     def __init__(self, engine: Engine) -> None:
-        """Start with an empty queue."""
+        """Create an empty queue."""
         self.engine, self.turn, self.tickets = engine, asyncio.Lock(), 0
         self.since = int(time.time())
         self.models = ["tuned"] if engine.source.adapter else ["base"]  # those that can answer
@@ -31,7 +31,7 @@ class RequestQueue:
 
     @contextlib.contextmanager
     def ticket(self) -> Iterator[Ticket]:
-        """Give a ticket; handing it back stops what is computed for it. Raises QueueFullError."""
+        """Yield a ticket; leaving the context stops its computation. Raises QueueFullError."""
         if self.tickets > WAITING:
             raise QueueFullError(f"{WAITING} requests are waiting already: try again later.")
         self.tickets += 1
@@ -47,7 +47,7 @@ class RequestQueue:
 
 @dataclass
 class Ticket:
-    """The right to one answer, when its turn comes."""
+    """A place in the queue, for one answer."""
 
     queue: RequestQueue
     left: threading.Event = field(default_factory=threading.Event)
@@ -56,9 +56,9 @@ class Ticket:
     async def stream(
         self, messages: list[Message], generation: Generation, notify: Callable[[str], None], usage: Usage | None = None
     ) -> AsyncIterator[str]:
-        """Yield the answer in pieces when its turn has come. Raises what the engine raises.
+        """Yield the answer in pieces when its turn comes. Raises the errors of the engine.
 
-        A reader may be slow: what is made is kept for it, and the turn ends when all is made.
+        A slow reader does not block the queue: pieces are buffered, and the turn ends when all are computed.
         """
         made: asyncio.Queue[str | Exception | None] = asyncio.Queue()
         hand = asyncio.get_running_loop().call_soon_threadsafe

@@ -1,4 +1,4 @@
-"""One port for the page and the API: who may come in, and what is there while the model is being loaded."""
+"""One port for the page and the API: access control, and the responses while the model is being loaded."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from api import ApiError, router
 from engine import ChatError, Engine
 from request_queue import QueueFullError, RequestQueue
 
-IN_USE = {errno.EADDRINUSE, errno.EACCES}  # Windows says the second of a port that another program holds
-PORTS = 100  # that are tried from the wanted one on
-LARGEST = 2**20  # bytes of a request: far more than a model reads
+IN_USE = {errno.EADDRINUSE, errno.EACCES}  # on Windows, EACCES means that another program uses the port
+PORTS = 100  # how many ports are tried, from the requested one on
+LARGEST = 2**20  # bytes per request: far more than a model reads
 LOADING = '<!doctype html><title>Loading</title><meta http-equiv="refresh" content="2">Loading the model …'
 
 
@@ -48,14 +48,14 @@ def listen(host: str, port: int, key: str) -> socket.socket:
             if getattr(error, "errno", None) not in IN_USE:
                 break
         else:
-            # asyncio does so by itself for sockets of its own only; without, each answer takes 40 ms longer
+            # asyncio does this only for its own sockets; without it, each answer takes 40 ms longer
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return listener
     raise ChatError(f"Port {port} of {host} cannot be opened ({wrong}): choose another --port or --host.") from wrong
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether an address is this machine's own, for nobody else to reach."""
+    """Return whether an address is reachable only from this machine."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
@@ -69,10 +69,10 @@ def create_app(
     host: str = "127.0.0.1",
     key: str = "",
 ) -> FastAPI:
-    """Return the application. It listens at once; a thread prepares the engine, and then the page is opened.
+    """Return the application. It responds at once; a thread loads the engine, and then the page is mounted.
 
-    `is_ready` is called when both answer, `fail` with what kept them from it. A request must bring the key, unless
-    there is none, and be for this host and from no other site.
+    `is_ready` is called when both respond, `fail` with the error otherwise. A request must have the key, if there is
+    one, be for this host, and not come from another site.
     """
 
     @contextlib.asynccontextmanager
@@ -93,7 +93,7 @@ def create_app(
         opening.cancel()
         await asyncio.wait([opening])
 
-    # FastAPI's own pages would load scripts from elsewhere
+    # FastAPI's documentation pages would load scripts from other sites
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     app.state.queue, app.state.page = None, HTMLResponse(LOADING, 503, {"Retry-After": "2"})
 
@@ -110,7 +110,7 @@ def create_app(
 
 
 def create_server(app: FastAPI) -> uvicorn.Server:
-    """Return the server, which says only what goes wrong, and not that pages are still open when it ends."""
+    """Return the server. It logs only errors, and does not report open pages when it ends."""
     config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
@@ -118,7 +118,7 @@ def create_server(app: FastAPI) -> uvicorn.Server:
 
 
 async def in_thread(work: Callable[[], Any]) -> Any:
-    """Await what a thread does. Unlike asyncio's, it keeps nobody waiting who ends the program meanwhile."""
+    """Await work in a thread. Unlike asyncio's, the thread does not delay the end of the program."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Any] = loop.create_future()
 
@@ -127,7 +127,7 @@ async def in_thread(work: Callable[[], Any]) -> Any:
             result, settle = work(), done.set_result
         except Exception as error:
             result, settle = error, done.set_exception
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the program ends
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the program is ending
             loop.call_soon_threadsafe(lambda: done.cancelled() or settle(result))
 
     threading.Thread(target=run, daemon=True).start()
@@ -135,21 +135,21 @@ async def in_thread(work: Callable[[], Any]) -> Any:
 
 
 class Guard:
-    """Lets in who is meant: with the key, to this host, not from another site's page, with no more than is read."""
+    """Middleware that checks each request: key, host, origin and size."""
 
     def __init__(self, app: ASGIApp, host: str, key: str) -> None:
-        """Stand before the application."""
+        """Wrap the application."""
         self.app, self.key = app, key.encode()
-        # A name that another site makes point to this machine would get its scripts past the browser's barriers.
+        # DNS rebinding: another site's name that points to this machine would bypass the browser's same-origin policy.
         self.hosts = {"localhost", "127.0.0.1", "::1", host} if is_loopback(host) else set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it with a refusal."""
+        """Pass a request on, or refuse it."""
         refusal = self.refusal(Headers(scope=scope), scope["path"]) if scope["type"] == "http" else None
         await (refusal.response() if refusal else self.app)(scope, receive, send)
 
     def refusal(self, headers: Headers, path: str) -> ApiError | None:
-        """Return what is wrong with a request, if anything."""
+        """Return the error for a request, or None."""
         host, origin = headers.get("host", "").lower(), headers.get("origin", "").lower()
         try:
             name = urlsplit(f"//{host}").hostname
@@ -168,37 +168,37 @@ class Guard:
         return None
 
     def is_key(self, authorization: str) -> bool:
-        """Compare with the key, in a time that tells nothing."""
+        """Compare with the key in constant time."""
         scheme, _, given = authorization.partition(" ")
         return scheme.lower() == "bearer" and secrets.compare_digest(given.strip().encode("latin-1"), self.key)
 
 
-# ---- errors, in OpenAI's shape
+# ---- errors in OpenAI's format
 
 
 async def no_such_address(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer what is under /v1 but not there."""
+    """Answer an unknown path under /v1."""
     refusal = ApiError(404, f"There is nothing at {scope['method']} {scope['path']}.", "not_found")
     await refusal.response()(scope, receive, send)
 
 
 def too_large() -> ApiError:
-    """Return the answer to a body that is too large."""
+    """Return the error for a body that is too large."""
     return ApiError(413, f"The request is larger than {LARGEST} bytes, far more than the model reads.", "too_large")
 
 
 async def refused(_: Request, error: Any) -> Response:
-    """Answer a refusal."""
+    """Return the response of an ApiError."""
     return error.response()
 
 
 async def full(_: Request, error: Any) -> Response:
-    """Tell a client to come again."""
+    """Tell the client to retry later."""
     return ApiError(429, str(error), "rate_limit_exceeded").response()
 
 
 async def invalid(_: Request, error: Any) -> Response:
-    """Say what is wrong with the first field that is."""
+    """Return the error of the first invalid field."""
     first = error.errors()[0]
     where = [*first["loc"][1:], *filter(None, [first.get("ctx", {}).get("field")])]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
@@ -209,7 +209,7 @@ async def invalid(_: Request, error: Any) -> Response:
 
 
 async def http_error(_: Request, error: Any) -> Response:
-    """Answer what FastAPI refuses by itself."""
+    """Answer requests that FastAPI itself refuses."""
     refusal = too_large() if error.status_code == 413 else ApiError(error.status_code, f"{error.detail}.")
     return refusal.response()
 

@@ -1,4 +1,4 @@
-"""The inference app: send the model and the code, restart it, wait until it answers."""
+"""The inference app: send the model and the code, restart the app, wait until it responds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from provisioned import Provisioned
 from share import Share
 from sync import send, send_results
 
-POLL = 5.0  # seconds between two looks
-TRIES = 5  # connections that may fail while the app restarts
-PATIENCE = 1800.0  # seconds for a replica to start: the first one makes its environment
+POLL = 5.0  # seconds between polls
+TRIES = 5  # failed connections allowed while the app restarts
+PATIENCE = 1800.0  # seconds for a replica to start: the first one creates its environment
 
 
 def deploy() -> None:
-    """Send what changed, restart the app, and wait until the model answers. Raises AzureError."""
+    """Send the changes, restart the app, and wait until the model responds. Raises AzureError."""
     app = Provisioned("inference")
     share = Share(app.config)
     sent, gone = send(share)
@@ -50,7 +50,7 @@ def wait(app: Provisioned) -> None:
                 raise AzureError(UNREACHABLE) from error
             time.sleep(POLL)
             continue
-        # Before there is a workspace, /health is an empty page. A refusal is of what stands before the app: it is up.
+        # Without a workspace, /health is an empty page. A refusal comes from the proxy in front of the app: it is up.
         if (answer.ok and answer.text.startswith("{")) or answer.status_code in (302, 401, 403):
             return
         time.sleep(POLL)
@@ -58,12 +58,12 @@ def wait(app: Provisioned) -> None:
 
 
 def address(app: Provisioned) -> str:
-    """Return the app's address, without a slash at the end."""
+    """Return the app's address, without a trailing slash."""
     return str(app.config["ACA_APP_ENDPOINT"]).rstrip("/")
 
 
 def endpoint() -> None:
-    """Print where the app is, and how to get its key. Raises AzureError."""
+    """Print the app's address, and how to get its key. Raises AzureError."""
     app = Provisioned("inference")
     print(f"Page: {address(app)}/")
     print(f"API:  {address(app)}/v1")
@@ -72,7 +72,7 @@ def endpoint() -> None:
 
 
 def status() -> None:
-    """Print how the app stands, if there is one. Raises AzureError."""
+    """Print the state of the app, if there is one. Raises AzureError."""
     if not (INFRA / "inference.config.json").is_file():
         print("No app: python infra/azure.py provision inference")
         return

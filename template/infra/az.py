@@ -1,4 +1,4 @@
-"""The Azure CLI, through one function: it runs az, and makes one sentence of what az says when it fails."""
+"""The Azure CLI, through one function: it runs az, and reports its errors in one sentence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-LEAST = (2, 80, 0)  # older ones were not looked at; the tests run 2.91.0
+LEAST = (2, 80, 0)  # older versions are untested; the tests run 2.91.0
 EMPTY: Mapping[str, str] = MappingProxyType({})
 AGAIN = "then run the same command again"
 NETWORK = (
@@ -23,7 +23,7 @@ UNREACHABLE = (
     f"{AGAIN}."
 )
 SIGNED_OUT = f"az is not logged in, or its login has expired: run `az login`, {AGAIN}."
-# What az prints → what it means and what to do. The first that matches is taken; {0} is what it caught.
+# az's output → what it means and what to do. The first match is used; {0} is its group.
 FAILURES = {
     r"AADSTS\d+|az login|ExpiredAuthenticationToken|InvalidAuthenticationToken": SIGNED_OUT,
     NETWORK: UNREACHABLE,
@@ -35,7 +35,7 @@ FAILURES = {
         f"Azure asks for fewer requests: wait a minute, until `az group list --output table` answers, {AGAIN}."
     ),
     r"StorageAccountAlreadyTaken|[Ss]torage account (?:named )?\S+ is already taken": (
-        "The storage account's name, which comes from group and project, is taken by somebody else: take another group "
+        "The storage account's name, which comes from group and project, is already taken: choose another group "
         "with `copier update --trust --data azure_resource_group=…`, or name an account of yours as storageAccountName "
         f"in infra/provision/{{purpose}}.parameters.json, {AGAIN}."
     ),
@@ -69,15 +69,14 @@ FAILURES = {
 
 
 class AzureError(Exception):
-    """What is wrong in Azure or with az, and the command that helps: one sentence."""
+    """An error in Azure or az: what is wrong, and the command that helps, in one sentence."""
 
 
 def az(*words: str, stdin: str = "", show: bool = False, about: Mapping[str, str] = EMPTY) -> Any:
-    """Run az and return what it prints, as JSON where it is (None for nothing).
+    """Run az and return its output, parsed if it is JSON (None if empty).
 
-    `stdin` goes to az's standard input: the place for a secret, as others can read a command line, and `@-` among the
-    words reads it. `show` lets az print to the terminal itself. `about` (purpose, group, location) is for the sentence.
-    Raises AzureError.
+    `stdin` goes to az's standard input, for secrets: others can read a command line. The word `@-` reads it. `show`
+    makes az print to the terminal. `about` (purpose, group, location) fills in the error message. Raises AzureError.
     """
     program = shutil.which("az")
     if program is None:
@@ -102,9 +101,9 @@ def az(*words: str, stdin: str = "", show: bool = False, about: Mapping[str, str
 
 
 def sentence(errors: str, status: int, words: tuple[str, ...], about: Mapping[str, str]) -> str:
-    """Return what az's errors mean, in one sentence."""
+    """Return the meaning of az's errors in one sentence."""
     if status == 2 or "is misspelled or not recognized" in errors:
-        require()  # an old az says no more than that it does not know an option
+        require()  # an old az only says that it does not know an option
     if known := explain(errors, about):
         return known
     said = [line.removeprefix("ERROR: ") for line in errors.splitlines() if line.strip() and "WARNING" not in line]
@@ -114,7 +113,7 @@ def sentence(errors: str, status: int, words: tuple[str, ...], about: Mapping[st
 
 
 def explain(errors: str, about: Mapping[str, str]) -> str:
-    """Return the sentence for errors that are known, "" for others."""
+    """Return the sentence for a known error, "" for others."""
     names = {"purpose": "finetuning", "group": "GROUP", "location": "LOCATION", **about}
     for pattern, meaning in FAILURES.items():
         if match := re.search(pattern, errors):

@@ -1,16 +1,16 @@
-"""Fine-tune and serve this workspace in Azure Container Apps, through the Azure CLI: `az login` first.
+"""Fine-tune and serve this workspace in Azure Container Apps, through the Azure CLI: run `az login` first.
 
-provision finetuning        make the job, its share and its logs; shows it first (--dry-run: only) and asks (--yes: not)
+provision finetuning        create the job, its share and logs; shows the changes (--dry-run: only), asks (--yes: not)
 secret set HF_TOKEN         a secret for the job (--for inference: the app), from the terminal, a pipe or that variable
-run                         send what changed, start the job, follow its log (--no-wait: do not)
+run                         send the changes, start the job, follow its log (--no-wait: do not)
 logs --follow               the log of the newest run
-status                      how the runs and the app stand
-pull                        bring the results into models/: the tuned model chats here
-provision inference         make the app that serves the model
-deploy                      send what changed, restart the app, wait until the model answers
+status                      the state of the runs and the app
+pull                        download the results to models/, to chat with the tuned model here
+provision inference         create the app that serves the model
+deploy                      send the changes, restart the app, wait until the model responds
 endpoint                    the app's address
-estimate                    hours and money of a run
-destroy                     delete all of it, after a list and the group's name
+estimate                    hours and cost of a run
+destroy                     delete all of it; lists it first and asks for the group's name
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from az import AzureError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and run one command; a user's mistake is one sentence."""
+    """Parse the command line and run one command; report a user error in one sentence."""
     options = parse(arguments)
     try:
         command(options)
     except (AzureError, OSError) as error:
         if options.debug:
             raise
-        return say(error)
+        return print_error(error)
     except ModuleNotFoundError as error:
-        return say(
+        return print_error(
             f"{error.name} is not installed in {sys.prefix}: run `python setup/create_env.py`, then use its Python."
         )
     except KeyboardInterrupt:
-        print("\nStopped here; what runs in Azure goes on. The same command takes it up again.", file=sys.stderr)
+        print("\nStopped here; what runs in Azure continues. Run the same command again to resume.", file=sys.stderr)
         return 130
     return 0
 
 
-def say(error: object) -> int:
+def print_error(error: object) -> int:
     """Print an error; return the exit status."""
     print(f"error: {error}", file=sys.stderr)
     return 1
@@ -52,10 +52,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    provision = commands.add_parser("provision", help="make what fine-tuning or inference needs")
+    provision = commands.add_parser("provision", help="create what fine-tuning or inference needs")
     provision.add_argument("purpose", choices=("finetuning", "inference"))
     provision.add_argument("--yes", action="store_true", help="do not ask")
-    provision.add_argument("--dry-run", action="store_true", help="only say what would be made")
+    provision.add_argument("--dry-run", action="store_true", help="only show what would be created")
     secret = commands.add_parser("secret", help="give the job a secret")
     secret.add_argument("action", choices=("set",))
     secret.add_argument("name", help="the variable that the job sees, for example HF_TOKEN")
@@ -66,17 +66,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         dest="purpose",
         help="the job's or the app's",
     )
-    run = commands.add_parser("run", help="send what changed and start the job")
+    run = commands.add_parser("run", help="send the changes and start the job")
     run.add_argument("--no-wait", action="store_true", help="do not follow the log")
     logs = commands.add_parser("logs", help="the log of the newest run")
     logs.add_argument("--follow", action="store_true", help="until the run ends")
     for name, text in {
-        "status": "how the runs and the app stand",
-        "pull": "bring the results into models/",
-        "deploy": "send what changed, restart the app, wait until the model answers",
+        "status": "the state of the runs and the app",
+        "pull": "download the results to models/",
+        "deploy": "send the changes, restart the app, wait until the model responds",
         "endpoint": "the app's address",
-        "estimate": "hours and money of a run",
-        "destroy": "delete all that was made",
+        "estimate": "hours and cost of a run",
+        "destroy": "delete everything that was created",
     }.items():
         commands.add_parser(name, help=text)
     return parser.parse_args(arguments)

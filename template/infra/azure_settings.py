@@ -1,4 +1,4 @@
-"""Where to work, and on which GPU: infra/azure.yaml."""
+"""The settings in infra/azure.yaml: where to run, and on which GPU."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ INFRA = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Settings:
-    """What infra/azure.yaml says."""
+    """The content of infra/azure.yaml."""
 
     project: str
     subscription: str | None
     group: str
     location: str
-    profile: str  # the workload profile type, as Container Apps names it
+    profile: str  # the workload profile type of Container Apps
 
     @classmethod
     def read(cls) -> Settings:
@@ -32,16 +32,16 @@ class Settings:
             return cls(*(found[key] for key in ("project", "subscription", "resource_group", "location", "profile")))
         except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
             raise AzureError(
-                f"infra/azure.yaml is missing or torn ({error}): `git checkout` brings it back."
+                f"infra/azure.yaml is missing or damaged ({error}): `git checkout` brings it back."
             ) from error
 
     @property
     def here(self) -> list[str]:
-        """The option that names the subscription: that of what is provisioned already, or the settings' own, if any."""
+        """The option for the subscription: of what is already provisioned, else from the settings, if any."""
         for file in sorted(INFRA.glob("*.config.json")):
             return ["--subscription", str(json.loads(file.read_text(encoding="utf-8"))["SUBSCRIPTION_ID"])]
         return ["--subscription", self.subscription] if self.subscription else []
 
     def made(self, resource: dict[str, Any]) -> bool:
-        """Tell whether a resource has the tag of what is made for this workspace."""
+        """Return whether a resource has this workspace's tag."""
         return bool((resource.get("tags") or {}).get("workspace") == self.project)

@@ -1,4 +1,4 @@
-"""Make what a run or the app needs in Azure: checks, resource group, what-if, deployment, configuration."""
+"""Create what a run or the app needs in Azure: checks, resource group, what-if, deployment, configuration."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from azure_settings import INFRA, Settings
 from provisioned import KEYS, KINDS, Provisioned
 
 PROVIDERS = ("Microsoft.App", "Microsoft.Storage", "Microsoft.OperationalInsights", "Microsoft.ManagedIdentity")
-POLL = 5.0  # seconds between two looks at a deployment
-# The quota that counts a profile: of the environment for serverless GPUs, of the subscription for dedicated ones.
+POLL = 5.0  # seconds between polls of a deployment
+# The quota for a profile: of the environment for serverless GPUs, of the subscription for dedicated ones.
 QUOTAS = {
     "Consumption-GPU-NC8as-T4": "ManagedEnvironmentConsumptionT4Gpus",
     "Consumption-GPU-NC24-A100": "ManagedEnvironmentConsumptionNCA100Gpus",
@@ -27,9 +27,9 @@ QUOTAS = {
 
 
 def provision(purpose: str, yes: bool, dry_run: bool) -> None:
-    """Make everything for `purpose` (finetuning or inference), or only say what would be made. Raises AzureError."""
+    """Create everything for `purpose` (finetuning or inference), or only show what it would be. Raises AzureError."""
     settings = Settings.read()
-    account, exists = look(settings)
+    account, exists = check_account(settings)
     print(f"Subscription {account['name']} ({account['id']}), group {settings.group} in {settings.location}")
     about = {"purpose": purpose, "group": settings.group, "location": settings.location}
     here = ["--subscription", account["id"]]
@@ -65,14 +65,14 @@ def provision(purpose: str, yes: bool, dry_run: bool) -> None:
     az("deployment", "group", "create", *template, *deployment, "--no-wait", stdin=values, about=about)
     write_config(purpose, follow(deployment, about))
     made = Provisioned(purpose)
-    for name in set(known) & set(variables) - set(secure):  # a deployment leaves only the template's own secrets
+    for name in set(known) & set(variables) - set(secure):  # a deployment keeps only the template's own secrets
         secret.store(made, variables[name], known[name])
     check_environment(settings, made)
     print(f"Next: python infra/azure.py {'run' if purpose == 'finetuning' else 'deploy'}")
 
 
 def existing_secrets(purpose: str, deployment: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the secrets that are there, and their variables; the configuration is written anew where it was lost."""
+    """Return the existing secrets and their variables; a lost configuration file is written again."""
     if not (INFRA / f"{purpose}.config.json").is_file():
         group, name = deployment[1], deployment[3]
         query = ["--query", f"[?name=='{name}' && properties.provisioningState=='Succeeded']"]
@@ -86,7 +86,7 @@ def existing_secrets(purpose: str, deployment: list[str]) -> tuple[dict[str, str
 
 
 def write_config(purpose: str, outputs: dict[str, Any]) -> None:
-    """Write the outputs of a deployment down, so that it is never seen half written; changed COMMANDS stay."""
+    """Write the outputs of a deployment atomically to the configuration file; changed COMMANDS are kept."""
     keys = [*KEYS, KINDS[purpose][2], "COMMANDS", "ACA_APP_ENDPOINT"]
     config = {key: outputs[key]["value"] for key in keys if key in outputs}
     file = INFRA / f"{purpose}.config.json"
@@ -99,17 +99,17 @@ def write_config(purpose: str, outputs: dict[str, Any]) -> None:
 
 
 def agreed() -> bool:
-    """Ask whether to deploy; where nobody can answer, the answer is no."""
+    """Ask whether to deploy; without a terminal, the answer is no."""
     try:
         return input("Deploy? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
         return False
 
 
-def look(settings: Settings) -> tuple[dict[str, Any], bool]:
-    """Look at az and account, then at providers, region and quota; return the account, and whether the group exists.
+def check_account(settings: Settings) -> tuple[dict[str, Any], bool]:
+    """Check az and account, then providers, region and quota; return the account, and whether the group exists.
 
-    Raises AzureError for the first of them that does not allow the GPU.
+    Raises AzureError for the first check that fails.
     """
     here = settings.here
     listed = ["containerapp", "env", "workload-profile", "list-supported", "--location", settings.location]
@@ -140,7 +140,7 @@ def look(settings: Settings) -> tuple[dict[str, Any], bool]:
 
 
 def check_environment(settings: Settings, made: Provisioned) -> None:
-    """Raise AzureError where the environment has no quota for the GPU: serverless ones are counted only there."""
+    """Raise AzureError if the environment has no quota for the GPU: serverless ones are counted only there."""
     if not settings.profile.startswith("Consumption-"):
         return
     environment = made.az("show")["properties"]["environmentId"]
@@ -150,7 +150,7 @@ def check_environment(settings: Settings, made: Provisioned) -> None:
 
 
 def check_quota(settings: Settings, *words: str) -> None:
-    """Raise AzureError for a quota, which an az command lists, of no GPU; one that is not listed is left to Azure."""
+    """Raise AzureError if a quota listed by an az command allows no GPU; an unlisted quota is left to Azure."""
     for usage in az(*words)["value"]:
         if usage["name"]["value"] == QUOTAS.get(settings.profile) and usage["limit"] < 1:
             raise AzureError(
@@ -160,7 +160,7 @@ def check_quota(settings: Settings, *words: str) -> None:
 
 
 def follow(deployed: list[str], about: dict[str, str]) -> dict[str, Any]:
-    """Wait for a deployment, say what is made, and return its outputs. Raises AzureError."""
+    """Wait for a deployment, print its resources, and return its outputs. Raises AzureError."""
     said: set[str] = set()
     while True:
         found = az("deployment", "group", "show", *deployed, about=about)["properties"]
@@ -184,7 +184,7 @@ def operations(deployed: list[str], about: dict[str, str]) -> Iterator[tuple[str
 
 
 def failure(error: dict[str, Any], deployed: list[str], about: dict[str, str]) -> str:
-    """Return why a deployment failed: the innermost error, which names the resource's own reason."""
+    """Return why a deployment failed: the innermost error, which is the resource's own."""
     while error.get("details"):
         error = error["details"][0]
     said = f"({error.get('code')}) {error.get('message')}".rstrip(".")

@@ -1,4 +1,4 @@
-"""Delete from Azure what was made for this workspace."""
+"""Delete from Azure what was created for this workspace."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 from az import AzureError, az
 from azure_settings import INFRA, Settings
 
-# what runs, then what it runs in, then the rest
+# jobs and apps, then their environments, then the rest
 ORDER = {"microsoft.app/jobs": 0, "microsoft.app/containerapps": 0, "microsoft.app/managedenvironments": 1}
 
 
 def destroy() -> None:
-    """Delete what was made, after a list of it and the group's name as consent. Raises AzureError."""
+    """List what was created, ask for the group's name as confirmation, and delete it. Raises AzureError."""
     settings = Settings.read()
     here = settings.here
     if not az("group", "exists", "--name", settings.group, *here):
@@ -55,7 +55,7 @@ def show(settings: Settings, ours: list[dict[str, Any]], whole: bool, others: in
 
 
 def forget() -> None:
-    """Delete the files that name what is no longer there."""
+    """Delete the configuration files of the deleted resources."""
     for purpose in ("finetuning", "inference"):
         (INFRA / f"{purpose}.config.json").unlink(missing_ok=True)
     print("Deleted. The workspace and its models/ are as they were.")

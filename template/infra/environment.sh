@@ -1,10 +1,10 @@
-# The Python environment of the job and of the app, in the folder .cache on the share: the first start makes it from
-# the lock, every later one finds it. It is sourced, in a workspace: `source infra/environment.sh`.
+# The Python environment of the job and the app, in the folder .cache on the share: the first start creates it from
+# the lock, later ones reuse it. Source it in a workspace: `source infra/environment.sh`.
 #
-# A lock has an environment of its own, named by its hash: who runs while the lock changes, keeps what it has. It is
-# made under another name and renamed at the end, so that what was interrupted is never taken for complete.
+# Each lock has its own environment, named by its hash: a run keeps its environment when the lock changes. It is
+# created under another name and renamed at the end, so an interrupted one never counts as complete.
 
-# `set -e` does nothing before a `&&`: each step has to say itself that it failed.
+# `set -e` has no effect before a `&&`: each step must report its own failure.
 make_environment() {
   local new=$environment.new.$HOSTNAME.$$
   if ! command -v uv >/dev/null; then
@@ -15,7 +15,7 @@ make_environment() {
   uv venv --quiet --relocatable --python "$(command -v python3)" "$new" &&
     uv pip install --quiet --python "$new" --requirement "$lock" &&
     { [ -d "$environment" ] || mv --no-target-directory "$new" "$environment"; }
-  # It is there as well when another start was quicker; then what is left of unfinished ones can go.
+  # It also exists if another start was faster. Remains of unfinished ones can be removed then.
   if [ ! -d "$environment" ]; then rm -rf "$new"; return 1; fi
   rm -rf "$environment".new.* || true
   echo "Ready after $SECONDS s."
@@ -26,7 +26,7 @@ lock=setup/requirements-$device.txt
 hash=$({ python3 --version && cat "$lock"; } | sha256sum | cut -c 1-16) || return 1
 environment=$PWD/.cache/environments/$device-$hash
 
-# A share has no hard links. Compiled, Python starts in half the time.
+# A share has no hard links. With compiled bytecode, Python starts in half the time.
 export UV_CACHE_DIR=$PWD/.cache/uv UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 if [ "$device" = cpu ]; then export UV_TORCH_BACKEND="${UV_TORCH_BACKEND:-cpu}"; fi
 

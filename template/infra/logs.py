@@ -1,4 +1,4 @@
-"""The log of a run: as it comes, through whatever breaks off, and afterwards."""
+"""The log of a run: live, across lost connections, and afterwards."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import requests
 from az import AzureError, az
 from provisioned import Provisioned
 
-REPLICAS_API = "2023-11-02-preview"  # the replicas of an execution are in no version that is not a preview
+REPLICAS_API = "2023-11-02-preview"  # only preview versions have the replicas of an execution
 OVER = ("Succeeded", "Failed", "Stopped", "Degraded")  # the states of an execution that has ended
-POLL = 5.0  # seconds between two looks
-SILENCE = 300.0  # seconds without a line, after which the connection is made anew: it may be dead
-TAIL = 300  # lines that come first, and that a new connection repeats
+POLL = 5.0  # seconds between polls
+SILENCE = 300.0  # seconds without a line before reconnecting: the connection may be dead
+TAIL = 300  # earlier lines that a new connection repeats
 
 
 def logs(follow_it: bool) -> None:
@@ -38,7 +38,7 @@ def logs(follow_it: bool) -> None:
 
 
 def follow(job: Provisioned, execution: str) -> None:
-    """Print an execution's log as it comes, connecting again when it breaks off, until the end. Raises AzureError."""
+    """Print an execution's log live until its end, reconnecting if it breaks off. Raises AzureError."""
     printed: list[str] = []
     queued = False
     while True:
@@ -58,13 +58,13 @@ def follow(job: Provisioned, execution: str) -> None:
         raise AzureError(
             f"{execution} ended as {state} (a command failed, memory was short, or it took longer than `timeout` in "
             "infra/provision/finetuning.parameters.json): `python infra/azure.py logs` shows why, and once that is put "
-            "right `python infra/azure.py run` goes on from the last checkpoint."
+            "right `python infra/azure.py run` resumes from the last checkpoint."
         )
     print(f"{execution} has succeeded.")
 
 
 def replica(job: Provisioned, execution: str) -> str | None:
-    """Return the address of the log stream, None while nothing runs."""
+    """Return the URL of the log stream; None while nothing runs."""
     for found in job.rest("get", f"/executions/{execution}/replicas", REPLICAS_API)["value"]:
         for container in found["properties"]["containers"]:
             if container.get("logStreamEndpoint"):
@@ -82,11 +82,11 @@ def lines(job: Provisioned, stream: str, follow: bool = True) -> Iterator[str]:
             if answer.ok:
                 yield from (line.decode(errors="replace") for line in answer.iter_lines())
     except requests.RequestException:
-        return  # whoever follows looks whether the execution is over, and connects again
+        return  # the caller checks whether the execution has ended, and reconnects
 
 
 def unseen(stream: Iterator[str], printed: list[str]) -> Iterator[str]:
-    """Yield the lines that a new connection does not merely repeat."""
+    """Yield the lines of a new connection that were not printed before."""
     expected: Iterator[str] = iter(())
     for number, line in enumerate(stream):
         if number == 0 and line in printed:
@@ -97,7 +97,7 @@ def unseen(stream: Iterator[str], printed: list[str]) -> Iterator[str]:
 
 
 def print_kept(job: Provisioned, execution: str) -> None:
-    """Print the log of an execution that is over, which Log Analytics keeps."""
+    """Print the log of a finished execution from Log Analytics."""
     environment = az("resource", "show", "--ids", job.az("show")["properties"]["environmentId"])
     configuration = environment["properties"]["appLogsConfiguration"]["logAnalyticsConfiguration"]
     table = "ContainerAppConsoleLogs_CL"

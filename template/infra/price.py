@@ -1,4 +1,4 @@
-"""What a run in Azure will take: hours and money, by the check's own estimate."""
+"""The time and cost of a run in Azure, from the estimate of --check."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from azure_settings import INFRA, Settings
 
 PRICES = "https://azure.microsoft.com/pricing/details/container-apps/"
 NOT_IN_IT = """\
-Not in it: the first start, which installs the packages and fetches the model onto the share (some minutes, once), and
-the share itself (by the GiB and month, while it exists). Waiting for a GPU costs nothing."""
+Not included: the first start, which installs the packages and downloads the model to the share (some minutes, once),
+and the share itself (per GiB and month, while it exists). Waiting for a GPU costs nothing."""
 
 
 def estimate() -> None:
-    """Print time and price of a run on what infra/azure.yaml rents. Raises AzureError."""
+    """Print time and price of a run on the hardware in infra/azure.yaml. Raises AzureError."""
     profile = Settings.read().profile
     check = [sys.executable, str(INFRA.parent / "finetuning" / "invoke_olive.py"), "--check", "--json"]
     done = subprocess.run(check, capture_output=True, encoding="utf-8", check=False)
@@ -30,7 +30,7 @@ def estimate() -> None:
         raise AzureError(f"{report['problem']} (`python finetuning/invoke_olive.py --check` tells more)")
     if "estimate" not in report:
         raise AzureError(
-            "The model's size is not known yet: `python setup/get_model.py` fetches it, then this can tell."
+            "The model's size is not known yet: `python setup/get_model.py` downloads it, then run this again."
         )
     print(f"A run of {report['data']['steps']} steps:")
     print("\n".join(on_cpu(report) if profile == "Consumption" else on_gpu(report)))
@@ -38,16 +38,16 @@ def estimate() -> None:
 
 
 def on_cpu(report: dict[str, Any]) -> list[str]:
-    """Return what is known of a run without a GPU."""
+    """Return the estimate for a run without a GPU."""
     seconds = report["estimate"]["seconds"]
     time = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
-    return [f"  about {time} on this machine, and of that order on 4 cores there", f"  price: {PRICES}"]
+    return [f"  about {time} on this machine, and similar on 4 cores there", f"  price: {PRICES}"]
 
 
 def on_gpu(report: dict[str, Any]) -> list[str]:
-    """Return hours and price on the chosen GPU."""
+    """Return the estimate for the chosen GPU: hours and price."""
     gpu = next(gpu for gpu in report["azure"]["gpus"] if gpu["chosen"])
-    lines = [f"  about {gpu['hours']:.2f} hours on one {gpu['name']}, by arithmetic"]
+    lines = [f"  about {gpu['hours']:.2f} hours on one {gpu['name']}, calculated"]
     if gpu["dollars"] is None:
         return [*lines, f"  price: {PRICES}"]
     rate = f"{gpu['price']['usd_per_hour']} an hour ({gpu['price']['region']}, {gpu['price']['date']})"

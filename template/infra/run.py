@@ -1,4 +1,4 @@
-"""A run in Azure: send the workspace, start the job, follow it; then how it stands, and its results."""
+"""A run in Azure: send the workspace, start the job, follow it; then its state and its results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from provisioned import Provisioned
 from share import Share
 from sync import fetch, send
 
-MOUNTED = 'cd "$WORKSPACE_MOUNT" && '  # what finetuning.bicep begins the commands with
+MOUNTED = 'cd "$WORKSPACE_MOUNT" && '  # the prefix of the commands in finetuning.bicep
 
 
 def run(wait: bool) -> None:
@@ -39,7 +39,7 @@ def start(job: Provisioned) -> str:
 
 
 def set_commands(job: Provisioned) -> None:
-    """Give the job the COMMANDS of infra/finetuning.config.json, where they differ from what it runs."""
+    """Update the job's commands if they differ from COMMANDS in infra/finetuning.config.json. Raises AzureError."""
     commands = job.config.get("COMMANDS")
     if not commands or not isinstance(commands, list):
         raise AzureError(
@@ -65,9 +65,9 @@ def status() -> None:
 
 
 def pull() -> None:
-    """Bring adapter, report and run.json of the newest complete run into models/. Raises AzureError."""
+    """Download adapter, report and run.json of the newest complete run to models/. Raises AzureError."""
     finished = fetch(Share(Provisioned("finetuning").config))
     if finished is None:
-        raise AzureError("The job has left no result yet: `python infra/azure.py status` says how it stands.")
+        raise AzureError("The job has no result yet: `python infra/azure.py status` shows its state.")
     print(f"models/ has the results of the run that finished at {finished}.")
     print("Next: python setup/get_model.py, then python inference/console_chat.py")

@@ -1,6 +1,6 @@
-"""Secrets of the job and the app. Their values go to az through its standard input, and are printed nowhere.
+"""Secrets of the job and the app. Their values go to az through its standard input, and are never printed.
 
-So they are on no command line, which others on the machine can read, in no file and in no log.
+So they are in no file, in no log and on no command line, which others on the machine could read.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from provisioned import Provisioned
 
 
 def set_secret(name: str, purpose: str) -> None:
-    """Give the job or the app a secret, and a variable that refers to it; ask for the value. Raises AzureError."""
+    """Set a secret of the job or the app, and a variable that refers to it; ask for the value. Raises AzureError."""
     store(Provisioned(purpose), name, ask(name))
     owner = "job" if purpose == "finetuning" else "app"
     print(f"The {owner} has the secret {name.lower().replace('_', '-')}, and sees it as {name} from its next start on.")
 
 
 def ask(name: str) -> str:
-    """Return a secret from the variable of that name, from the terminal, unseen, or a pipe. Raises AzureError."""
+    """Return a secret from the variable of that name, from a hidden prompt, or a pipe. Raises AzureError."""
     value = os.environ.get(name, "")
     with contextlib.suppress(EOFError):
         value = value or (getpass.getpass(f"{name}: ") if sys.stdin.isatty() else sys.stdin.readline())
@@ -37,7 +37,7 @@ def ask(name: str) -> str:
 
 
 def store(owner: Provisioned, name: str, value: str) -> None:
-    """Set a secret, and the variable that refers to it where there is none. Raises AzureError."""
+    """Set a secret, and the variable that refers to it if there is none. Raises AzureError."""
     secret = name.lower().replace("_", "-")
     owner.az("secret", "set", "--secrets", f"{secret}=@-", stdin=value)
     if variables(owner).get(secret) != name:
@@ -51,18 +51,18 @@ def variables(owner: Provisioned) -> dict[str, str]:
 
 
 def values(owner: Provisioned) -> dict[str, str]:
-    """Return what the secrets hold; those in a key vault are not among them. Raises AzureError."""
+    """Return the values of the secrets, without those in a key vault. Raises AzureError."""
     found = owner.az("secret", "list", "--show-values") or []
     return {one["name"]: one["value"] for one in found if one.get("value")}
 
 
 def parameters(purpose: str) -> dict[str, str]:
-    """Return the template's secure parameters by the secrets that they set: hf-token → hfToken."""
+    """Return the template's secure parameters by the secret that each one sets: hf-token → hfToken."""
     text = (INFRA / "provision" / f"{purpose}.bicep").read_text(encoding="utf-8")
     found = re.findall(r"@secure\(\)\s*(?:@[^\n]*\n\s*)*param (\w+)", text)
     return {re.sub(r"(?<!^)([A-Z])", r"-\1", name).lower(): name for name in found}
 
 
 def as_json(secure: dict[str, str], known: dict[str, str]) -> str:
-    """Return the secure parameters with what the secrets hold now: a deployment would forget them otherwise."""
+    """Return the secure parameters with the current secrets: otherwise a deployment would drop them."""
     return json.dumps({parameter: {"value": known[name]} for name, parameter in secure.items() if name in known})

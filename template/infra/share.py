@@ -1,7 +1,7 @@
-"""A file share of Azure Files, by its REST API: folders, files and their ranges, with a signature that az makes.
+"""A file share in Azure Files, through its REST API: folders, files and ranges, with a SAS token made by az.
 
-az takes 0.4 seconds to start, for every file. So az makes a signature for this share that holds for some hours, with
-the account's key, which stays with az; the files then go over a few connections that stay open.
+az takes 0.4 seconds to start, for every file. So az makes a SAS token for this share that is valid for some hours; the
+account key stays with az. Files are then sent over a few persistent connections.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from urllib3.util import Retry
 from az import AGAIN, UNREACHABLE, AzureError, az
 
 CONNECTIONS = 16
-RANGE = 4 * 2**20  # bytes that go in one request, at most
-HOURS = 12  # that the signature holds
-BACKOFF = 0.5  # seconds, doubled with each try
+RANGE = 4 * 2**20  # maximum bytes per request
+HOURS = 12  # validity of the SAS token
+BACKOFF = 0.5  # seconds, doubled with each retry
 BUSY = (408, 429, 500, 502, 503, 504)
 FULL = (
     "The file share is full: `az storage share-rm update --storage-account {0} --name {1} --quota GIB` makes it larger "
@@ -40,7 +40,7 @@ class Share:
     """The share of a workspace. Every method raises AzureError."""
 
     def __init__(self, config: dict[str, str]) -> None:
-        """Ask az for a signature; `config` is infra/*.config.json."""
+        """Get a SAS token from az; `config` is infra/*.config.json."""
         self.account, self.name = config["STORAGE_ACCOUNT_NAME"], config["FILE_SHARE_NAME"]
         until = f"{datetime.now(UTC) + timedelta(hours=HOURS):%Y-%m-%dT%H:%MZ}"
         options = ["--account-name", self.account, "--name", self.name, "--permissions", "rcwdl", "--expiry", until]
@@ -52,14 +52,14 @@ class Share:
             5, connect=2, backoff_factor=BACKOFF, status_forcelist=BUSY, allowed_methods=None, raise_on_status=False
         )
         self.session.mount("https://", HTTPAdapter(pool_maxsize=CONNECTIONS, max_retries=retries))
-        # the proxy and the certificates that the variables name, looked up once and not for every request
+        # read proxy and certificates from the environment once, not for every request
         found = self.session.merge_environment_settings(self.url, {}, None, None, None)
         self.session.proxies, self.session.verify = found["proxies"], found["verify"]
         self.session.trust_env = False
         self.session.headers["x-ms-version"] = "2024-11-04"
 
     def ask(self, method: str, path: str, accept: tuple[int, ...] = (), **options: Any) -> requests.Response:
-        """Send a request for a path of the share; answers with the status of an error are taken when `accept`ed."""
+        """Send a request for a path of the share; error statuses in `accept` are returned, not raised."""
         query = urlencode({**options.pop("query", {}), **self.signature})
         try:
             answer = self.session.request(method, f"{self.url}/{quote(path)}?{query}", timeout=60, **options)
@@ -75,20 +75,20 @@ class Share:
         if answer.status_code in BUSY:
             raise AzureError(
                 f"The file share is busy ({code}): wait a minute, `az storage account show --name {self.account}` "
-                f"tells how it is, {AGAIN}."
+                f"shows its state, {AGAIN}."
             )
         if code in ("ShareNotFound", "AccountNotFound"):
             raise AzureError(f"The share {self.name} is gone: run `python infra/azure.py provision finetuning`.")
         raise AzureError(f"The file share refuses {method} {path} ({code}): `az storage file list --help` looks at it.")
 
     def make_folder(self, path: str) -> None:
-        """Make a folder whose parent is there, unless it is there."""
+        """Create a folder unless it exists; its parent must exist."""
         self.ask("PUT", path, (409,), query={"restype": "directory"})
 
     def write(self, path: str, source: BinaryIO, size: int, note: Callable[[int], object] = int) -> str:
-        """Write a file of that many bytes, in the place of one of that name; return the SHA-256 of what was written.
+        """Write a file of `size` bytes, replacing an existing one; return the SHA-256 of the content.
 
-        `note` is told the bytes of each piece.
+        `note` is called with the bytes of each piece.
         """
         digest = hashlib.sha256()
         self.ask("PUT", path, headers={"x-ms-type": "file", "x-ms-content-length": str(size)})
@@ -106,7 +106,7 @@ class Share:
             return self.write(path, source, os.fstat(source.fileno()).st_size, note)
 
     def read(self, path: str) -> bytes | None:
-        """Return a file's bytes, None when it is not there."""
+        """Return a file's bytes; None if it does not exist."""
         answer = self.ask("GET", path, (404,))
         return answer.content if answer.ok else None
 
@@ -121,11 +121,11 @@ class Share:
             raise AzureError(UNREACHABLE) from error
 
     def remove(self, path: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         self.ask("DELETE", path, (404,))
 
     def files(self, folder: str) -> Iterator[tuple[str, int]]:
-        """Yield path and size in bytes of every file below a folder; nothing where there is no such folder."""
+        """Yield path and size in bytes of every file below a folder; nothing if there is no such folder."""
         marker = ""
         while True:
             query = {"restype": "directory", "comp": "list", "marker": marker}

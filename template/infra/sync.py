@@ -1,7 +1,7 @@
-"""The workspace and its file share: send what changed, and bring the results back.
+"""Synchronise the workspace with its file share: send changes, and download results.
 
-The share keeps a manifest of what was sent, with a hash of each file. A file leaves the manifest before it is sent, and
-stands in it again once it is whole: whatever interrupts this, the next time sends the rest.
+The share has a manifest of the sent files with their hashes. A file is removed from the manifest before it is sent,
+and added again once it is complete: after an interruption, the next call sends the rest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from share import CONNECTIONS, Share
 
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = ".azure-sync.json"
-# What never leaves this machine, whatever git says: secrets, what is made here, and what the job makes there.
+# Never sent, whatever git says: secrets, what is made here, and what the job makes there.
 NEVER = {
     ".git",
     ".venv",
@@ -41,12 +41,12 @@ NEVER = {
     ".ruff_cache",
     ".mypy_cache",
 }
-NOTE = 100  # files, after which the manifest is written in between: so much is sent again after a crash, at most
-RESULTS = ("models/adapter", "models/report")  # folders; models/run.json comes last, when they are whole
+NOTE = 100  # files between writes of the manifest: the most that is sent again after a crash
+RESULTS = ("models/adapter", "models/report")  # folders; models/run.json comes last, when they are complete
 
 
 def send(share: Share, root: Path = ROOT) -> tuple[int, int]:
-    """Send what changed since the last time, remove what is gone; return how many of each. Raises AzureError."""
+    """Send changed files, remove deleted ones; return how many of each. Raises AzureError."""
     wanted = {path: fingerprint(root / path) for path in chosen(root)}
     there = manifest(share)
     changed = [path for path, mark in wanted.items() if there.get(path) != mark]
@@ -59,7 +59,7 @@ def send(share: Share, root: Path = ROOT) -> tuple[int, int]:
     needed = {str(folder) for path in changed for folder in PurePosixPath(path).parents} - known - {"."}
     try:
         for depth in range(1, 1 + max((folder.count("/") + 1 for folder in needed), default=0)):
-            level = [folder for folder in needed if folder.count("/") + 1 == depth]  # a folder after its parent
+            level = [folder for folder in needed if folder.count("/") + 1 == depth]  # parents before their folders
             together(share.make_folder, level)
         with bar("Sending", sum((root / path).stat().st_size for path in changed)) as note:
 
@@ -74,7 +74,7 @@ def send(share: Share, root: Path = ROOT) -> tuple[int, int]:
 
 
 def chosen(root: Path) -> list[str]:
-    """Return the files to send: what git does not ignore, and the rows to train on even where it does."""
+    """Return the files to send: those that git does not ignore, and the data files even if ignored."""
     found = set(dataset_files(root))
     for path in not_ignored(root):
         parts = PurePosixPath(path).parts
@@ -85,11 +85,11 @@ def chosen(root: Path) -> list[str]:
 
 
 def not_ignored(root: Path) -> Iterator[str]:
-    """Yield the files that git does not ignore, also where the workspace is no repository."""
+    """Yield the files that git does not ignore, also if the workspace is not a repository."""
     git = ["git", "-C", str(root), "ls-files", "--others", "--exclude-standard", "-z"]
     try:
         done = subprocess.run([*git, "--cached"], capture_output=True, encoding="utf-8", check=False)
-        if done.returncode:  # no repository: an empty one beside it reads the same .gitignore
+        if done.returncode:  # no repository: an empty one elsewhere applies the same .gitignore
             with tempfile.TemporaryDirectory() as folder:
                 subprocess.run(["git", "init", "--quiet", "--bare", folder], check=True, capture_output=True)
                 env = {**os.environ, "GIT_DIR": folder, "GIT_WORK_TREE": str(root)}
@@ -102,7 +102,7 @@ def not_ignored(root: Path) -> Iterator[str]:
 
 
 def dataset_files(root: Path) -> Iterator[str]:
-    """Yield the files of rows that the settings name. Raises AzureError for what lies where the job cannot see it."""
+    """Yield the data files that the settings name. Raises AzureError for paths that the job cannot see."""
     config = yaml.safe_load((root / "finetuning" / "olive-config.yaml").read_text(encoding="utf-8"))
     model = str(config["input_model"]["model_path"])
     is_folder = (root / model).is_dir() or model.startswith((".", "/", "~", "models/")) or re.match(r"[A-Za-z]:", model)
@@ -118,7 +118,7 @@ def dataset_files(root: Path) -> Iterator[str]:
                 continue
             path = (root / file).resolve()
             if not path.is_relative_to(root.resolve()):
-                raise AzureError(f"{file} in olive-config.yaml lies outside of the workspace: `cp` it to dataset/.")
+                raise AzureError(f"{file} in olive-config.yaml is outside of the workspace: `cp` it to dataset/.")
             if path.is_file():
                 yield path.relative_to(root.resolve()).as_posix()
 
@@ -130,7 +130,7 @@ def fingerprint(path: Path) -> str:
 
 
 def manifest(share: Share) -> dict[str, str]:
-    """Return what was sent, {} when nothing was or the manifest is torn: then all is sent again."""
+    """Return the manifest; {} if there is none or it is damaged: then everything is sent again."""
     with contextlib.suppress(ValueError):
         found = json.loads(share.read(MANIFEST) or b"{}")
         if isinstance(found, dict):
@@ -139,13 +139,13 @@ def manifest(share: Share) -> dict[str, str]:
 
 
 def write_manifest(share: Share, entries: dict[str, str]) -> None:
-    """Write down what is whole on the share."""
+    """Write the manifest of the complete files on the share."""
     text = json.dumps(entries, indent=0, sort_keys=True).encode()
     share.write(MANIFEST, io.BytesIO(text), len(text))
 
 
 def together(action: Callable[[str], object], paths: Iterable[str], now_and_then: Callable[[], object] = bool) -> None:
-    """Do something for every path, several at a time; the first error ends it."""
+    """Call an action for every path, several at a time; the first error ends it."""
     pool = ThreadPoolExecutor(CONNECTIONS)
     try:
         for count, future in enumerate(as_completed([pool.submit(action, path) for path in paths]), start=1):
@@ -158,7 +158,7 @@ def together(action: Callable[[str], object], paths: Iterable[str], now_and_then
 
 @contextlib.contextmanager
 def bar(title: str, size: int) -> Iterator[Callable[[int], object]]:
-    """Show a bar of bytes in a terminal; yield what takes the bytes that have gone."""
+    """Show a progress bar in a terminal; yield a function that advances it by bytes."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -167,7 +167,7 @@ def bar(title: str, size: int) -> Iterator[Callable[[int], object]]:
 
 
 def send_results(share: Share, root: Path = ROOT) -> bool:
-    """Send a tuned model that was trained here, unless the share has a newer one; return whether it did."""
+    """Send the tuned model of this machine, unless the share has a newer one; return whether it was sent."""
     here = root / "models" / "run.json"
     if not here.is_file() or finished(here.read_bytes()) <= finished(share.read("models/run.json")):
         return False
@@ -181,12 +181,12 @@ def send_results(share: Share, root: Path = ROOT) -> bool:
 
 
 def finished(run_json: bytes | None) -> str:
-    """Return when a run finished, "" when there is none."""
+    """Return when a run finished, "" if there is none."""
     return str(json.loads(run_json).get("finished") or "") if run_json else ""
 
 
 def fetch(share: Share, root: Path = ROOT) -> str | None:
-    """Bring the results of the job into models/; return when its run finished, None when there is none yet."""
+    """Download the results of the job to models/; return when its run finished, None if there is none yet."""
     text = share.read("models/run.json")
     if not text:
         return None

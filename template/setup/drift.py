@@ -1,6 +1,6 @@
-"""Tell which files of this workspace differ from the template at the release that the workspace has.
+"""List the files of this workspace that differ from the template's release.
 
-Rows in dataset/ are yours, and are not compared; nor are files that the template does not have. Nothing is changed.
+Your rows in dataset/ and files that the template does not have are not compared. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ANSWERS = ".copier-answers.yml"
 
 
 class DriftError(Exception):
-    """Why nothing was compared, and what to do."""
+    """Why the comparison failed, and what to do."""
 
 
 def render(folder: Path, answers: Path) -> None:
-    """Render the workspace's own release with its answers into a folder. Raises DriftError."""
+    """Render the workspace's release with its answers into a folder. Raises DriftError."""
     if importlib.util.find_spec("copier"):
         copier = [sys.executable, "-m", "copier"]
     elif found := shutil.which("copier"):
@@ -43,7 +43,7 @@ def render(folder: Path, answers: Path) -> None:
 
 
 def differences(template: Path) -> dict[str, str]:
-    """Return «changed» or «missing» for each file that is not as the template has it."""
+    """Return «changed» or «missing» for each file that differs from the template."""
     found = {}
     for path in sorted(path for path in template.rglob("*") if path.is_file()):
         name = path.relative_to(template).as_posix()
@@ -58,15 +58,15 @@ def differences(template: Path) -> dict[str, str]:
 
 
 def lines(path: Path) -> list[str]:
-    """Return the lines of a text, however they end; of another file what can be shown of it."""
+    """Return the lines of a text file with any line ends; of other files, what can be decoded."""
     return path.read_text(encoding="utf-8", errors="backslashreplace").splitlines(keepends=True)
 
 
 def main() -> int:
-    """Read the command line, compare, and say what differs."""
+    """Parse the command line, compare, and print the differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--diff", action="store_true", help="show the lines too")
-    parser.add_argument("--strict", action="store_true", help="end with status 1 when a file differs, or on an error")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 if a file differs, or on an error")
     parser.add_argument("--answers-file", type=Path, default=ANSWERS, help="(default: %(default)s)")
     args = parser.parse_args()
     try:

@@ -75,7 +75,7 @@ def test_a_torn_configuration_is_said_in_one_sentence(azure: Azure, workspace: P
     done = azure("endpoint")
     file.unlink()
     assert done.status == 1
-    assert "infra/inference.config.json is torn" in done.err
+    assert "infra/inference.config.json is damaged" in done.err
     assert "delete it, and run `python infra/azure.py provision inference`." in done.err
 
 

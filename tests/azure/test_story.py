@@ -242,7 +242,7 @@ def stumbled(secret: Chapter, emulator: Emulator, azure: Azure, workspace: Path)
         ("job failed", "ended as Failed (a command failed, memory was short, or it took longer than `timeout`"),
         ("job timed out", "ended as Failed (a command failed, memory was short, or it took longer than `timeout`"),
         ("signed out", "az is not logged in, or its login has expired: run `az login`"),
-        ("pull", "The job has left no result yet: `python infra/azure.py status`"),
+        ("pull", "The job has no result yet: `python infra/azure.py status`"),
     ],
 )
 def test_a_run_that_fails_says_why_in_one_sentence(stumbled: Chapter, failure: str, sentence: str) -> None:
@@ -329,7 +329,7 @@ def trained(
         ("refused", "This login may not do Microsoft.Resources/deployments/write: ask an owner"),
         (
             "name taken",
-            "is taken by somebody else: take another group with `copier update --trust --data azure_resource_group=…`",
+            "is already taken: choose another group with `copier update --trust --data azure_resource_group=…`",
         ),
         ("no quota", "The quota ManagedEnvironmentConsumptionT4Gpus in swedencentral is 0"),
     ],

@@ -195,7 +195,7 @@ def test_an_edit_that_broke_off_and_was_taken_back_is_sent_again(
     [
         (
             SETTINGS.replace("dataset/rows.jsonl", "../rows.jsonl"),
-            "lies outside of the workspace: `cp` it to dataset/.",
+            "is outside of the workspace: `cp` it to dataset/.",
         ),
         (
             SETTINGS.replace("owner/name", "../my-model"),

@@ -120,7 +120,7 @@ def test_a_killed_run_is_resumed_and_learns_the_task(walk: Walk) -> None:
     out = running.stdout.read()
     _, status, used = os.wait4(running.pid, 0)
     assert status == 0, out[-2000:] + running.stderr.read()[-2000:]
-    assert "Going on from checkpoint-20 of an interrupted run" in out
+    assert "Resuming from checkpoint-20 of an interrupted run" in out
     before, after = walk.run["metrics"]["before"], walk.run["metrics"]["after"]
     assert before["accuracy"] == 0
     assert after["accuracy"] >= 0.9

@@ -395,7 +395,7 @@ def test_killed_in_the_middle_it_is_finished_by_the_next_run(conda: CondaMachine
         gate.open.set()
     again = conda.start()
     if not whole_group:  # the conda that it started goes on, and is waited for
-        assert again.stdout and "Another run makes this environment" in again.stdout.readline()
+        assert again.stdout and "Another run is creating this environment" in again.stdout.readline()
         gate.open.set()
     _, error = again.communicate(timeout=60)
     assert again.returncode == 0, error
@@ -407,7 +407,7 @@ def test_two_at_once_make_one_environment_one_after_the_other(conda: CondaMachin
     first = conda.start()
     assert gate.reached.wait(60)
     second = conda.start()
-    assert second.stdout and "Another run makes this environment" in second.stdout.readline()
+    assert second.stdout and "Another run is creating this environment" in second.stdout.readline()
     gate.open.set()
     assert first.communicate(timeout=60) and first.returncode == 0
     out, _ = second.communicate(timeout=60)

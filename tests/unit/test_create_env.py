@@ -549,7 +549,7 @@ def test_two_at_once_make_one_venv_one_after_the_other(make_workspace: Make, gat
     first = start(workspace, gate)
     assert gate.reached.wait(60)
     second = start(workspace, gate)
-    assert second.stdout and "Another run makes this environment" in second.stdout.readline()
+    assert second.stdout and "Another run is creating this environment" in second.stdout.readline()
     gate.open.set()
     _, error = first.communicate(timeout=60)
     assert first.returncode == 0, error
@@ -579,7 +579,7 @@ def test_a_venv_whose_python_is_gone_is_made_anew(make_workspace: Make) -> None:
     (workspace.root / ".venv" / "lib" / "old").touch()
     done = workspace.run()
     assert done.returncode == 0, done.stderr
-    assert "the one in .venv does not run: made anew" in done.stdout
+    assert "the one in .venv does not run: recreated" in done.stdout
     assert workspace.version("small") == "1.0" and not (workspace.root / ".venv" / "lib" / "old").exists()
 
 

@@ -309,7 +309,7 @@ def test_a_model_is_downloaded_at_its_revision_and_nothing_it_does_not_need(work
     done = workspace.run()
     assert done.returncode == 0, done.stderr
     folder = workspace.root / "hub" / "hub" / "models--me--tiny" / "snapshots" / COMMIT
-    assert f"Downloading me/tiny: 1.0 MB\nThe model lies in {folder}\n" in done.stdout
+    assert f"Downloading me/tiny: 1.0 MB\nThe model is in {folder}\n" in done.stdout
     assert {str(file.relative_to(folder)) for file in folder.rglob("*")} == {*MODEL, "LICENSE"}
     assert (folder / PARTS[0]).read_bytes() == MODEL[PARTS[0]]
     assert "keep this version" not in done.stdout and "python finetuning/invoke_olive.py --check" in done.stdout
@@ -331,7 +331,7 @@ def test_what_was_fetched_is_found_under_every_name_also_offline(
     hub.asked.clear()
     offline(here.patch)
     status, out, _ = here.run()
-    assert status == 0 and f"The model lies in {here.snapshots / COMMIT}\n" in out
+    assert status == 0 and f"The model is in {here.snapshots / COMMIT}\n" in out
     assert ("offline, no newer one is looked for" in out) == (revision != COMMIT)
     assert here.find("me/tiny", revision) == here.snapshots / COMMIT
     assert hub.asked == []

@@ -93,7 +93,7 @@ def test_every_room_says_in_three_lines_what_it_is_for() -> None:
     for room in ROOMS:
         text = (TEMPLATE / "finetuning" / room / "__init__.py").read_text(encoding="utf-8")
         lines = (ast.get_docstring(ast.parse(text)) or "").splitlines()
-        assert len([line for line in lines if line]) in (2, 3) and "What enters" in text, room
+        assert len([line for line in lines if line]) in (2, 3) and "Belongs here" in text, room
 
 
 @pytest.mark.parametrize("folder", ["finetuning", "inference"])

@@ -381,13 +381,13 @@ def test_rows_of_a_file_may_be_of_unequal_shapes(tmp_path: Path) -> None:
         ("rows.jsonl", b"", "rows.jsonl, line 1: there are no rows"),
         ("rows.csv", b"prompt,completion\n", "rows.csv, line 1: there are no rows"),
         ("rows.json", b"[]", "rows.json, line 1: there are no rows"),
-        ("rows.json", b'[{"text": "a"},\n{"text": "b"', "rows.json, line 2: it is torn or not JSON"),
+        ("rows.json", b'[{"text": "a"},\n{"text": "b"', "rows.json, line 2: it is damaged or not JSON"),
         (
             "rows.json",
             b'[{"text": "a"}\n{"text": "b"}]',
-            "rows.json, line 2: it is torn or not JSON (Expecting a comma",
+            "rows.json, line 2: it is damaged or not JSON (Expecting a comma",
         ),
-        ("rows.json", b'[{"text": "a"}]\n\nx', "rows.json, line 3: it is torn or not JSON (Something stands behind"),
+        ("rows.json", b'[{"text": "a"}]\n\nx', "rows.json, line 3: it is damaged or not JSON (Extra data after"),
         ("rows.json", b"[\n" + b"[" * 99999, "rows.json, line 2: it is not JSON that can be read"),
         ("rows.csv", b'text\na\n"b\nc\n', "rows.csv, line 3: a quote is opened here and never closed"),
         ("rows.csv", b"text,text\na,b", "rows.csv, line 1: two columns have the same name"),
@@ -395,8 +395,8 @@ def test_rows_of_a_file_may_be_of_unequal_shapes(tmp_path: Path) -> None:
         ("rows.csv", "text\nü".encode("utf-16-le"), "rows.csv, line 1: not text, or UTF-16 without its mark"),
         ("rows.txt", "日本\n".encode("utf-16")[:-1], "rows.txt, line 1: byte 7 is not UTF-16"),
         ("rows.txt", b"\x89PNG\r\n\x1a\n\0", "rows.txt, line 3: not text, or UTF-16 without its mark"),
-        ("rows.txt.gz", b"not packed", "rows.txt.gz, line 1: the gzip file is torn or none"),
-        ("rows.rejected.jsonl", b"{}", "rows.rejected.jsonl, line 1: these rows were set aside"),
+        ("rows.txt.gz", b"not packed", "rows.txt.gz, line 1: the gzip file is damaged or not gzip"),
+        ("rows.rejected.jsonl", b"{}", "rows.rejected.jsonl, line 1: these rows were rejected"),
         ("rows.docx", b"x", "rows.docx has an unknown ending: use .jsonl, .json, .csv"),
         ("rows.parquet.gz", b"x", "rows.parquet.gz has an unknown ending"),
     ],
@@ -410,7 +410,7 @@ def test_a_file_that_is_empty_torn_or_no_text_is_refused(tmp_path: Path, name: s
 def test_a_torn_gzip_file_is_named_with_the_line_where_it_ends(tmp_path: Path) -> None:
     whole = gzip.compress("".join(f'{{"text": "{i * 7919}"}}\n' for i in range(9999)).encode())
     said = refused(tmp_path / "rows.jsonl.gz", whole[: len(whole) // 2])
-    line = re.search(r"rows\.jsonl\.gz, line (\d+): the gzip file is torn", said)
+    line = re.search(r"rows\.jsonl\.gz, line (\d+): the gzip file is damaged", said)
     assert line and 1000 < int(line[1]) < 9000
 
 
@@ -487,7 +487,7 @@ def test_a_file_of_the_user_s_is_never_taken_for_the_list_of_rejected_rows(tmp_p
     mine = tmp_path / "rows.rejected.jsonl"
     for text in ("mine\n", '{"file": "other.jsonl", "line": 1, "reason": "", "row": null}\n', "7", ""):
         mine.write_text(text)
-        assert "not the rows set aside from" in refused(tmp_path / "rows.jsonl", rows_with(bad=1, good=99))
+        assert "not the rows rejected from" in refused(tmp_path / "rows.jsonl", rows_with(bad=1, good=99))
         read(tmp_path / "rows.jsonl", rows_with(bad=0, good=99))
         assert mine.read_text() == text
 

@@ -63,7 +63,7 @@ def end(child: int) -> dict[str, Any]:
         "status": status,
         "base_loss": run["metrics"]["before"]["eval_loss"],
         "eval_loss": run["metrics"]["after"]["eval_loss"],
-        "went_on": "Going on from" in said,
+        "went_on": "Resuming from" in said,
         "said": said[-400:] if status else "",
     }
 

@@ -43,7 +43,7 @@ def test_rows_that_stand_twice_and_held_out_rows_that_are_trained_on_are_counted
     other = [TONE[0], {"role": "assistant", "content": "fear"}]
     assert repeated_rows({"train": [TONE], "held_out": [other]}) == []
     doubled, leaked = repeated_rows({"train": [TONE, TONE, other], "held_out": [other]})
-    assert "1 of 3 rows to train on stand there more than once" in doubled
+    assert "1 of 3 rows to train on are duplicates" in doubled
     assert "1 held-out rows are trained on too" in leaked
 
 
@@ -241,11 +241,11 @@ def test_a_run_leaves_bad_rows_out_and_says_so_once(invoke: Any, workspace: Path
     run = invoke(settings=mine)
     assert run.status == 0, run.err
     assert run.out.splitlines()[:2] == [
-        "2 of 100 rows of dataset/mine.jsonl were set aside in dataset/mine.rejected.jsonl; the first is line 17: the "
+        "2 of 100 rows of dataset/mine.jsonl were rejected, see dataset/mine.rejected.jsonl; the first is line 17: the "
         "last turn is the user's: add the answer to it, or drop the turn.",
         "dataset/mine.jsonl: columns id are not used.",
     ]
-    assert "were set aside" not in run.out.partition("\n")[2]
+    assert "were rejected" not in run.out.partition("\n")[2]
     assert len((workspace / "dataset" / "mine.rejected.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
     run = invoke("--check", settings={**mine, "max_bad_rows": 0.01})

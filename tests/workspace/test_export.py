@@ -145,8 +145,8 @@ def other_base(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (no_adapter, r"The adapter in models/adapter is missing or torn \(.*invoke_olive.py` again\.$"),
-        (torn_adapter, r"The adapter in models/adapter is missing or torn \(.*invoke_olive.py` again\.$"),
+        (no_adapter, r"The adapter in models/adapter is missing or damaged \(.*invoke_olive.py` again\.$"),
+        (torn_adapter, r"The adapter in models/adapter is missing or damaged \(.*invoke_olive.py` again\.$"),
         (other_base, r"was trained on models/other, but models/run.json names models/demo: run"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -290,7 +290,7 @@ def test_a_provider_that_is_not_here_is_refused_before_the_work(export: Export, 
     for provider, package in (("cuda", "onnxruntime-genai-cuda"), ("dml", "onnxruntime-genai-directml")):
         refused(
             export("--provider", provider),
-            rf"computes with cpu here, not with {provider}: install {package} in place of onnxruntime-genai on a mach",
+            rf"computes with cpu here, not with {provider}: install {package} instead of onnxruntime-genai on a mach",
         )
 
 
@@ -450,8 +450,8 @@ def stale_export(onnx: Path) -> None:
     ("damage", "words"),
     [
         (no_export, r"There is no ONNX model in models/onnx yet: run `python finetuning/export.py`"),
-        (torn_export, r"models/onnx is torn \(model\.onnx\.data\): run `python finetuning/export.py` again"),
-        (unmarked_export, r"models/onnx is torn \(.*export\.json.*\): run"),
+        (torn_export, r"models/onnx is damaged \(model\.onnx\.data\): run `python finetuning/export.py` again"),
+        (unmarked_export, r"models/onnx is damaged \(.*export\.json.*\): run"),
         (stale_export, r"models/onnx was made from another adapter than models/adapter: run `python finetuning/"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -507,7 +507,7 @@ def test_a_model_for_a_gpu_that_is_not_here_says_what_can_answer(
     text = file.read_text()
     settings = json.loads(text)
     settings["model"]["decoder"]["session_options"]["provider_options"] = [{"dml": {}}]
-    # as long as before: the sizes of the files say whether the folder is torn
+    # as long as before: the sizes of the files say whether the folder is damaged
     shorter = json.dumps(settings)
     assert len(shorter) <= len(text)
     try:

@@ -175,9 +175,9 @@ def test_an_interrupted_run_goes_on_and_another_one_never_takes_its_checkpoints(
         patch.setattr(train, "Checkpoints", Interrupted)
         assert invoke("--fresh", settings={"max_steps": 30}).status == 130
     other = invoke(settings={"max_steps": 30, "learning_rate": 0.001})
-    assert "Going on from" not in other.out
+    assert "Resuming from" not in other.out
     resumed = invoke(settings={"max_steps": 30})
-    assert "Going on from checkpoint-15" in resumed.out
+    assert "Resuming from checkpoint-15" in resumed.out
     assert resumed.json["metrics"]["after"] == pytest.approx(whole["metrics"]["after"], abs=1e-3)
     assert len(weights(workspace)) == len(expected)
 
@@ -204,7 +204,7 @@ def test_an_error_inside_the_training_is_not_swallowed(invoke: Invoke, workspace
         run = invoke(settings=SHORT)
     finally:
         checkpoints.unlink()
-    refused(run, "checkpoints", "Nothing that was there is lost")
+    refused(run, "checkpoints", "No existing result is lost")
 
 
 @pytest.mark.parametrize("method", ["LoRA", "DoRA", "LoHa", "LoKr"])

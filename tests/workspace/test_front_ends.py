@@ -407,9 +407,9 @@ TUNE, EXPORT = (
 )
 GET = "run `python setup/get_model.py`"
 REFUSED = [
-    (no_adapter, "torch", rf"The adapter in models/adapter is missing or torn \(.*\): {TUNE}` again"),
-    (torn_adapter, "torch", rf"The adapter in models/adapter is missing or torn \(.*\): {TUNE}` again"),
-    (torn_tokenizer, "torch", rf"The (tokenizer|adapter) in models/adapter is (missing or )?torn\b.*: {TUNE}"),
+    (no_adapter, "torch", rf"The adapter in models/adapter is missing or damaged \(.*\): {TUNE}` again"),
+    (torn_adapter, "torch", rf"The adapter in models/adapter is missing or damaged \(.*\): {TUNE}` again"),
+    (torn_tokenizer, "torch", rf"The (tokenizer|adapter) in models/adapter is (missing or )?damaged\b.*: {TUNE}"),
     (
         adapter_of_another_base,
         "torch",
@@ -433,8 +433,8 @@ REFUSED = [
         "onnx",
         f"The ONNX model in models/onnx was made from another adapter than models/adapter: {EXPORT}",
     ),
-    (torn_export, "onnx", rf"The ONNX model in models/onnx is torn \(model.onnx.data\): {EXPORT}"),
-    (overwritten_export, "onnx", rf"The ONNX model in models/onnx is torn \(.*\): delete it and {EXPORT}"),
+    (torn_export, "onnx", rf"The ONNX model in models/onnx is damaged \(model.onnx.data\): {EXPORT}"),
+    (overwritten_export, "onnx", rf"The ONNX model in models/onnx is damaged \(.*\): delete it and {EXPORT}"),
     (bool, "abacus", "There is no engine 'abacus': choose one of auto, torch, onnx"),
 ]
 

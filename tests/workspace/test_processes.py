@@ -81,10 +81,10 @@ def test_a_signal_stops_both_after_the_same_step_and_the_run_goes_on_later(folde
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     said, errors = process.communicate(timeout=60)
-    assert errors.count("Stopped. The same command goes on from the newest checkpoint.") == 1, errors[-2000:]
+    assert errors.count("Stopped. The same command resumes from the newest checkpoint.") == 1, errors[-2000:]
     assert "Evaluating the tuned model" not in said
     _, said = run(TWO, folder)
-    assert "Going on from checkpoint-" in said
+    assert "Resuming from checkpoint-" in said
 
 
 @pytest.mark.parametrize("option", ["--check", "--smoke"])

@@ -132,5 +132,5 @@ def test_tensorboard_gets_the_losses_of_the_run(invoke: Invoke, workspace: Path,
 def test_the_smoke_run_reports_to_nobody_and_says_so(invoke: Invoke, workspace: Path, tensorboard: None) -> None:
     run = invoke("--smoke", settings={"report_to": "tensorboard"})
     assert run.status == 0, run.err
-    assert "The smoke run reports to models/smoke/report alone" in run.out
+    assert "The smoke run reports only to models/smoke/report" in run.out
     assert not (workspace / "models" / "smoke" / "logs").exists()

@@ -49,7 +49,7 @@ def test_a_run_killed_at_any_moment_goes_on_and_ends_with_the_same_loss(interrup
 
 def test_a_run_told_to_stop_saves_first_and_goes_on_later(interrupted: Any) -> None:
     assert interrupted["terminated"]["status"] == 143
-    assert "Stopped. The same command goes on" in interrupted["terminated"]["said"]
+    assert "Stopped. The same command resumes" in interrupted["terminated"]["said"]
     assert interrupted["after"]["went_on"]
     assert interrupted["after"]["eval_loss"] == pytest.approx(interrupted["whole"]["eval_loss"], abs=SAME)
 
@@ -83,5 +83,5 @@ def test_a_second_run_at_once_is_refused(invoke: Invoke, workspace: Path) -> Non
         run = invoke()
     assert run.status == 1
     assert run.err == (
-        "error: Another run is under way in this workspace: wait for its end, or stop it, then run this again.\n"
+        "error: Another run is in progress in this workspace: wait for it or stop it, then run this again.\n"
     )

@@ -1,10 +1,10 @@
 """Make one model of base and adapter: int4 for ONNX Runtime, or a Hugging Face folder at full precision.
 
-python finetuning/export.py                    models/merged, then models/onnx: fast chat, on a CPU above all
-python finetuning/export.py --format merged    models/merged alone: for transformers, vLLM and other tools
+python finetuning/export.py                    models/merged, then models/onnx: fast chat, mainly on a CPU
+python finetuning/export.py --format merged    models/merged only: for transformers, vLLM and other tools
 
-The int4 model is compared with the merged one on held-out rows before it takes its place. What is whole and made from
-this adapter is used again. The figures go into models/run.json.
+The int4 model is compared with the merged one on held-out rows before it is published. A complete export of the same
+adapter is reused. The figures are written to models/run.json.
 """
 
 from __future__ import annotations
@@ -26,24 +26,22 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    """Read the command line, export, and turn a user's mistake into one sentence."""
+    """Parse the command line, export, and report a user error in one sentence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", choices=("onnx", "merged"), default="onnx", help="(default: onnx)")
     parser.add_argument(
         "--provider",
         choices=("cpu", "cuda", "dml"),
-        help="what the int4 model is for (default: what the installed onnxruntime-genai computes with)",
+        help="where the int4 model runs (default: what the installed onnxruntime-genai supports)",
     )
     parser.add_argument(
         "--agreement",
         type=share,
         default=0.95,
         metavar="SHARE",
-        help="of the answer tokens that int4 must choose as the merged model does, 0 to 1 (default: 0.95)",
+        help="the least share of answer tokens that must equal the merged model's, 0 to 1 (default: 0.95)",
     )
-    parser.add_argument(
-        "--debug", action="store_true", help="show what the libraries say and the traceback of an error"
-    )
+    parser.add_argument("--debug", action="store_true", help="show library output and the traceback of an error")
     options = parser.parse_args()
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # a pipe on Windows has another encoding
     os.chdir(ROOT)  # paths of data files are relative to the workspace
@@ -52,7 +50,7 @@ def main() -> int:
     try:
         export(options.format, options.provider, options.agreement, options.debug)
     except KeyboardInterrupt:
-        print("\nStopped. The same command uses again what is complete.", file=sys.stderr)
+        print("\nStopped. The same command reuses what is complete.", file=sys.stderr)
         return 130
     except Exception as error:
         if options.debug:
@@ -71,7 +69,7 @@ def share(text: str) -> float:
 
 
 def export(kind: str, provider: str | None, agreement: float, debug: bool) -> None:
-    """Merge, and for `onnx` build the int4 model, compare and publish it. Raises ConfigError and DataError."""
+    """Merge; for `onnx`, also build, compare and publish the int4 model. Raises ConfigError and DataError."""
     from filelock import FileLock
 
     from exporting.exported_folder import MERGED, ONNX, check_disk, is_made_from, shown
@@ -103,7 +101,7 @@ def export(kind: str, provider: str | None, agreement: float, debug: bool) -> No
         if kind == "onnx" and is_made_from(ONNX, made_for) and made.get("onnx", {}).get("tokens", -1) >= agreement:
             print(f"Using {shown(ONNX)} again: it was made from this adapter.")
         elif kind == "onnx":
-            print(f"Building the int4 model for {provider} (minutes where weights are billions)", flush=True)
+            print(f"Building the int4 model for {provider} (minutes for billions of weights)", flush=True)
             started = time.monotonic()
             figures = build_int4(run, agreement, debug, made_for)
             record(run, "onnx", made_from, started, {"precision": "int4", "provider": provider} | figures)
@@ -111,7 +109,7 @@ def export(kind: str, provider: str | None, agreement: float, debug: bool) -> No
 
 
 def record(run: RunRecord, kind: str, made_from: MadeFrom, started: float, figures: dict[str, Any]) -> None:
-    """Add what was made to models/run.json, under `export`."""
+    """Record the exported models in models/run.json, under `export`."""
     from exporting.exported_folder import MERGED, ONNX, shown
     from training.whole_files import write_json
 

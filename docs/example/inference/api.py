@@ -1,7 +1,7 @@
-"""An OpenAI-compatible API for the model of this workspace, tuned or as it was.
+"""An OpenAI-compatible API for the tuned model or the base model of this workspace.
 
-/v1/models and /v1/chat/completions answer as OpenAI's do, errors included; what would change the answer and cannot be
-done is refused, never ignored. /health says whether the model is there yet, and how many requests it has.
+/v1/models and /v1/chat/completions respond like OpenAI's, errors included; an unsupported field that would change the
+answer is refused, never ignored. /health says whether the model is loaded, and how many requests it has.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from engine import ChatError, Generation, Message, TooLongError, Usage
 from request_queue import RequestQueue, Ticket
 
 COME_AGAIN = {"Retry-After": "2"}  # seconds
-# Fields that say nothing about the answer, and the values at which others change nothing.
+# Fields that do not affect the answer, and neutral values of other fields.
 IGNORED = {"metadata", "name", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store"}
-IGNORED |= {"tool_choice", "user"}  # without tools there is nothing to choose
+IGNORED |= {"tool_choice", "user"}  # without tools, tool_choice has no effect
 NEUTRAL: dict[str, Any] = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "top_logprobs": 0}
 NEUTRAL |= {"response_format": {"type": "text"}, "modalities": ["text"]}
 
@@ -34,42 +34,42 @@ logger = logging.getLogger("uvicorn.error")
 
 
 class ApiError(Exception):
-    """Why a request is not answered, in OpenAI's terms."""
+    """An error response in OpenAI's format."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
-        """Keep the HTTP status and what the client is told."""
+        """Store the HTTP status and the content of the error."""
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
 
     def body(self) -> dict[str, Any]:
-        """Return the error as OpenAI's clients read it."""
+        """Return the error body that OpenAI's clients expect."""
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """Return the whole response."""
+        """Return the complete response."""
         headers = COME_AGAIN if self.status in (429, 503) else {"WWW-Authenticate": "Bearer"}
         return JSONResponse(self.body(), self.status, headers if self.status in (401, 429, 503) else None)
 
 
-# ---- what a client may send
+# ---- the request
 
 
 class Fields(BaseModel):
-    """A part of a request. A field that is null is as good as none."""
+    """A part of a request. A null field counts as missing."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, fields: Any) -> Any:
-        """Leave out what is null."""
+        """Remove null fields."""
         return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
     @model_validator(mode="after")
     def nothing_else(self) -> Fields:
-        """Refuse what is not known, unless it changes nothing."""
+        """Refuse unknown fields, unless they have no effect."""
         for name, value in (self.model_extra or {}).items():
             if name not in IGNORED and value not in ([], {}) and (name not in NEUTRAL or value != NEUTRAL[name]):
                 only = f"; only {json.dumps(NEUTRAL[name])} is" if name in NEUTRAL else ""
@@ -78,7 +78,7 @@ class Fields(BaseModel):
 
 
 def joined(content: Any) -> Any:
-    """Join the parts of a message, each on a line of its own."""
+    """Join the parts of a message with line breaks."""
     if not isinstance(content, list):
         return content
     if any(not isinstance(part, dict) or not isinstance(part.get("text"), str) for part in content):
@@ -87,7 +87,7 @@ def joined(content: Any) -> Any:
 
 
 def listed(stop: Any) -> Any:
-    """Return one stop text or several as several."""
+    """Return one stop text, or several, as a list."""
     return (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else stop
 
 
@@ -99,14 +99,14 @@ class ChatMessage(Fields):
 
 
 class StreamOptions(Fields):
-    """What a stream tells beside the answer."""
+    """What a stream contains in addition to the answer."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False  # of no use here: nobody reads along
+    include_obfuscation: bool = False  # has no effect here
 
 
 class ChatRequest(Fields):
-    """A conversation, and how it shall be answered. What it does not say is as on the page and in the terminal."""
+    """A conversation, and how to answer it. Defaults are those of the page and the terminal."""
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -122,12 +122,12 @@ class ChatRequest(Fields):
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=4), BeforeValidator(listed)] = ()
 
     def conversation(self) -> list[Message]:
-        """Return the messages as the engine takes them; a developer's is what used to be the system's."""
+        """Return the messages for the engine; the role `developer` is the newer name of `system`."""
         roles = {"developer": "system"}
         return [{"role": roles.get(turn.role, turn.role), "content": turn.content} for turn in self.messages]
 
     def generation(self) -> Generation:
-        """Return how the answer is made."""
+        """Return the generation settings."""
         return Generation(
             max_new_tokens=self.max_completion_tokens or self.max_tokens or Generation.max_new_tokens,
             temperature=self.temperature,
@@ -146,28 +146,28 @@ router = APIRouter()
 
 
 async def open_queue(request: Request) -> RequestQueue:
-    """Return the model's queue. Raises ApiError while the model is being loaded."""
+    """Return the model's request queue. Raises ApiError while the model is being loaded."""
     if request.app.state.queue is None:
         raise ApiError(503, "The model is still being loaded.", "loading")
     return request.app.state.queue
 
 
 async def take_ticket(queue: Annotated[RequestQueue, Depends(open_queue)]) -> AsyncIterator[Ticket]:
-    """Hold a ticket until the response is sent, or its client gone."""
+    """Hold a ticket until the response is sent or the client has disconnected."""
     with queue.ticket() as ticket:
         yield ticket
 
 
 @router.get("/health")
 async def health(queue: Annotated[RequestQueue, Depends(open_queue)]) -> dict[str, Any]:
-    """Say that the model answers, and what it has to do."""
+    """Return that the model is ready, and the number of its requests."""
     running = int(queue.engine.lock.locked())
     return {"status": "ok", "running": running, "waiting": max(0, queue.tickets - running)}
 
 
 @router.get("/v1/models")
 async def models(queue: Annotated[RequestQueue, Depends(open_queue)]) -> dict[str, Any]:
-    """List what answers: the tuned model, and the base model where there is no other or the adapter can be left out."""
+    """List the models: the tuned one; the base model if there is no tuned one or the adapter can be disabled."""
     return {"object": "list", "data": [await model(name, queue) for name in queue.models]}
 
 
@@ -180,7 +180,7 @@ async def model(name: str, queue: Annotated[RequestQueue, Depends(open_queue)]) 
 
 
 def check_name(name: str, queue: RequestQueue) -> None:
-    """Raise ApiError for a model that is not here."""
+    """Raise ApiError if there is no such model."""
     if name not in queue.models:
         message = f"There is no model {name!r} here: ask for {' or '.join(map(repr, queue.models))}."
         raise ApiError(404, message, "model_not_found", "model")
@@ -188,7 +188,7 @@ def check_name(name: str, queue: RequestQueue) -> None:
 
 @router.post("/v1/chat/completions")
 async def complete(wanted: ChatRequest, request: Request, ticket: Annotated[Ticket, Depends(take_ticket)]) -> Any:
-    """Answer a conversation, in one piece or as a stream of events."""
+    """Answer a conversation, in one response or as a stream of events."""
     queue = ticket.queue
     check_name(wanted.model, queue)
     messages, generation, usage = wanted.conversation(), wanted.generation(), Usage()
@@ -205,7 +205,7 @@ async def complete(wanted: ChatRequest, request: Request, ticket: Annotated[Tick
         code = "context_length_exceeded" if isinstance(error, TooLongError) else None
         raise ApiError(400, str(error), code, "messages") from error
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": wanted.model}
-    pieces = ticket.stream(messages, generation, lambda _: None, usage)  # the cut is told by finish_reason
+    pieces = ticket.stream(messages, generation, lambda _: None, usage)  # finish_reason says that the answer was cut
     if wanted.stream:
         return EventSourceResponse(events(head, pieces, usage, wanted.stream_options.include_usage))
     text = await unless_gone(request, whole(pieces))
@@ -215,7 +215,7 @@ async def complete(wanted: ChatRequest, request: Request, ticket: Annotated[Tick
 
 
 async def whole(pieces: AsyncIterator[str]) -> str:
-    """Put the pieces together. Raises ApiError when the model fails."""
+    """Return the joined pieces. Raises ApiError if the model fails."""
     try:
         return "".join([piece async for piece in pieces])
     except Exception as error:
@@ -223,7 +223,7 @@ async def whole(pieces: AsyncIterator[str]) -> str:
 
 
 async def unless_gone(request: Request, answer: Coroutine[Any, Any, str]) -> str:
-    """Await the answer, but no longer than its client does."""
+    """Await the answer, but cancel it if the client disconnects."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -234,7 +234,7 @@ async def unless_gone(request: Request, answer: Coroutine[Any, Any, str]) -> str
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if tasks[0].done():
             return str(tasks[0].result())
-        raise ApiError(499, "The client has gone.")  # which nobody reads
+        raise ApiError(499, "The client has gone.")  # nobody reads this
     finally:
         for task in tasks:
             task.cancel()
@@ -243,7 +243,7 @@ async def unless_gone(request: Request, answer: Coroutine[Any, Any, str]) -> str
 async def events(
     head: dict[str, Any], pieces: AsyncIterator[str], usage: Usage, include_usage: bool
 ) -> AsyncIterator[bytes]:
-    """Yield the answer as server-sent events: the role, the pieces, the reason of the end, and what it took."""
+    """Yield the answer as server-sent events: the role, the pieces, the finish reason, and the usage."""
 
     def chunk(delta: dict[str, str], finish_reason: str | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
@@ -254,7 +254,7 @@ async def events(
     try:
         async for piece in pieces:
             yield chunk({"content": piece})
-    except Exception as error:  # the status is sent: all that is left is to say it in the stream
+    except Exception as error:  # the status is already sent, so the error goes into the stream
         yield event(failure(error).body())
         return
     yield chunk({}, usage.finish_reason)
@@ -269,7 +269,7 @@ def event(data: dict[str, Any]) -> bytes:
 
 
 def counts(usage: Usage) -> dict[str, int]:
-    """Return what an answer took, in tokens."""
+    """Return the usage of an answer in tokens."""
     total = usage.prompt_tokens + usage.completion_tokens
     return {
         "prompt_tokens": usage.prompt_tokens,
@@ -279,7 +279,7 @@ def counts(usage: Usage) -> dict[str, int]:
 
 
 def failure(error: Exception) -> ApiError:
-    """Return what the client is told about an answer that failed; what nobody foresaw goes to the log."""
+    """Return the client's error for a failed answer; unexpected errors are logged."""
     if isinstance(error, ChatError):
         return ApiError(500, str(error))
     logger.error("An answer failed.", exc_info=error)

@@ -1,4 +1,4 @@
-"""Load the model that is meant with the backend that suits it. Backends are imported here, when they are needed."""
+"""Load the requested model with a suitable backend. Backends are imported here, only when needed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from model_folder import ModelError, find_model  # noqa: E402 - one file for set
 
 
 def load(baseonly: bool = False, engine: str = "auto", root: Path = ROOT) -> Engine:
-    """Load the tuned model of the workspace `root`, or its base model alone. Raises ChatError, never falls back.
+    """Load the tuned model of the workspace `root`, or only its base model. Raises ChatError, never falls back.
 
-    `auto` takes the int4 model of finetuning/export.py where it was made from this adapter and there is no GPU, and
-    says what it took and why. The base model alone is computed by torch, unless `onnx` is asked for.
+    `auto` takes the int4 model of finetuning/export.py if it was made from this adapter and there is no GPU, and adds
+    a notice about its choice. The base model runs with torch, unless `onnx` is requested.
     """
     if engine not in ENGINES:
         raise ChatError(f"There is no engine {engine!r}: choose one of {', '.join(ENGINES)}.")
@@ -27,7 +27,7 @@ def load(baseonly: bool = False, engine: str = "auto", root: Path = ROOT) -> Eng
         if not baseonly:
             check_adapter(source, root)
         folder, notices = choose(engine, source, root)
-        # late, so that what is wrong is said before seconds of imports
+        # late, so errors come before seconds of imports
         if folder:
             from onnx_backend import OnnxBackend
 
@@ -46,5 +46,5 @@ def load(baseonly: bool = False, engine: str = "auto", root: Path = ROOT) -> Eng
 
 
 def not_installed(error: ModuleNotFoundError) -> ChatError:
-    """Say which package is missing, and in which Python."""
+    """Return the error for a missing package, with the Python that lacks it."""
     return ChatError(f"{error.name} is not installed in {sys.prefix}: run `python setup/create_env.py`.")

@@ -1,4 +1,4 @@
-"""Which model answers: the tuned one of models/run.json or the base model of olive-config.yaml, as torch or as ONNX."""
+"""Which model answers: the tuned one of models/run.json or the base model of olive-config.yaml, with torch or ONNX."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BASE = "or chat with the base model: --baseonly."
 
 
 def tuned_source(root: Path) -> Source:
-    """Read models/run.json, which a finished run of fine-tuning leaves behind."""
+    """Read models/run.json of the last finished run. Raises ChatError."""
     try:
         run = json.loads((root / "models" / "run.json").read_text(encoding="utf-8"))
         return Source(
@@ -32,11 +32,11 @@ def tuned_source(root: Path) -> Source:
         raise ChatError(f"No tuned model yet (models/run.json is missing): {TUNE}, {BASE}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise ChatError(f"models/run.json is torn or incomplete ({reason}): {TUNE} again, {BASE}") from error
+        raise ChatError(f"models/run.json is damaged or incomplete ({reason}): {TUNE} again, {BASE}") from error
 
 
 def base_source(root: Path) -> Source:
-    """Read the base model from finetuning/olive-config.yaml, in the precision that training would use."""
+    """Read the base model from finetuning/olive-config.yaml, with the precision of the training. Raises ChatError."""
     config = read_yaml(root, "finetuning/olive-config.yaml")
     try:
         (chosen,) = config["passes"].values()
@@ -70,7 +70,7 @@ def read_yaml(root: Path, file: str) -> dict[str, Any]:
 
 
 def check_adapter(source: Source, root: Path) -> None:
-    """Raise ChatError unless the adapter's folder is whole and was trained on the base model of models/run.json."""
+    """Raise ChatError unless the adapter is complete and was trained on the base model of models/run.json."""
     from safetensors import SafetensorError, safe_open
 
     folder = root / str(source.adapter)
@@ -78,12 +78,12 @@ def check_adapter(source: Source, root: Path) -> None:
         trained_on = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         with safe_open(folder / "adapter_model.safetensors", framework="numpy") as weights:
-            weights.keys()  # a torn file is noticed on opening
+            weights.keys()  # opening detects a damaged file
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ChatError(
-            f"The adapter in {source.adapter} is missing or torn ({error}): {TUNE} again, {BASE}"
+            f"The adapter in {source.adapter} is missing or damaged ({error}): {TUNE} again, {BASE}"
         ) from error
-    # A folder may have moved with the workspace, and a downloaded model lies in the hub's cache: compare the ends.
+    # The workspace may have moved, and a downloaded model is in the hub's cache: compare the ends of the paths.
     path = f"/{trained_on or source.base}".replace("\\", "/")
     if not path.endswith("/" + source.base.lstrip("./")) and "/models--" + source.base.replace("/", "--") not in path:
         raise ChatError(
@@ -93,7 +93,7 @@ def check_adapter(source: Source, root: Path) -> None:
 
 
 def choose(engine: str, source: Source, root: Path) -> tuple[Path | None, list[str]]:
-    """Return the folder of the ONNX model to take, None for torch, and what `auto` should say. Raises ChatError."""
+    """Return the folder of the ONNX model to use, None for torch, and notices about the choice. Raises ChatError."""
     folder = root / "models" / ("onnx" if source.adapter else "onnx-base")
     if engine == "torch" or (engine == "auto" and not (source.adapter and folder.exists())):
         return None, []
@@ -113,7 +113,7 @@ def choose(engine: str, source: Source, root: Path) -> tuple[Path | None, list[s
 
 
 def problem_of_export(folder: Path, source: Source, root: Path) -> str:
-    """Return why an ONNX folder cannot stand for the model that is meant, and what to do; "" when it can."""
+    """Return why an ONNX folder is not the requested model, and what to do; "" if it is."""
     name = f"models/{folder.name}"
     make = "run `python finetuning/export.py`" if source.adapter else "run `python setup/get_model.py --onnx`"
     if not folder.exists():
@@ -122,18 +122,18 @@ def problem_of_export(folder: Path, source: Source, root: Path) -> str:
         mark = json.loads((folder / "export.json").read_text(encoding="utf-8"))
         for file, size in mark["files"].items():
             if (folder / file).stat().st_size != size:
-                return f"The ONNX model in {name} is torn ({file}): {make} again"
+                return f"The ONNX model in {name} is damaged ({file}): {make} again"
         if mark["base_model"] != source.base:
             return f"The ONNX model in {name} was made from {mark['base_model']}, not from {source.base}: {make} again"
         if source.adapter and mark["adapter_sha256"] != sha256_of_adapter(root / source.adapter):
             return f"The ONNX model in {name} was made from another adapter than {source.adapter}: {make} again"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"The ONNX model in {name} is torn ({error}): {make} again"
+        return f"The ONNX model in {name} is damaged ({error}): {make} again"
     return ""
 
 
 def sha256_of_adapter(folder: Path) -> str:
-    """Return the hash of weights and settings, as finetuning/export.py writes it into what it makes."""
+    """Return the hash of weights and settings, as finetuning/export.py records it."""
     with (folder / "adapter_model.safetensors").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     digest.update((folder / "adapter_config.json").read_bytes())

@@ -1,4 +1,4 @@
-"""The backend that works everywhere: transformers, with the adapter on top of the base model as it was trained.
+"""The backend that works everywhere: transformers, with the adapter on the base model.
 
 load_engine.py imports this file when it loads a model; it is the only one here that imports torch.
 """
@@ -24,17 +24,15 @@ from transformers.utils import logging
 from engine import ChatError, Generation, Message, Source
 from sources import BASE, TUNE, read_yaml
 
-warnings.filterwarnings(
-    "ignore", category=FutureWarning
-)  # what the libraries tell each other about their next versions
-TORN = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what transformers raises of files not whole
+warnings.filterwarnings("ignore", category=FutureWarning)  # deprecation warnings of the libraries
+DAMAGED = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what transformers raises for damaged files
 
 
 class TorchBackend:
-    """A transformers model, on the GPU when there is one."""
+    """A transformers model, on the GPU if there is one."""
 
     def __init__(self, source: Source, base: Path, root: Path) -> None:
-        """Load the model in the folder `base`, adapter and tokenizer from the disk. Raises ChatError."""
+        """Load the model from the folder `base`, the adapter and the tokenizer. Raises ChatError."""
         logging.disable_progress_bar()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = "float32" if (device, source.dtype) == ("cpu", "float16") else source.dtype
@@ -47,8 +45,8 @@ class TorchBackend:
                 f"QLoRA trains on 4-bit weights, but bitsandbytes is not here: the base model is loaded in {dtype}, "
                 "and answers may differ a little."
             )
-        # The adapter's folder holds the tokenizer with the chat template that the training used.
-        words = root / source.adapter if source.adapter else base
+        # The adapter's folder has the tokenizer with the chat template of the training.
+        tokenizer_folder = root / source.adapter if source.adapter else base
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 base,
@@ -59,20 +57,20 @@ class TorchBackend:
             )
         except torch.OutOfMemoryError as error:
             raise ChatError(f"The GPU's memory is too small for {source.base}: close what else uses it.") from error
-        except TORN as error:
-            raise torn(source, error) from error
+        except DAMAGED as error:
+            raise damaged(source, error) from error
         try:
-            tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
-        except TORN as error:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        except DAMAGED as error:
             if not source.adapter:
-                raise torn(source, error) from error
-            raise ChatError(f"The tokenizer in {source.adapter} is missing or torn: {TUNE} again, {BASE}") from error
+                raise damaged(source, error) from error
+            raise ChatError(f"The tokenizer in {source.adapter} is missing or damaged: {TUNE} again, {BASE}") from error
         if not tokenizer.chat_template:  # a base model's tokenizer
             tokenizer.chat_template = read_yaml(root, "setup/model.yaml")["chat_template"]
         self.tokenizer = tokenizer
         self.stops = self.end_of_answer(model.generation_config.eos_token_id)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        # A new one: the model's own may draw at random or punish repetition, which the evaluation did not do.
+        # A new one: the model's own may sample or penalise repetition, which the evaluation did not do.
         model.generation_config = GenerationConfig(eos_token_id=self.stops, pad_token_id=pad)
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
         self.description = f"torch, {'4-bit weights, ' if quantization else ''}{dtype} on {device}"
@@ -80,16 +78,16 @@ class TorchBackend:
         self.model = (with_adapter(model, source, root) if source.adapter else model).eval()
 
     def end_of_answer(self, end_of_text: int | list[int] | None) -> list[int]:
-        """Return the tokens at which an answer ends.
+        """Return the tokens that end an answer.
 
-        The model's and the tokenizer's end of text, and the chat template's end of turn: the first special token
-        behind an answer. Often only the template knows that one (Phi-3's <|end|>, ChatML's <|im_end|>). A tuned model
-        says it, as it was taught to, and would go on with a conversation of its own if nobody stopped there.
+        The model's and the tokenizer's end of text, and the chat template's end of turn: the first special token after
+        an answer. Often only the template has that one (Phi-3's <|end|>, ChatML's <|im_end|>). A tuned model generates
+        it, as trained, and would continue with a made-up conversation if it did not stop there.
         """
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "THE-ANSWER"}]
-        behind = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("THE-ANSWER")[2]
+        after = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("THE-ANSWER")[2]
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        tokens = self.tokenizer(behind, add_special_tokens=False)["input_ids"]
+        tokens = self.tokenizer(after, add_special_tokens=False)["input_ids"]
         end_of_turn = [token for token in tokens if token in special][:1]
         stops = [self.tokenizer.eos_token_id, *end_of_turn]
         stops += end_of_text if isinstance(end_of_text, list) else [end_of_text]
@@ -104,11 +102,11 @@ class TorchBackend:
             raise ChatError(f"The model's chat template does not take this conversation: {error}.") from error
 
     def decode(self, tokens: list[int]) -> str:
-        """Turn tokens into text, without special tokens."""
+        """Decode tokens to text, without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def generate(self, prompt: list[int], generation: Generation) -> Generator[int, None, None]:
-        """Yield the answer's tokens while a thread makes them; it stops after at most one more when this is closed."""
+        """Yield the answer's tokens from a thread; closing the generator stops it after at most one more token."""
         streamer = TokenStreamer()
         ids = torch.tensor([prompt], device=self.model.device)
         settings: dict[str, Any] = {
@@ -153,20 +151,20 @@ class TorchBackend:
 
 
 class TokenStreamer:
-    """Hands tokens from the thread that makes them to the one that waits for them; None is the end.
+    """Passes tokens from the generating thread to the waiting one; None is the end.
 
-    Not transformers' TextIteratorStreamer: that one decodes each line alone, so that tokenizers which drop the space
-    at the start of a text (Llama 2, Mistral, Phi-3) lose one of each line's indentation. Nor can it pass an error on.
+    Not transformers' TextIteratorStreamer: it decodes each line separately, so tokenizers that drop the space at the
+    start of a text (Llama 2, Mistral, Phi-3) lose a space of each line's indentation. It cannot pass errors on either.
     """
 
     def __init__(self) -> None:
-        """Start with the prompt, which transformers puts first."""
+        """Expect the prompt first: transformers puts it before the answer."""
         self.made: queue.Queue[int | Exception | None] = queue.Queue()
         self.cancelled = threading.Event()
         self.prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
-        """Take one new token; called by transformers."""
+        """Receive one new token; called by transformers."""
         if self.prompt_seen:
             self.made.put(int(value.item()))
         self.prompt_seen = True
@@ -176,12 +174,12 @@ class TokenStreamer:
         self.made.put(None)
 
     def is_cancelled(self, ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        """Tell transformers, after each token, whether to stop."""
+        """Return whether transformers should stop; called after each token."""
         return torch.full((ids.shape[0],), self.cancelled.is_set(), device=ids.device)
 
 
-def torn(source: Source, error: Exception) -> ChatError:
-    """Say that the base model's files cannot be read, and what to do."""
+def damaged(source: Source, error: Exception) -> ChatError:
+    """Return the error for base model files that cannot be read."""
     reason = str(error).strip().partition("\n")[0][:200].rstrip(".!:")
     return ChatError(
         f"The base model {source.base} cannot be loaded ({reason}): run `python setup/get_model.py`, or for a folder "
@@ -190,10 +188,10 @@ def torn(source: Source, error: Exception) -> ChatError:
 
 
 def with_adapter(model: Any, source: Source, root: Path) -> Any:
-    """Put the adapter on the model. Raises ChatError when it does not fit in every weight."""
+    """Load the adapter into the model. Raises ChatError unless every weight fits."""
     try:
         with warnings.catch_warnings():
-            # peft only warns when weights are missing, and the layers concerned would answer as the base model does
+            # peft only warns about missing weights, and those layers would act as in the base model
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(model, str(root / str(source.adapter)))
     except (RuntimeError, ValueError, KeyError, UserWarning) as error:
@@ -205,7 +203,7 @@ def with_adapter(model: Any, source: Source, root: Path) -> Any:
 
 
 def quantization_of_training(source: Source, root: Path) -> BitsAndBytesConfig:
-    """Return how QLoRA quantises the base model, as olive-config.yaml says."""
+    """Return the quantisation of the base model for QLoRA from olive-config.yaml."""
     (chosen,) = read_yaml(root, "finetuning/olive-config.yaml")["passes"].values()
     return BitsAndBytesConfig(
         load_in_4bit=True,

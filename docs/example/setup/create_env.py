@@ -1,14 +1,14 @@
-"""Make the Python environment of this workspace, or bring it up to date: conda where there is one, else a venv.
+"""Create or update the Python environment of this workspace: with conda if there is one, otherwise as a venv.
 
-Packages are installed by uv where it is on PATH (it reads no pip.conf: set PIP_INDEX_URL for an index of your own),
-else by pip. TORCH_INDEX_URL names another index for torch. Every command and all it says goes to setup/create_env.log.
-What is up to date is left alone; to start over, delete the environment and run this again. A conda environment
-that something else made is left alone, and so are the start-up files of a shell.
+Packages are installed by uv if it is on PATH (it reads no pip.conf: set PIP_INDEX_URL for an index of your own),
+otherwise by pip. TORCH_INDEX_URL sets another index for torch. All commands and their output are logged to
+setup/create_env.log. What is up to date is left alone; to start over, delete the environment and run this again. A
+conda environment that was not made by this script and the start-up files of a shell are never changed.
 
---for promptflow makes a venv for inference/flow, apart from the other: prompt flow and Olive do not go together.
+--for promptflow creates a separate venv for inference/flow, since prompt flow and Olive are incompatible.
 """
 
-# The standard library alone, and nothing newer than Python 3.8: this file runs before there is an environment.
+# Only the standard library, and nothing newer than Python 3.8: this file runs before there is an environment.
 from __future__ import annotations
 
 import argparse
@@ -36,7 +36,7 @@ STAMP = "create_env.stamp"
 
 
 def create(manager: str, purpose: str, dry_run: bool) -> None:
-    """Create or update the environment; `manager` "" means setup/environment.toml's. Raises SetupError."""
+    """Create or update the environment; `manager` "": the one in setup/environment.toml. Raises SetupError."""
     started = time.monotonic()
     settings = read_settings()
     device, manager = settings["device"], manager or settings["manager"]
@@ -68,16 +68,16 @@ def create(manager: str, purpose: str, dry_run: bool) -> None:
                 make_venv(prefix, settings["python"], dry_run)
             install(prefix, device, lock, dry_run)
             if not dry_run:
-                # Last, so that an environment that was interrupted never passes for a complete one.
+                # Last, so that an interrupted environment never counts as complete.
                 write_stamp(prefix, stamp_for(prefix, lock))
                 print(f"Ready in {time.monotonic() - started:.0f} s.")
     activate = [f"source {name}/bin/activate" if sys.platform != "win32" else rf"{name}\Scripts\Activate.ps1"]
     if conda:
         activate = [f"{Path(conda).stem} activate {name}"]
-        if not shutil.which(Path(conda).stem):  # no start-up file knows it, and none is changed
+        if not shutil.which(Path(conda).stem):  # it is not in a start-up file, and none is changed
             activate, command = [], command.replace("python", quoted([str(python_in(prefix))]), 1)
     following = [*activate, command]
-    if os.environ.get("COPIER_SAYS_NEXT"):  # set by the hook: Copier's message says the rest
+    if os.environ.get("COPIER_SAYS_NEXT"):  # set by the hook: Copier's message has the rest
         print(f"To use it: {following[0]}")
     else:
         print("\n  ".join([f"Next, in {ROOT}:", *following]))
@@ -85,19 +85,19 @@ def create(manager: str, purpose: str, dry_run: bool) -> None:
 
 @contextmanager
 def alone(what: str) -> Iterator[None]:
-    """Wait until no other run makes the same environment, and keep others waiting."""
-    # Not beside the environment, which may not be there yet; and not deleted, as another run may wait for it.
+    """Hold a lock on the environment: wait for other runs that create the same one, and make others wait."""
+    # Not next to the environment, which may not exist yet; not deleted, since another run may wait for it.
     name = hashlib.sha256(f"{Path.home()} {what}".encode()).hexdigest()[:16]
     with Path(tempfile.gettempdir(), f"create_env-{name}.lock").open("a") as file:
         if not locked(file.fileno(), wait=False):
-            print("Another run makes this environment: waiting for it. Ctrl-C ends the wait.", flush=True)
+            print("Another run is creating this environment: waiting for it. Ctrl-C ends the wait.", flush=True)
             while not locked(file.fileno(), wait=True):
                 pass
         yield
 
 
 def locked(file: int, wait: bool) -> bool:
-    """Lock an open file until it is closed, here and in every program that inherits it; tell whether that was done."""
+    """Lock an open file until it is closed, here and in programs that inherit it; return whether it succeeded."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -117,7 +117,7 @@ def locked(file: int, wait: bool) -> bool:
 
 
 def read_settings() -> dict[str, str]:
-    """Read setup/environment.toml: flat `key = "value"` lines, as tomllib needs a newer Python than conda does."""
+    """Read setup/environment.toml: flat `key = "value"` lines, since tomllib needs a newer Python."""
     text = (SETUP / "environment.toml").read_text(encoding="utf-8")
     settings = dict(re.findall(r'^(\w+)\s*=\s*"([^"]*)"', text, re.MULTILINE))
     managers = "auto|conda|mamba|micromamba|venv|none"
@@ -128,11 +128,11 @@ def read_settings() -> dict[str, str]:
     return settings
 
 
-# ------------------------------------------------------------------ Which manager, and where the environment lies
+# -------------------------------------------------------------------- Which manager, and where the environment is
 
 
 def find_conda(manager: str) -> tuple[str, str]:
-    """Return the program of the conda family that `manager` asks for ("" for a venv), and the choice in words."""
+    """Return the conda-like program for `manager` ("" for a venv), and the choice in words. Raises SetupError."""
     if manager != "venv":
         for program, where in conda_programs():
             stem = Path(program).stem
@@ -144,7 +144,7 @@ def find_conda(manager: str) -> tuple[str, str]:
 
 
 def conda_programs() -> Iterator[tuple[str, str]]:
-    """Yield where a conda may be, and that place in words; start-up files are never read or changed."""
+    """Yield the possible paths of conda, and each place in words; start-up files are never read or changed."""
     for variable in ("CONDA_EXE", "MAMBA_EXE"):
         yield os.environ.get(variable, ""), f"from {variable}"
     for name in CONDAS:
@@ -155,9 +155,9 @@ def conda_programs() -> Iterator[tuple[str, str]]:
 
 
 def conda_name() -> str:
-    """Return the environment's name, which stands in setup/conda-environment.yml alone."""
+    """Return the environment's name from setup/conda-environment.yml. Raises SetupError."""
     text = (SETUP / "conda-environment.yml").read_text(encoding="utf-8")
-    # No option, no way out of the folder of environments, nor conda's own: the update removes what it does not list.
+    # No option, no path outside of the environments, nor conda's base: the update removes packages it does not list.
     found = re.search(r"^name:\s*([\"']?)(\w[\w.-]*)\1\s*(#.*)?$", text, re.MULTILINE)
     if not found or found.group(2) in ("base", "root"):
         raise SetupError("setup/conda-environment.yml has no name of its own: write a line `name: my-environment`.")
@@ -165,7 +165,7 @@ def conda_name() -> str:
 
 
 def find_prefix(conda: str, name: str, dry_run: bool) -> tuple[Path, bool]:
-    """Return the folder that a conda environment has or will get, and whether it exists. Raises SetupError."""
+    """Return the folder of a conda environment, and whether it exists already. Raises SetupError."""
     root = os.environ.get("MAMBA_ROOT_PREFIX") if Path(conda).stem == "micromamba" else None
     prefix = (Path(root) if root else Path(conda).resolve().parents[1]) / "envs" / name
     exists = (prefix / "conda-meta").is_dir()
@@ -176,7 +176,7 @@ def find_prefix(conda: str, name: str, dry_run: bool) -> tuple[Path, bool]:
         except (OSError, subprocess.CalledProcessError, ValueError, KeyError) as error:
             raise SetupError(f"{conda} does not work ({error}): repair it or use --manager venv.") from error
         for folder in folders:
-            # A base environment, which holds the others, is never this one, whatever its folder is called.
+            # A base environment, which contains the others, is never this one, whatever its folder's name.
             ours = folder.name == name and not (folder / "condabin").is_dir()
             if ours and (folder / "conda-meta").is_dir():
                 prefix, exists = folder, True
@@ -186,7 +186,7 @@ def find_prefix(conda: str, name: str, dry_run: bool) -> tuple[Path, bool]:
 
 
 def check_place(prefix: Path, device: str, dry_run: bool) -> None:
-    """Raise SetupError for a place where the environment cannot work, or that something else has taken."""
+    """Raise SetupError for a folder in which the environment cannot work, or that is already in use."""
     venv = prefix.parent == ROOT
     if venv and os.pathsep in str(prefix):
         raise SetupError(f"{ROOT} has a `{os.pathsep}` in its path, which no venv works with: rename the folder.")
@@ -207,20 +207,20 @@ def check_place(prefix: Path, device: str, dry_run: bool) -> None:
 
 
 def stamp_for(prefix: Path, lock: Path) -> str:
-    """Return what a complete environment of these files holds in its stamp."""
+    """Return the stamp of a complete environment made from these files."""
     files = (lock, SETUP / "environment.toml", SETUP / "conda-environment.yml")
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
     return f"{digest}\n{prefix}\n"
 
 
 def read_stamp(prefix: Path) -> str:
-    """Return the stamp of the environment, "" when this file did not make it."""
+    """Return the stamp of the environment, "" if this script did not create it."""
     file = prefix / STAMP
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def write_stamp(prefix: Path, stamp: str) -> None:
-    """Mark the environment as made by this file."""
+    """Mark the environment as created by this script."""
     prefix.mkdir(parents=True, exist_ok=True)
     draft = prefix / f"{STAMP}.draft"
     draft.write_text(stamp, encoding="utf-8")
@@ -232,10 +232,10 @@ def write_stamp(prefix: Path, stamp: str) -> None:
 
 def make_conda(conda: str, name: str, prefix: Path, exists: bool, dry_run: bool) -> Path:
     """Create the conda environment, or update the one in `prefix`; return its folder. Raises SetupError."""
-    # Variables instead of --yes: not every version of every manager has that option here.
+    # Variables instead of --yes: not every version of every manager has that option for this command.
     env = {**os.environ, "CONDA_ALWAYS_YES": "true", "MAMBA_ALWAYS_YES": "true"}
     if not exists:
-        # Empty at first, so that the stamp is in it before anything can be interrupted.
+        # Empty first, so the stamp is there before anything can be interrupted.
         step("an empty environment", [conda, "create", "--name", name], env, dry_run)
         prefix, exists = find_prefix(conda, name, dry_run)
     if not dry_run:
@@ -252,7 +252,7 @@ def make_conda(conda: str, name: str, prefix: Path, exists: bool, dry_run: bool)
 
 
 def make_venv(prefix: Path, least: str, dry_run: bool) -> None:
-    """Create the venv unless it is there and works; one that was moved or broken is made anew. Raises SetupError."""
+    """Create the venv unless it exists and works; a moved or broken one is recreated. Raises SetupError."""
     python = python_in(prefix)
     stamp = read_stamp(prefix)
     moved = bool(stamp) and stamp.splitlines()[-1] != str(prefix)
@@ -267,24 +267,26 @@ def make_venv(prefix: Path, least: str, dry_run: bool) -> None:
         raise SetupError(f"This is Python {mine}, and the venv needs {least} or newer: run this file with that one.")
     title = f"Python {sys.version.split()[0]}"
     if moved or (prefix / "pyvenv.cfg").exists():
-        title += f" ({'the folder was moved' if moved else f'the one in {prefix.name} does not run'}: made anew)"
+        title += f" ({'the folder was moved' if moved else f'the one in {prefix.name} does not run'}: recreated)"
     if not dry_run:
         write_stamp(prefix, f"begun\n{prefix}\n")
-        for path in prefix.iterdir():  # not venv's --clear, which would take the stamp as well
+        for path in prefix.iterdir():  # not venv's --clear, which would also delete the stamp
             if path.name != STAMP:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    # uv installs without pip being there, and the lock brings pip.
+    # uv does not need pip in the venv, and the lock contains pip.
     options = ["--without-pip"] if shutil.which("uv") else []
     step(title, [sys.executable, "-m", "venv", *options, str(prefix)], dict(os.environ), dry_run)
 
 
 def main() -> int:
-    """Read the command line and create the environment."""
+    """Parse the command line and create the environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--manager", choices=(*CONDAS, "venv"), default="", help="instead of setup/environment.toml's")
+    parser.add_argument("--manager", choices=(*CONDAS, "venv"), default="", help="overrides setup/environment.toml")
     purposes = ("finetuning", "promptflow")
-    parser.add_argument("--for", choices=purposes, default=purposes[0], dest="purpose", help="what it is for")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
+    parser.add_argument(
+        "--for", choices=purposes, default=purposes[0], dest="purpose", help="the purpose of the environment"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands without running them")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     if args.purpose == "promptflow" and args.manager not in ("", "venv"):
@@ -292,7 +294,7 @@ def main() -> int:
     try:
         create(args.manager, args.purpose, args.dry_run)
     except KeyboardInterrupt:
-        print("\nInterrupted: run the same command again, it goes on from here.", file=sys.stderr)
+        print("\nInterrupted: run the same command again to continue.", file=sys.stderr)
         return 130
     except (SetupError, OSError) as error:
         if args.debug:

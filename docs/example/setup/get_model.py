@@ -1,10 +1,10 @@
-"""Fetch the model that finetuning/olive-config.yaml names: build the demo, look for a folder, or download from the hub.
+"""Get the model that finetuning/olive-config.yaml names: build the demo, check a folder, or download from the hub.
 
---onnx fetches it ready-made for ONNX Runtime instead, into models/onnx-base: a chat before any fine-tuning.
+--onnx downloads its ready-made ONNX Runtime version to models/onnx-base instead, to chat before fine-tuning.
 
-A download goes to the Hugging Face cache (HF_HOME says where), so that all workspaces share it. Of a branch the newest
-commit is looked for, here and nowhere else: the check, the training and the chat take the commit that is here. A gated
-or private model needs a token: HF_TOKEN, or a login with `hf auth login`.
+Downloads go to the Hugging Face cache (set by HF_HOME), so all workspaces share them. Only this script looks for the
+newest commit of a branch: the check, the training and the chat use the commit that is on this machine. A gated or
+private model needs a token: HF_TOKEN, or a login with `hf auth login`.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ CONFIG = ROOT / "finetuning" / "olive-config.yaml"
 ONNX = ROOT / "models" / "onnx-base"
 PLATFORMS = {"linux": "linux", "win32": "windows", "darwin": "macos"}
 WAIT = 15  # seconds for the hub's answer about a repository
-LEFT_ALONE = 600  # seconds after which nobody writes to a file any more
+LEFT_ALONE = 600  # seconds after which an unchanged file counts as abandoned
 
 
 def get_model() -> None:
-    """Make the configured model be there. Raises ModelError."""
+    """Get the configured model. Raises ModelError."""
     model, revision = read_config()
     try:
         found = find_model(model, revision, ROOT)
@@ -59,7 +59,7 @@ def get_model() -> None:
     elif found and found.commit is None:
         print(f"The model is a folder, and it is there: {found.folder}")
     else:
-        print(f"The model lies in {download(model, revision, found).folder}")
+        print(f"The model is in {download(model, revision, found).folder}")
     print(f"Next, in {ROOT}:\n  python finetuning/invoke_olive.py --check")
 
 
@@ -85,7 +85,7 @@ def read_config() -> tuple[str, str | None]:
 
 
 def read_facts(name: str) -> Any:
-    """Read a file of setup/. Raises ModelError."""
+    """Read a YAML file in setup/. Raises ModelError."""
     try:
         import yaml
 
@@ -99,7 +99,7 @@ def read_facts(name: str) -> Any:
 
 
 def no_packages(error: ModuleNotFoundError) -> str:
-    """Return what to say when this is not the environment's Python."""
+    """Return the error for a Python other than the environment's."""
     python = ROOT / ".venv" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     if not python.exists():
         return f"{sys.executable} has no {error.name}: run setup/create_env.py, and activate the environment it makes."
@@ -107,7 +107,7 @@ def no_packages(error: ModuleNotFoundError) -> str:
 
 
 def build_demo(found: Found | None) -> None:
-    """Build the demo model unless it is there. Raises ModelError."""
+    """Build the demo model unless it exists. Raises ModelError."""
     if found:
         print(f"The demo model is there: {found.folder}")
         return
@@ -117,9 +117,9 @@ def build_demo(found: Found | None) -> None:
 
 
 def download(model: str, revision: str | None, here: Found | None) -> Found:
-    """Return the model of the hub, complete at the newest commit of its revision. Raises ModelError.
+    """Download the newest commit of a revision from the hub, and return the model. Raises ModelError.
 
-    `here` is what the cache has of that revision. It is taken as it is where the hub need not or cannot be asked.
+    `here` is the revision's commit in the cache. It is used if the hub need not or cannot be asked.
     """
     from huggingface_hub import HfApi, constants
 
@@ -129,7 +129,7 @@ def download(model: str, revision: str | None, here: Found | None) -> Found:
         return here
     try:
         about = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=WAIT)
-    except Exception as error:  # the library lets those of its HTTP client through
+    except Exception as error:  # the library passes on HTTP client errors
         if here is None:
             raise ModelError(explain(error, model, revision)) from error
         print(f"{explain(error, model, revision)} The commit that is here is used: {here.commit}.")
@@ -142,7 +142,7 @@ def download(model: str, revision: str | None, here: Found | None) -> Found:
         print(f"To keep this version, set revision to that commit in {CONFIG}.")
     try:
         fetch(model, commit, {name: sizes[name] for name in names})
-        if revision != commit:  # only now: until its commit is whole, the branch stays what it was here
+        if revision != commit:  # only now: until the new commit is complete, the branch keeps the old one
             HfApi().resolve_revision(model, revision=revision)
     except ModelError:
         raise
@@ -152,9 +152,9 @@ def download(model: str, revision: str | None, here: Found | None) -> Found:
 
 
 def fetch(model: str, commit: str, sizes: dict[str, int]) -> None:
-    """Download what the cache lacks of these files, and again what is damaged. `sizes` are bytes by file name.
+    """Download the files that the cache lacks, and damaged ones again. `sizes` are bytes by file name.
 
-    Raises ModelError when the disk is too small, and what the hub's library raises.
+    Raises ModelError if the disk is too small, and the errors of the hub's library.
     """
     from huggingface_hub import constants, get_session, hf_hub_download, snapshot_download, utils
 
@@ -169,23 +169,23 @@ def fetch(model: str, commit: str, sizes: dict[str, int]) -> None:
     else:
         utils.disable_progress_bars()
     snapshot_download(model, revision=commit, allow_patterns=[*sizes])
-    for name in faults(snapshot, sizes, sizes):  # a damaged file that stands there, the library takes as it is
+    for name in faults(snapshot, sizes, sizes):  # the library does not check existing files
         hf_hub_download(model, name, revision=commit, force_download=True)
-        if faults(snapshot, [name], sizes):  # a copy in place of a link, as on Windows, is not replaced by that
+        if faults(snapshot, [name], sizes):  # this does not replace a copy (on Windows there are no links)
             (snapshot / name).unlink(missing_ok=True)
             hf_hub_download(model, name, revision=commit)
 
 
 def limit_wait(request: Any) -> None:
-    """Give a request a time limit where the library has none, as for the list of files: it would wait for ever."""
+    """Set a timeout on requests for which the library has none (the list of files): it would wait forever."""
     limits = request.extensions["timeout"]
     request.extensions["timeout"] = {kind: limits[kind] or WAIT for kind in limits}
 
 
 def remove_leftovers(model: str) -> None:
-    """Remove the halves of files that a killed download left, which the library never takes up again.
+    """Remove partial files of a killed download, which the library never resumes.
 
-    A file that is being downloaded is locked; where locks do not work (some network disks), it is a young one.
+    A file that is being downloaded is locked; if locks do not work (some network disks), its age decides.
     """
     from filelock import FileLock, Timeout
     from huggingface_hub import constants
@@ -199,14 +199,14 @@ def remove_leftovers(model: str) -> None:
 
 
 def get_onnx() -> None:
-    """Put the model's ready-made ONNX variant for this platform into models/onnx-base. Raises ModelError."""
+    """Download the model's ready-made ONNX variant for this platform to models/onnx-base. Raises ModelError."""
     try:
         import onnxruntime_genai
         from huggingface_hub import HfApi, snapshot_download
     except ModuleNotFoundError as error:
         raise ModelError(no_packages(error)) from error
     model, revision = read_config()
-    gpu = onnxruntime_genai.is_cuda_available() or onnxruntime_genai.is_dml_available()  # what was installed, runs
+    gpu = onnxruntime_genai.is_cuda_available() or onnxruntime_genai.is_dml_available()  # the package decides
     wanted = {"platform": PLATFORMS.get(sys.platform), "device": "gpu" if gpu else "cpu"}
     variants = read_facts("model.yaml")["onnx"]
     variant = next((one for one in variants if wanted.items() <= one.items()), None)
@@ -220,11 +220,11 @@ def get_onnx() -> None:
     if is_made_from(made_from):
         print(f"The ONNX model is there: {ONNX}")
     else:
-        unfinished = ONNX.with_name(".onnx-base.new")  # what an interrupted download left there is gone on from
+        unfinished = ONNX.with_name(".onnx-base.new")  # an interrupted download is resumed there
         what = {"repo_id": variant["hub_id"], "revision": variant["revision"], "local_dir": unfinished}
         what["allow_patterns"] = f"{variant['folder']}/*"
         try:
-            # asked first: a download that cannot reach the hub takes what lies in local_dir for all there is
+            # ask first: a download that cannot reach the hub takes local_dir for complete
             HfApi().model_info(variant["hub_id"], revision=variant["revision"], timeout=15)
             plan = snapshot_download(**what, dry_run=True)
             missing = sum(file.file_size or 0 for file in plan if file.will_download)
@@ -236,15 +236,15 @@ def get_onnx() -> None:
                     raise OSError(f"{file.filename} is cut off")
         except ModelError:
             raise
-        except Exception as error:  # the library lets those of its HTTP client through
+        except Exception as error:  # the library passes on HTTP client errors
             raise ModelError(explain(error, variant["hub_id"], variant["revision"])) from error
         put_in_place(unfinished, variant["folder"], made_from)
-        print(f"The ONNX model lies in {ONNX}")
+        print(f"The ONNX model is in {ONNX}")
     print(f"Next, in {ROOT}:\n  python inference/console_chat.py --baseonly --engine onnx")
 
 
 def is_made_from(made_from: dict[str, str | None]) -> bool:
-    """Tell whether models/onnx-base is complete and of this model."""
+    """Return whether models/onnx-base is complete and made from this model."""
     try:
         mark = json.loads((ONNX / "export.json").read_text(encoding="utf-8"))
         whole = all((ONNX / name).stat().st_size == size for name, size in mark.pop("files").items())
@@ -254,7 +254,7 @@ def is_made_from(made_from: dict[str, str | None]) -> bool:
 
 
 def put_in_place(downloaded: Path, folder: str, made_from: dict[str, str | None]) -> None:
-    """Mark the folder of a download as complete and make it models/onnx-base; what was there goes at the end."""
+    """Mark a download as complete and rename it to models/onnx-base; the previous folder is removed at the end."""
     new, old = downloaded / folder, ONNX.with_name(".onnx-base.old")
     sizes = {path.name: path.stat().st_size for path in new.iterdir() if path.is_file()} if new.is_dir() else {}
     if "genai_config.json" not in sizes:
@@ -269,7 +269,7 @@ def put_in_place(downloaded: Path, folder: str, made_from: dict[str, str | None]
 
 
 def show_list() -> None:
-    """Print the models that the template offers, and which fit into this machine's memory. Raises ModelError."""
+    """Print the template's models, and which fit into this machine's memory. Raises ModelError."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -280,7 +280,7 @@ def show_list() -> None:
     table = Table("model=", "name", "size", "licence", f"fits {memory:.0f} GiB", "ONNX", box=None, pad_edge=False)
     for model in read_facts("models.yaml"):
         if not model["deprecated"]:
-            gib = model["parameters"] * 2 / 2**30  # two bytes a weight, as models are published
+            gib = model["parameters"] * 2 / 2**30  # two bytes per weight, as published
             fits = "yes" if gib * 1.2 < memory else "no"
             licence = f"{model['licence']}{', gated' if model['gated'] else ''}"
             row = (model["id"], model["name"], f"{gib:.1f} GiB", licence, fits, "ready" if model["onnx"] else "")
@@ -290,7 +290,7 @@ def show_list() -> None:
 
 
 def memory_gib() -> float:
-    """Return the memory of the largest NVIDIA GPU in GiB, and where there is none, that of the machine."""
+    """Return the memory of the largest NVIDIA GPU in GiB, or of the machine if there is none."""
     import psutil
 
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -317,12 +317,12 @@ def check_disk(cache: Path, missing: int) -> None:
 
 
 def explain(error: BaseException, model: str, revision: str | None) -> str:
-    """Return one sentence for what the hub's library raised."""
+    """Return one sentence for an error of the hub's library."""
     from huggingface_hub import constants, errors
 
     while isinstance(error.__cause__, Exception) and not isinstance(error, errors.HfHubHTTPError):
-        error = error.__cause__  # the library's own words are about its options
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # of its HTTP client, which is another one in each release
+        error = error.__cause__  # the library's message is about its options
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # names, since its HTTP client differs between releases
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
     hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{model}"
     again = "run this again, it keeps what is complete"
@@ -355,11 +355,11 @@ def explain(error: BaseException, model: str, revision: str | None) -> str:
 
 
 def main() -> int:
-    """Read the command line and fetch the model."""
+    """Parse the command line and get the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--onnx", action="store_true", help="the ready-made ONNX model for this platform, to chat with")
-    what.add_argument("--list", action="store_true", help="show the models that there are, and which fit this machine")
+    what.add_argument("--list", action="store_true", help="list the models, and which fit this machine")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     try:
@@ -373,7 +373,7 @@ def main() -> int:
 
 
 def stop(_number: int, _frame: object) -> None:
-    """Stop at once: the library would first wait for the files that are under way, which may take hours."""
+    """Stop at once: the library would first wait for unfinished files, which can take hours."""
     print("\nInterrupted: run the same command again, it keeps what is complete.", file=sys.stderr, flush=True)
     os._exit(130)
 

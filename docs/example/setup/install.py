@@ -1,9 +1,9 @@
-"""Install the locked packages into an environment: torch, where it is one of them, from its own index first.
+"""Install the locked packages into an environment: first torch, if locked, from its own index.
 
-Every command, and all it says, goes to setup/create_env.log.
+All commands and their output are logged to setup/create_env.log.
 """
 
-# The standard library alone, and nothing newer than Python 3.8, as in create_env.py.
+# Only the standard library, and nothing newer than Python 3.8, as in create_env.py.
 from __future__ import annotations
 
 import os
@@ -20,21 +20,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOG = ROOT / "setup" / "create_env.log"
 TORCH_INDEX = {"cpu": "https://download.pytorch.org/whl/cpu", "gpu": "https://download.pytorch.org/whl/cu130"}
-# uv has its own names for what is set for pip.
+# uv has its own names for pip's settings.
 PIP_NAMES = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "PIP_CERT")
 UV_NAMES = ("UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_INSECURE_HOST", "SSL_CERT_FILE")
 
 
 class SetupError(Exception):
-    """Something the user can put right; its text says what is wrong, where, and what to do."""
+    """An error that the user can fix: what is wrong, where, and what to do."""
 
 
 def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
-    """Install torch from its own index, if the lock has it, then all the rest. Raises SetupError."""
+    """Install torch from its own index, if the lock has it, then the rest. Raises SetupError."""
     command, env = installer(python_in(prefix))
     pins = re.findall(r"^([\w.-]+)==(\S+)", lock.read_text(encoding="utf-8"), re.MULTILINE)
     version = dict(pins).get("torch")
-    # Its own index has a build for each device. macOS has one build, and the lock takes it from the usual index.
+    # Its index has a build for each device. macOS has only one build, which the lock takes from the usual index.
     if version and sys.platform != "darwin" and not right_torch(prefix, version, device):
         options = ["--no-deps", "--reinstall" if "uv" in command else "--force-reinstall", f"torch=={version}"]
         for place, more, env_torch in torch_sources(env, device):
@@ -45,20 +45,20 @@ def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
             build = "for the CPU only" if sys.platform == "win32" else "with CUDA, 4 GiB"
             print(f"  torch's own index cannot be used; yours is asked for torch (usually a build {build}).")
     options = ["--no-index"] if env.get("PIP_NO_INDEX") else []
-    # Compiled, every script starts in half the time; pip compiles unasked.
+    # With compiled bytecode, scripts start in half the time; pip compiles by default.
     env = {"UV_COMPILE_BYTECODE": "1", **env}
     step(f"{len(pins)} locked packages", [*command, *options, "-r", str(lock)], env, dry_run)
 
 
 def installer(python: Path) -> tuple[list[str], dict[str, str]]:
-    """Return the command that installs into `python` and its variables: what is set for pip holds for uv too."""
+    """Return the command that installs into `python`, and its variables: pip's settings also apply to uv."""
     env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
     if not shutil.which("uv"):
         if "UV_FIND_LINKS" in env:
             env.setdefault("PIP_FIND_LINKS", env["UV_FIND_LINKS"].replace(",", " "))
         return [str(python), "-m", "pip", "install"], env
     if "PIP_EXTRA_INDEX_URL" in env:
-        env.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")  # pip's way to use several indexes
+        env.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")  # as pip uses several indexes
     if "PIP_FIND_LINKS" in env:
         env.setdefault("UV_FIND_LINKS", ",".join(env["PIP_FIND_LINKS"].split()))
     for pip_name, uv_name in zip(PIP_NAMES, UV_NAMES):  # noqa: B905 (strict is newer than Python 3.8)
@@ -68,13 +68,13 @@ def installer(python: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def torch_sources(env: dict[str, str], device: str) -> Iterator[tuple[str, list[str], dict[str, str]]]:
-    """Yield where to look for torch, in this order: the place in words, options, variables."""
+    """Yield the sources of torch, in order: description, options, variables."""
     if env.get("PIP_FIND_LINKS") or env.get("UV_FIND_LINKS"):
         yield "your find-links", ["--no-index"], env
     if env.get("PIP_NO_INDEX"):
         return
     index = env.get("TORCH_INDEX_URL") or TORCH_INDEX[device]
-    # A variable, not an option: the address of an index may hold a password, and everybody can read a command line.
+    # A variable, not an option: an index URL may contain a password, and command lines are visible to others.
     others = ("PIP_EXTRA_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_INDEX", "UV_DEFAULT_INDEX")
     only = {"PIP_DEFAULT_TIMEOUT": "15", "UV_HTTP_TIMEOUT": "15", "PIP_RETRIES": "1", "UV_HTTP_RETRIES": "1"}
     only.update((name, value) for name, value in env.items() if name not in others)
@@ -90,13 +90,13 @@ def python_in(prefix: Path) -> Path:
 
 
 def right_torch(prefix: Path, version: str, device: str) -> bool:
-    """Tell whether the environment has this torch in a build for the device."""
+    """Return whether the environment has this torch version, built for the device."""
     wrong = version + ("+cpu" if device == "gpu" else "+cu")
     return any(found.split("+")[0] == version and not found.startswith(wrong) for found in torch_versions(prefix))
 
 
 def torch_versions(prefix: Path) -> list[str]:
-    """Return the versions of torch that stand in the environment: none, or one, or what an interruption left."""
+    """Return the torch versions in the environment: none, one, or several after an interruption."""
     names = "lib/python3.*/site-packages/torch-*.dist-info", "Lib/site-packages/torch-*.dist-info"
     return [folder.stem[len("torch-") :] for name in names for folder in prefix.glob(name)]
 
@@ -117,7 +117,7 @@ def step(title: str, command: list[str], env: dict[str, str], dry_run: bool, may
     log(f"\n$ {shown}\n")
     out, both = subprocess.PIPE, subprocess.STDOUT
     with subprocess.Popen(
-        # It inherits the lock, and holds it where it outlives this process.
+        # It inherits the lock, and keeps it if it outlives this process.
         command,
         env=env,
         cwd=ROOT,
@@ -135,31 +135,31 @@ def step(title: str, command: list[str], env: dict[str, str], dry_run: bool, may
     failed = process.returncode != 0
     print(f"{'failed after ' if failed else ''}{time.monotonic() - started:.1f} s", flush=True)
     if failed and not may_fail:
-        lines = "\n    ".join(last or [f"status {process.returncode}, without a word"])
+        lines = "\n    ".join(last or [f"status {process.returncode}, no output"])
         raise SetupError(f"{title}: it failed with\n    {lines}\n  All of it: {LOG}{again()}")
     return not failed
 
 
 def again() -> str:
-    """Return the line with the command that tries again, "" where the hook shows one."""
+    """Return the line with the command to try again, "" if the hook prints one."""
     python = "python" if sys.platform == "win32" else "python3"
     command = quoted([python, "setup/create_env.py", *sys.argv[1:]])
     return "" if os.environ.get("COPIER_SAYS_NEXT") else f"\n  Try again, in {ROOT}: {command}"
 
 
 def quoted(command: list[str]) -> str:
-    """Return the command as one types it in this system's shell."""
+    """Return the command as typed in this system's shell."""
     return subprocess.list2cmdline(command) if sys.platform == "win32" else " ".join(map(shlex.quote, command))
 
 
 def log(text: str) -> None:
-    """Append to the log."""
+    """Append text to the log."""
     with LOG.open("a", encoding="utf-8") as file:
         file.write(hide_passwords(text))
 
 
 def works(command: list[str | Path]) -> bool:
-    """Tell whether a command can be run and succeeds."""
+    """Return whether a command can be run and succeeds."""
     try:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
     except OSError:
@@ -167,5 +167,5 @@ def works(command: list[str | Path]) -> bool:
 
 
 def hide_passwords(text: str) -> str:
-    """Return the text with what stands before the @ of an address made unreadable."""
+    """Return the text with the credentials in URLs masked."""
     return re.sub(r"(://)[^/@\s]+@", r"\1***@", text)

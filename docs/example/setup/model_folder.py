@@ -1,9 +1,9 @@
-"""Which folder the model is: one answer for get_model.py, the check, the training, the chat and the export.
+"""Find the folder of the model, for get_model.py, the check, the training, the chat and the export.
 
-A model is a folder of the user's, or a snapshot in the Hugging Face cache: HF_HOME or HF_HUB_CACHE says where that is.
-The hub is never asked here: setup/get_model.py downloads, and looks for a newer commit of a branch.
+A model is a folder of the user, or a snapshot in the Hugging Face cache (set by HF_HOME or HF_HUB_CACHE). The hub is
+never asked here: setup/get_model.py downloads, and looks for newer commits of a branch.
 
-finetuning/ and inference/ import this file by its path, so it needs the standard library and huggingface_hub alone.
+finetuning/ and inference/ import this file by its path, so it needs only the standard library and huggingface_hub.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 DEMO = "models/demo"
 INDEX = "model.safetensors.index.json"
-# What transformers reads, at the top of a repository: no code, no other formats of the weights.
+# The files that transformers reads, at the top of a repository: no code, no other weight formats.
 FILES = (
     "config.json",
     "generation_config.json",
@@ -38,7 +38,7 @@ FILES = (
     INDEX,
 )
 VOCABULARY = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
-# What is downloaded, and not missed: a cache that another tool filled may lack it.
+# Downloaded but not required: a cache filled by another tool may lack these files.
 EXTRA = ("LICENSE*",)
 EXTRA_BESIDE_TOKENIZER_JSON = ("vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -46,27 +46,27 @@ GET = "run `python setup/get_model.py`"
 
 
 class ModelError(Exception):
-    """What is wrong with the model, where, and what to do: one sentence."""
+    """An error about the model: what is wrong, where, and what to do, in one sentence."""
 
 
 class ModelMissingError(ModelError):
-    """The model is not on this machine, or not whole; setup/get_model.py changes that."""
+    """The model is missing or incomplete on this machine; setup/get_model.py fixes that."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A model on this machine, complete."""
+    """A complete model on this machine."""
 
     folder: Path
-    commit: str | None = None  # of its repository on the hub; None: a folder of the user's
-    listed: bool = True  # whether the hub's own list of the files was there to compare with
+    commit: str | None = None  # of its repository on the hub; None: a folder of the user
+    listed: bool = True  # whether the hub's list of the files was available for comparison
 
 
 def find_model(model: str, revision: str | None, workspace: Path) -> Found:
-    """Return the folder of a model that is complete.
+    """Return the folder of a complete model.
 
-    `model` is a folder, absolute or as seen from the workspace, or the id of a repository on the hub; `revision` is
-    that repository's commit, branch or tag; None means its main branch. Raises ModelError.
+    `model` is a folder, absolute or relative to the workspace, or a repository id on the hub; `revision` is a commit,
+    branch or tag of that repository; None means its main branch. Raises ModelError.
     """
     try:
         folder = workspace / Path(model).expanduser()
@@ -86,7 +86,7 @@ def find_model(model: str, revision: str | None, workspace: Path) -> Found:
 
 
 def check_folder(folder: Path, model: str) -> None:
-    """Raise ModelError unless the user's own folder holds a complete model."""
+    """Raise ModelError unless the user's folder contains a complete model."""
     try:
         names = needed([path.name for path in folder.iterdir()], str(folder))
     except ModelError as error:
@@ -114,7 +114,7 @@ def find_snapshot(model: str, revision: str | None) -> Found:
     try:
         names = needed([path.name for path in snapshot.iterdir()] if sizes is None else sizes, model)
     except ModelError as error:
-        if sizes is None:  # what the hub has beyond these files is not known
+        if sizes is None:  # the hub may have more files than these
             raise ModelMissingError(
                 f"{model} is only partly on this machine: {GET}, which fetches the rest."
             ) from error
@@ -122,14 +122,14 @@ def find_snapshot(model: str, revision: str | None) -> Found:
     extra = EXTRA + (EXTRA_BESIDE_TOKENIZER_JSON if "tokenizer.json" in names else ())
     names = [name for name in names if not matches(name, extra)]
     for name, fault in faults(snapshot, names, sizes or {}).items():
-        raise ModelMissingError(f"{model} is not whole on this machine ({name} {fault}): {GET}, which mends it.")
+        raise ModelMissingError(f"{model} is not whole on this machine ({name} {fault}): {GET}, which repairs it.")
     return Found(snapshot, snapshot.name, listed=sizes is not None)
 
 
 def cached(model: str, revision: str | None) -> tuple[Path | None, dict[str, int] | None]:
-    """Return the snapshot in the hub's cache, and the hub's list of its files with their sizes in bytes.
+    """Return the snapshot in the hub's cache, and the hub's list of its files with sizes in bytes.
 
-    Each is None when it is not there: caches of older or other tools have no list.
+    Each is None if it is missing: caches of older or other tools have no list.
     """
     from huggingface_hub import errors, get_cached_repo_tree, try_to_load_from_cache
 
@@ -144,14 +144,14 @@ def cached(model: str, revision: str | None) -> tuple[Path | None, dict[str, int
 
 
 def snapshot_of(model: str, commit: str) -> Path:
-    """Return the folder that the cache has, or will have, for a commit."""
+    """Return the folder of a commit in the cache, which may not exist yet."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "snapshots" / commit
 
 
 def not_here(model: str, revision: str | None) -> str:
-    """Return the sentence for a model that is not in the cache, or only at other commits."""
+    """Return the error for a model that is not in the cache, or only at other commits."""
     others = [path.parent for path in snapshot_of(model, "").glob("*/config.json")]
     if not others:
         return f"{model} is not on this machine yet: {GET}."
@@ -168,13 +168,13 @@ def not_here(model: str, revision: str | None) -> str:
 
 
 def needed(names: Collection[str], where: str) -> list[str]:
-    """Return those of a repository's files that make the model. Raises ModelError when they make none."""
+    """Return the files of a repository that make up the model. Raises ModelError if they are not a model."""
     chosen = [name for name in names if matches(name, FILES) and "/" not in name]
     if "config.json" not in names:
         if "adapter_config.json" in names:
             raise ModelError(f"{where} is an adapter, not a model: set model_path to the model it was trained on.")
         raise ModelError(f"{where} is no model: it has no config.json; correct model_path.")
-    if "model.safetensors" in chosen:  # transformers takes it, and leaves a copy in parts unread
+    if "model.safetensors" in chosen:  # transformers reads it, and ignores a sharded copy
         chosen = [name for name in chosen if not fnmatch(name, "model-*.safetensors") and name != INDEX]
     elif INDEX not in chosen:
         if any(name.startswith("pytorch_model") for name in names):
@@ -189,14 +189,14 @@ def needed(names: Collection[str], where: str) -> list[str]:
 
 
 def matches(name: str, patterns: Collection[str]) -> bool:
-    """Tell whether a file's name is of one of the patterns."""
+    """Return whether a file's name matches one of the patterns."""
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def faults(folder: Path, names: Collection[str], sizes: Mapping[str, int]) -> dict[str, str]:
     """Return what is wrong with the files of a model, by name: `is missing` or `is cut off or damaged`.
 
-    `sizes` are bytes, as far as they are known.
+    `sizes` are bytes, as far as known.
     """
     parts: list[str] = []
     if INDEX in names:
@@ -214,7 +214,7 @@ def faults(folder: Path, names: Collection[str], sizes: Mapping[str, int]) -> di
 
 
 def is_whole(file: Path) -> bool:
-    """Tell whether JSON can be read, and weights end where their header says."""
+    """Return whether JSON can be parsed, and weights have the length that their header gives."""
     try:
         if file.suffix == ".safetensors":
             header = weights_header(file)

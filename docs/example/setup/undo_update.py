@@ -1,7 +1,7 @@
-"""Take the last `copier update` of this workspace back: files and index are as they were before it.
+"""Undo the last `copier update` of this workspace: files and git index are as they were before it.
 
-Nothing outside of what the update touched changes. What these files hold now is copied first, so that this can be taken
-back too. The copies lie in git's own folder, of the last three updates.
+Only the files of the update change. Their current content is copied first, so this can be undone too. The copies of
+the last three updates are in git's own folder.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 
 
 class UndoError(Exception):
-    """Why nothing was taken back, and what to do."""
+    """Why nothing was undone, and what to do."""
 
 
 def undo(workspace: Path) -> None:
-    """Take the newest update back. Raises UndoError."""
+    """Undo the newest update. Raises UndoError."""
     copies = copies_of(workspace)
     pending = copies / "pending"
     names = sorted(path.name for path in copies.glob("[0-9]*") if not (path / "undone").exists())
@@ -42,23 +42,23 @@ def undo(workspace: Path) -> None:
         delete_again(workspace, state["gone"])
     (copy / "undone").touch()
     pending.unlink(missing_ok=True)
-    print(f"The update of {names[-1][:10]} is taken back. What these files held until now lies in {now}.")
+    print(f"The update of {names[-1][:10]} is taken back. The previous content of these files is in {now}.")
     print("Next: git status")
 
 
 def copies_of(workspace: Path) -> Path:
-    """Return the folder with the copies that the updates of this workspace made. Raises UndoError."""
+    """Return the folder with the copies made by the updates of this workspace. Raises UndoError."""
     folder = git(workspace, "rev-parse", "--absolute-git-dir").strip()
     prefix = git(workspace, "rev-parse", "--show-prefix").strip()
     return Path(folder) / "copier-finetune" / (prefix.strip("/").replace("/", "!") or "workspace")
 
 
 def put(source: Path, target: Path) -> None:
-    """Let a file or link be as another is; it goes where the other is not there."""
+    """Copy a file or link to a target; delete the target if the source does not exist."""
     if target.is_dir() and not target.is_symlink():
         return
     there = source.is_file() or source.is_symlink()
-    unfinished = target.with_name(f".{target.name}.new")  # an update that was interrupted may have left one
+    unfinished = target.with_name(f".{target.name}.new")  # an interrupted update may have left one
     for path in (unfinished,) if there else (unfinished, target):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
@@ -70,14 +70,14 @@ def put(source: Path, target: Path) -> None:
 
 
 def restore_index(workspace: Path, state: dict[str, list[str]]) -> None:
-    """Give git's index what it had of the workspace before the update."""
+    """Restore the workspace's part of git's index from before the update."""
     prefix = state["prefix"]
     before = {line.partition("\t")[2]: line.split()[:3] for line in state["index"]}
     lines = []
     for line in git(workspace, "ls-files", "--stage", "-z").split("\0"):
         name = line.partition("\t")[2]
         if name and before.get(name) == line.split()[:3]:
-            del before[name]  # as it was
+            del before[name]  # unchanged
         elif name:
             lines.append(f"0 {'0' * 40}\t{prefix}{name}")
     lines += [f"{mode} {digest} {stage}\t{prefix}{name}" for name, (mode, digest, stage) in before.items()]
@@ -85,23 +85,23 @@ def restore_index(workspace: Path, state: dict[str, list[str]]) -> None:
 
 
 def delete_again(workspace: Path, names: list[str]) -> None:
-    """Delete what was deleted before the update, which Copier restored from git and did not come to delete again."""
+    """Delete files that were deleted before the update, and that Copier restored from git but did not delete again."""
     top = Path(git(workspace, "rev-parse", "--show-toplevel").rstrip("\n"))
     for name in names:
         if (top / name).is_file():
             staged = git(top, "ls-files", "--stage", "-z", "--", f":(literal){name}").split(" ")[1:2]
-            if staged == [git(top, "hash-object", "--", name).strip()]:  # as git has it, not changed since
+            if staged == [git(top, "hash-object", "--", name).strip()]:  # the same as in git, unchanged since
                 (top / name).unlink()
 
 
 def files(folder: Path) -> set[str]:
-    """Return the names of the files and links below a folder."""
+    """Return the names of all files and links below a folder."""
     found = folder.rglob("*") if folder.is_dir() else []
     return {path.relative_to(folder).as_posix() for path in found if path.is_symlink() or path.is_file()}
 
 
 def git(workspace: Path, *arguments: str, given: str = "") -> str:
-    """Run git in the workspace, and return what it says. Raises UndoError."""
+    """Run git in the workspace, and return its output. Raises UndoError."""
     done = subprocess.run(
         ["git", "-c", "core.quotePath=false", *arguments],
         cwd=workspace,
@@ -116,9 +116,9 @@ def git(workspace: Path, *arguments: str, given: str = "") -> str:
 
 
 def main() -> int:
-    """Read the command line, and take the last update back."""
+    """Parse the command line, and undo the last update."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workspace", type=Path, default=None, help="(default: the one that this script lies in)")
+    parser.add_argument("--workspace", type=Path, default=None, help="(default: the one that contains this script)")
     args = parser.parse_args()
     here = Path(__file__).resolve()
     workspace = args.workspace or (here.parents[1] if here.parent.name == "setup" else Path.cwd())

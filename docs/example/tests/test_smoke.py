@@ -1,4 +1,4 @@
-"""The whole loop on a tiny replica of the model: settings, training, evaluation, chat. Offline, within a minute."""
+"""The whole workflow on a tiny replica of the model: settings, training, evaluation, chat. Offline, within a minute."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMOKE = ROOT / "models" / "smoke"
 
 
 def run(script: Path, *arguments: str) -> None:
-    """Run a script of the workspace without the network; what it says is shown when it fails."""
+    """Run a script of the workspace offline; its output is shown if it fails."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
     command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
@@ -26,7 +26,7 @@ def run(script: Path, *arguments: str) -> None:
 
 
 def results() -> dict[Path, tuple[int, int]]:
-    """Return time and size of each file that a real run has left."""
+    """Return time and size of each file of a real run."""
     files = [ROOT / "models" / "run.json"]
     files += [file for folder in ("adapter", "report") for file in (ROOT / "models" / folder).rglob("*")]
     return {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()}
@@ -34,11 +34,11 @@ def results() -> dict[Path, tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def smoke() -> dict[str, Any]:
-    """Do the smoke run once for all tests, and return its run.json."""
+    """Run the smoke run once for all tests, and return its run.json."""
     shutil.rmtree(SMOKE, ignore_errors=True)
     before = results()
     run(ROOT / "finetuning" / "invoke_olive.py", "--smoke")
-    assert results() == before, "the smoke run changed what a real run has left in models/"
+    assert results() == before, "the smoke run changed the results of a real run in models/"
     return dict(json.loads((SMOKE / "run.json").read_text(encoding="utf-8")))
 
 

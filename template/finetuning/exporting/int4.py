@@ -1,4 +1,4 @@
-"""The int4 model for ONNX Runtime: built from the merged one by Olive's ModelBuilder, and compared with it."""
+"""The int4 model for ONNX Runtime: built from the merged model by Olive's ModelBuilder, and compared with it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "dm
 SETTINGS = {
     "precision": "int4",
     "int4_block_size": 32,
-    "int4_accuracy_level": 4,  # int8 activations: the fast way on a CPU; a GPU does not look at it
-    "extra_options": {"hf_remote": False, "hf_token": "false"},  # the builder would trust code from the hub
+    "int4_accuracy_level": 4,  # int8 activations: fast on a CPU; ignored on a GPU
+    "extra_options": {"hf_remote": False, "hf_token": "false"},  # otherwise the builder would trust code from the hub
 }
 
 
 def choose_provider(wanted: str | None) -> str:
-    """Return what the int4 model is to be computed with: cuda, dml (DirectML) or cpu. Raises ConfigError.
+    """Return the execution provider for the int4 model: cuda, dml (DirectML) or cpu. Raises ConfigError.
 
-    Which of them the installed ONNX Runtime GenAI can depends on its package: onnxruntime-genai has the CPU alone.
+    The installed package of ONNX Runtime GenAI decides which are available: onnxruntime-genai supports only the CPU.
     """
     import onnxruntime_genai
     import torch
@@ -42,17 +42,17 @@ def choose_provider(wanted: str | None) -> str:
     if wanted and wanted not in able:
         package = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}[wanted]
         raise ConfigError(
-            f"ONNX Runtime GenAI computes with {' or '.join(able)} here, not with {wanted}: install {package} in place "
+            f"ONNX Runtime GenAI computes with {' or '.join(able)} here, not with {wanted}: install {package} instead "
             "of onnxruntime-genai on a machine with such a GPU, or leave --provider out."
         )
     return wanted or able[0]
 
 
 def build(merged: Path, folder: Path, provider: str) -> None:
-    """Let Olive's ModelBuilder write the ONNX model of `merged` into `folder`, with tokenizer and genai_config.json.
+    """Write the ONNX model of `merged` to `folder` with Olive's ModelBuilder: model, tokenizer, genai_config.json.
 
-    What is not int4 is float16 for a GPU, and float32 for a CPU. Raises NotImplementedError for an architecture that
-    the builder does not know, and others where it only seems to.
+    What is not int4 is float16 on a GPU and float32 on a CPU. Raises NotImplementedError for an architecture that the
+    builder does not know, and other errors for one that it knows only in part.
     """
     from olive.hardware.accelerator import AcceleratorSpec, Device
     from olive.hardware.constants import ExecutionProvider
@@ -69,10 +69,10 @@ def build(merged: Path, folder: Path, provider: str) -> None:
 
 
 def old_names(auto_config: Any) -> Any:
-    """Return an AutoConfig whose configurations also say about RoPE what the builder asks for.
+    """Return an AutoConfig whose configurations also have the RoPE attributes that the builder reads.
 
-    transformers 5 moved it into rope_parameters. Where the builder finds nothing it takes a default: Phi-2 would be
-    rotated wrongly, without a word, and Gemma 3 fails.
+    transformers 5 moved them into rope_parameters. If the builder does not find them, it uses defaults: Phi-2 is then
+    silently rotated wrongly, and Gemma 3 fails.
     """
 
     class OldNames(auto_config):
@@ -91,17 +91,17 @@ def old_names(auto_config: Any) -> Any:
 
 
 def build_int4(run: RunRecord, agreement: float, debug: bool, made_for: MadeFrom) -> dict[str, Any]:
-    """Build models/onnx of models/merged and return how far they agree. Raises ConfigError when that is not enough."""
+    """Build models/onnx from models/merged and return how well they agree. Raises ConfigError if it is too little."""
     unfinished = new_folder(ONNX)
     try:
         with contextlib.ExitStack() as stack:
-            if not debug:  # the builder prints a line for every weight
+            if not debug:  # the builder prints a line per weight
                 stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
                 stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             build(MERGED, unfinished, made_for["provider"])
     except (OSError, MemoryError, ImportError):
         raise
-    except Exception as error:  # for a model that the builder does not know, and for one that it knows an older form of
+    except Exception as error:  # the builder does not know the model, or knows only an older form of it
         (architecture,) = json.loads((MERGED / "config.json").read_text(encoding="utf-8"))["architectures"]
         raise ConfigError(
             f"ONNX Runtime GenAI's builder cannot convert {architecture} ({error}): chat with "

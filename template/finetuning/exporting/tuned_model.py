@@ -1,4 +1,4 @@
-"""The tuned model of the last run: models/run.json, the adapter that it names, and their base model."""
+"""The tuned model of the last run: models/run.json, the adapter that it names, and the base model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from preparing.workspace import MODELS, ROOT, find_model
 from reporting.run_record import RunRecord
 from settings.config_file import ConfigError
 
-COMPARED_ROWS = 64  # more would take longer and change the figures by little
+COMPARED_ROWS = 64  # more takes longer and barely changes the figures
 
 
 def read_run() -> RunRecord:
@@ -25,20 +25,20 @@ def read_run() -> RunRecord:
     except FileNotFoundError:
         raise ConfigError(f"There is no tuned model yet (models/run.json): {again} first.") from None
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"models/run.json is torn ({error}): {again} again.") from error
+        raise ConfigError(f"models/run.json is damaged ({error}): {again} again.") from error
     if missing:
         raise ConfigError(f"models/run.json has no {sorted(missing)[0]}: {again} again.")
     return run
 
 
 def check_adapter(run: RunRecord) -> str:
-    """Return the hash of the adapter, settings and weights, as inference/engine.py makes it. Raises ConfigError."""
+    """Return the hash of the adapter, settings and weights, as inference/sources.py does. Raises ConfigError."""
     from safetensors import SafetensorError, safe_open
 
     folder = ROOT / run["adapter"]
     weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     try:
-        with safe_open(weights, framework="numpy"):  # a torn file is noticed on opening
+        with safe_open(weights, framework="numpy"):  # opening detects a damaged file
             pass
         trained_on = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
         json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -47,7 +47,7 @@ def check_adapter(run: RunRecord) -> str:
         digest.update(settings.read_bytes())
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         again = "run `python finetuning/invoke_olive.py` again"
-        raise ConfigError(f"The adapter in {run['adapter']} is missing or torn ({error}): {again}.") from error
+        raise ConfigError(f"The adapter in {run['adapter']} is missing or damaged ({error}): {again}.") from error
     if trained_on != run["base_model"]:
         raise ConfigError(
             f"The adapter in {run['adapter']} was trained on {trained_on}, but models/run.json names "
@@ -57,11 +57,11 @@ def check_adapter(run: RunRecord) -> str:
 
 
 def base_folder(run: RunRecord) -> Path:
-    """Return the folder of the base model that the run used. Raises ModelError when it is missing or torn."""
+    """Return the folder of the base model that the run used. Raises ModelError if it is missing or damaged."""
     return find_model(run["base_model"], run["revision"], ROOT).folder
 
 
 def held_out_rows(run: RunRecord) -> list[Any]:
-    """Return some of the held-out rows that the run had, with its system prompt. Raises DataError."""
+    """Return some of the run's held-out rows, with its system prompt. Raises DataError."""
     rows = chat_rows("held_out", **run["config"]["rows"])[:COMPARED_ROWS]
     return [with_system(row, run["system_prompt"]) for row in rows]

@@ -1,4 +1,4 @@
-"""The numbers of a decoder that its memory and time follow from, read from config.json or setup/model.yaml."""
+"""The dimensions of a decoder that determine its memory and time, read from config.json or setup/model.yaml."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FUSED = ("phi3",)  # architectures with one layer for queries, keys and values, 
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a decoder that its memory and time follow from."""
+    """The dimensions of a decoder that determine its memory and time."""
 
     architecture: str
     layers: int
@@ -25,7 +25,7 @@ class Shape:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Shape:
-        """Read a model's config.json, or the facts of setup/model.yaml. Raises KeyError for a key that is missing."""
+        """Read a model's config.json, or the facts of setup/model.yaml. Raises KeyError for a missing key."""
         heads = facts.get("num_attention_heads") or facts["attention_heads"]
         hidden = facts["hidden_size"]
         return cls(
@@ -61,10 +61,10 @@ class Shape:
 
     @property
     def embedding(self) -> int:
-        """Weights of the embedding, and as many again of an output layer of its own."""
+        """Weights of the embedding, and of the output layer unless it is tied."""
         return self.vocabulary * self.hidden
 
     @property
     def parameters(self) -> int:
-        """All weights, each counted once; norms and biases, less than a thousandth, are left out."""
+        """All weights, each counted once, without norms and biases (less than a thousandth)."""
         return self.block_weights + self.embedding * (1 if self.tied else 2)

@@ -1,4 +1,4 @@
-"""What a run costs: disk, time and money, calculated. Rough where nothing was measured, and said so."""
+"""What a run costs: disk, time and money, calculated. Estimates without a measurement are marked as rough."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from planning.memory import BYTES, adapter_parameters
 from planning.row_lengths import Lengths, batches
 from settings.run_settings import EVALUATIONS, Settings
 
-# The share of the peak that training reaches, loading, evaluating and small matrices included. Model FLOPS utilisation
-# of 0.3 to 0.5 is what published trainings of dense models report (PaLM, arXiv:2204.02311, table 3); fine-tuning with
-# short rows stays below it, and 4-bit weights are unpacked each time they are used.
+# The share of the peak that training reaches, including loading, evaluation and small matrices. Published trainings of
+# dense models report a model FLOPS utilisation of 0.3 to 0.5 (PaLM, arXiv:2204.02311, table 3); fine-tuning on short
+# rows stays below it, and 4-bit weights are unpacked on each use.
 EFFICIENCY = {"qlora": 0.2}
 OTHER_EFFICIENCY = 0.3
 START = 10.0  # seconds to import the libraries and load the model
-TOKEN = 130.0  # bytes for each token in tokenizer.json, more than most take: the demo 54
-ANSWERS = 200  # evaluate.py generates so many at most
-LAYER_SECONDS = 1e-3  # of one block for one generated token, whatever its size: Python and the launch of its kernels
+TOKEN = 130.0  # bytes per token in tokenizer.json, more than most take (the demo: 54)
+ANSWERS = 200  # the maximum that evaluate.py generates
+LAYER_SECONDS = 1e-3  # per block and generated token, whatever its size: Python overhead and kernel launches
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes on disk, part by part; the two exports are only made when they are asked for."""
+    """Bytes on disk, part by part; the two exports are made only on request."""
 
     download: float
     checkpoints: float
@@ -37,16 +37,16 @@ class Disk:
 
     @property
     def run(self) -> float:
-        """What the run itself writes."""
+        """The bytes that the run itself writes."""
         return self.checkpoints + self.adapter
 
 
 def disk(shape: Shape, settings: Settings, download: float) -> Disk:
-    """Estimate the disk that a run takes; `download` is what is missing of the model.
+    """Estimate the disk space of a run in bytes; `download` is the missing part of the model.
 
-    A checkpoint is the adapter and AdamW's two moments, and one more is written before the oldest goes. The adapter
-    exists three times while the new one takes the old one's place. int4 ONNX: half a byte and a scale of 4 bytes for
-    each 32 weights, the embedding in float32; Phi-3-mini's ready-made one, of 2.54 GiB, is met to the last digit.
+    A checkpoint is the adapter and AdamW's two moments; a new one is written before the oldest is deleted. The adapter
+    exists three times while the new one replaces the old one. int4 ONNX: half a byte per weight and a 4-byte scale per
+    32 weights, the embedding in float32; this gives exactly the 2.54 GiB of Phi-3-mini's ready-made model.
     """
     adapter, tokenizer = adapter_parameters(shape, settings), TOKEN * shape.vocabulary
     moments = 2 if "8bit" in settings.optim else 8
@@ -61,7 +61,7 @@ def disk(shape: Shape, settings: Settings, download: float) -> Disk:
 
 @dataclass(frozen=True)
 class LastRun:
-    """How fast the last run of the same model was, by its run.json."""
+    """How fast the last run of the same model was, from its run.json."""
 
     tokens_per_second: float
     around: float  # seconds before and after the training
@@ -72,7 +72,7 @@ class LastRun:
 
 
 def last_run(path: Path, settings: Settings) -> LastRun | None:
-    """Read the last run's speed, None unless it trained the same model in the same way."""
+    """Read the last run's speed; None unless it trained the same model in the same way."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         timings = run["timings"]
@@ -85,7 +85,7 @@ def last_run(path: Path, settings: Settings) -> LastRun | None:
 
 
 def trained_rows(settings: Settings, lengths: Lengths) -> float:
-    """Return how many rows one process goes through, each as often as it does."""
+    """Return how many rows one process trains on, repetitions included."""
     steps, _ = settings.steps(len(lengths.tokens))
     return min(steps * settings.rows_a_step, len(lengths.tokens) * settings.num_train_epochs) / settings.processes
 
@@ -93,9 +93,9 @@ def trained_rows(settings: Settings, lengths: Lengths) -> float:
 def operations(shape: Shape, settings: Settings, lengths: Lengths) -> float:
     """Return the floating-point operations of the training.
 
-    A weight takes two for each token forward and two for the gradient of its input; none for its own gradient, as it
-    is frozen; the adapter takes all six. Checkpointing does the forward pass twice. Attention takes four for each pair
-    of tokens and feature forward, and twice that backward. The output layer works on the learnt tokens only.
+    Per token, a frozen weight takes two operations in the forward pass and two for the gradient of its input; adapter
+    weights take six. Checkpointing runs the forward pass twice. Attention takes four per pair of tokens and feature in
+    the forward pass, and twice that in the backward pass. The output layer runs only on the tokens with a label.
     """
     if not lengths.tokens:
         return 0.0
@@ -117,10 +117,10 @@ def evaluation_operations(shape: Shape, lengths: Lengths) -> float:
 def seconds(
     shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths, flops: float, measured: bool = False
 ) -> float:
-    """Estimate the time of a run, from the start to the report.
+    """Estimate the seconds of a run, from the start to the report.
 
-    `flops` is the peak of a GPU in operations a second; `measured`: what a large matrix product reached on this machine
-    instead, of which the training reaches more than of a peak that nobody reaches.
+    `flops` is the peak of a GPU in operations per second, or, if `measured`, the speed of a large matrix product on
+    this machine; training reaches a larger share of that than of the theoretical peak.
     """
     reached = flops * (0.7 if measured else EFFICIENCY.get(settings.method, OTHER_EFFICIENCY))
     passes = evaluation_operations(shape, held_out) * (EVALUATIONS + 2)
@@ -132,5 +132,5 @@ def seconds(
 
 
 def dollars(gpu: AzureGpu, run_seconds: float) -> float | None:
-    """Return the price of a run on one of Azure's GPUs in US dollars, None where the price is not known."""
+    """Return the price of a run on one of Azure's GPUs in US dollars; None if the price is not known."""
     return gpu["price"]["usd_per_hour"] * run_seconds / 3600 if gpu["price"] else None

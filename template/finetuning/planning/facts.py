@@ -6,7 +6,7 @@ from typing import TypedDict
 
 
 class RunFacts(TypedDict):
-    """What stands in the settings."""
+    """The main settings of the run."""
 
     model: str
     method: str
@@ -15,7 +15,7 @@ class RunFacts(TypedDict):
 
 
 class MachineFacts(TypedDict):
-    """What this machine has; `*_free` is what a run may still take."""
+    """What this machine has; `*_free` is what is available to a run."""
 
     cores: int
     ram: int
@@ -43,7 +43,7 @@ class ModelFacts(TypedDict):
 
 
 class RowFacts(TypedDict):
-    """How many rows there are, and how many steps it takes to go through those that are trained on."""
+    """How many rows there are, and how many steps the training takes."""
 
     rows: dict[str, int]
     steps: int
@@ -56,7 +56,7 @@ class RowFacts(TypedDict):
 
 
 class DataFacts(RowFacts):
-    """What there is to learn from."""
+    """The data of the run."""
 
     tokens_estimated: bool
     rows_counted: int
@@ -80,7 +80,7 @@ class EstimateFacts(TypedDict):
 
 
 class Price(TypedDict):
-    """What an hour on a GPU of Azure costs, and who says so."""
+    """What an hour on an Azure GPU costs, and the source of the price."""
 
     usd_per_hour: float
     region: str
@@ -89,7 +89,7 @@ class Price(TypedDict):
 
 
 class AzureGpu(TypedDict):
-    """A GPU of setup/azure_gpus.yaml."""
+    """A GPU in setup/azure_gpus.yaml."""
 
     id: str
     name: str
@@ -102,7 +102,7 @@ class AzureGpu(TypedDict):
 
 
 class AzureGpus(TypedDict):
-    """setup/azure_gpus.yaml: where the run is to be, on which GPU, and all that can be rented."""
+    """setup/azure_gpus.yaml: where the run takes place, on which GPU, and all GPUs that can be rented."""
 
     target: str  # local or azure
     gpu: str | None
@@ -124,14 +124,14 @@ class AzureGpuFacts(TypedDict):
 
 
 class AzureFacts(TypedDict):
-    """The GPUs of Azure whose price is known, and the chosen one."""
+    """The Azure GPUs with a known price, and the chosen one."""
 
     target: str  # local or azure
     gpus: list[AzureGpuFacts]
 
 
 class Plan(TypedDict, total=False):
-    """All parts; what cannot be known without the network is left out."""
+    """All parts; what is unknown without the network is left out."""
 
     run: RunFacts
     machine: MachineFacts

@@ -1,8 +1,8 @@
-"""The memory that a run needs, calculated: nothing here looks at the machine or loads a library.
+"""The memory that a run needs, calculated: nothing here inspects the machine or loads a library.
 
-Sizes are bytes, lengths tokens, unless a name says otherwise. Sources: transformers' models and PEFT's layers, whose
-tensors kept for the backward pass were listed with torch.autograd.graph.saved_tensors_hooks; the repository of the
-template compares the sums with measured peaks (benchmarks/memory_estimate.py).
+Sizes are bytes and lengths tokens, unless a name says otherwise. Sources: transformers' models and PEFT's layers; the
+tensors that they save for the backward pass were listed with torch.autograd.graph.saved_tensors_hooks. The template's
+repository compares the sums with measured peaks (benchmarks/memory_estimate.py).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from settings.run_settings import Settings
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_FRAMEWORK = 0.55 * GIB  # Python, torch, transformers, PEFT and Olive, imported; measured
-# On a CPU, tensors below 32 MiB lie on the C library's heap, where freed ones leave holes that the next ones do not
-# fit: none to eight blocks' worth was measured, more with checkpointing, which computes each block twice.
+# On a CPU, tensors below 32 MiB are on the C library's heap, which fragments: zero to eight blocks' worth was measured,
+# more with checkpointing, which computes each block twice.
 HOLES, HOLES_CHECKPOINTING, OFF_THE_HEAP = 4, 6, 32 * 2**20
-GPU_FRAMEWORK = 0.8 * GIB  # the CUDA context, its libraries' work space, and what the allocator cannot use
+GPU_FRAMEWORK = 0.8 * GIB  # the CUDA context, its libraries' workspace, and fragmentation
 BYTES_PER_TOKEN_HELD = 80  # a row's three lists of Python numbers and three int64 tensors
 
 
 def adapter_parameters(shape: Shape, settings: Settings) -> int:
     """Count the adapter's weights, as PEFT makes them for each method (peft/tuners/{lora,loha,lokr}/layer.py).
 
-    LoRA has two matrices of the rank, LoHa four, DoRA one magnitude for each output beside LoRA's; LoKr factors a layer
-    into a small matrix and a large one, which is itself factored where the rank is below half its narrow side.
+    LoRA has two matrices of the rank, LoHa four; DoRA adds one magnitude per output to LoRA; LoKr factors a layer into
+    a small and a large matrix, and factors the large one again if the rank is below half its narrow side.
     """
     total = 0
     for inputs, outputs in targets(shape, settings).values():
@@ -51,7 +51,7 @@ def factors(dimension: int) -> tuple[int, int]:
 
 
 def targets(shape: Shape, settings: Settings) -> dict[str, tuple[int, int]]:
-    """Return the linear layers of a block that get an adapter: QLoRA takes all, whatever target_modules says."""
+    """Return the linear layers of a block that get an adapter: with QLoRA all, whatever target_modules says."""
     if not isinstance(settings.target_modules, tuple) or settings.method == "qlora":
         return shape.linear
     return {name: size for name, size in shape.linear.items() if name in settings.target_modules}
@@ -59,7 +59,7 @@ def targets(shape: Shape, settings: Settings) -> dict[str, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Memory:
-    """What is held at the peak of the training, part by part."""
+    """What is in memory at the peak of the training, part by part."""
 
     weights: float
     adapter: float
@@ -75,11 +75,11 @@ class Memory:
 
 
 def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths | None = None) -> Memory:
-    """Estimate the peak of a run, of one of its processes where there are several.
+    """Estimate the peak memory of a run; of one process if there are several.
 
-    Weights stand in the configured precision, float16 excepted, which Olive trains in float32 under autocast; QLoRA
-    holds the blocks in 4 bits with a scale for 64 weights (bitsandbytes), the rest as it is. The adapter, its gradient
-    and AdamW's two moments are float32: PEFT casts adapters up (autocast_adapter_dtype).
+    Weights are in the configured precision, except that Olive trains float16 as float32 under autocast; QLoRA keeps the
+    blocks in 4 bits with a scale per 64 weights (bitsandbytes), the rest as it is. The adapter, its gradient and
+    AdamW's two moments are float32: PEFT casts adapters up (autocast_adapter_dtype).
     """
     held = 2 if settings.torch_dtype == "bfloat16" else 4
     others = shape.parameters - shape.block_weights
@@ -91,13 +91,13 @@ def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths
     moments = 2 if "8bit" in settings.optim else 8
     batch = batches(lengths, settings.per_device_train_batch_size, settings.packing, settings.num_train_epochs)
     logits = batch.logits
-    if held_out:  # without gradients, half as much is held for each logit
+    if held_out:  # without gradients, half the memory per logit
         logits = max(logits, batches(held_out, settings.per_device_eval_batch_size, packing=False).logits // 2)
     rows = sum(lengths.tokens) + (sum(held_out.tokens) if held_out else 0)
     # the log-softmax in float32 and the gradients of both, or the logits' own in 16 bits
     logit_bytes = 12 if settings.torch_dtype == "float32" else 14
     share = settings.processes if settings.sharded else 1
-    gathered = blocks / shape.layers if settings.sharded else 0  # the block whose turn it is
+    gathered = blocks / shape.layers if settings.sharded else 0  # the block that is currently gathered
     return Memory(
         weights=(blocks + held * others) / share + gathered,
         adapter=4 * adapter / share,
@@ -109,13 +109,13 @@ def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths
 
 
 def activations(shape: Shape, settings: Settings, batch: Batch) -> float:
-    """What the forward pass keeps for the backward pass, and what the backward pass of one block adds.
+    """Bytes that the forward pass saves for the backward pass, and that the backward pass of one block adds.
 
-    With gradient checkpointing the input of each block is kept, and one block at a time is computed again.
+    With gradient checkpointing only the input of each block is saved, and one block at a time is recomputed.
     """
     size = BYTES[settings.torch_dtype]
     block = batch.tokens * per_token(shape, settings, masked=batch.masked > 0) + size * batch.masked
-    # autocast keeps a float16 copy of each frozen weight until the backward pass; 4-bit weights are unpacked anew
+    # autocast keeps a float16 copy of each frozen weight until the backward pass; 4-bit weights are unpacked again
     if settings.torch_dtype == "float16" and settings.method != "qlora":
         block += 2 * shape.block_weights / shape.layers
     if settings.method in ("loha", "lokr"):  # they add their product to a copy of the weight, in float32
@@ -133,12 +133,12 @@ def activations(shape: Shape, settings: Settings, batch: Batch) -> float:
 
 
 def per_token(shape: Shape, settings: Settings, masked: bool) -> float:
-    """Bytes that one block keeps of one token.
+    """Bytes that one block saves per token.
 
-    The frozen layers keep nothing of their inputs. The norms keep theirs in float32; attention keeps queries, keys,
-    values (repeated for every head where there is a mask) and its output; the MLP its gate before and after the
-    activation, and up. The adapters keep their inputs in float32: one for each adapter where these are cast or
-    dropped out, with the dropout's mask (a byte on a GPU, four on a CPU), else one shared by those with one input.
+    The frozen layers do not save their inputs. The norms save theirs in float32; attention saves queries, keys, values
+    (repeated for every head if there is a mask) and its output; the MLP its gate before and after the activation, and
+    up. The adapters save their inputs in float32: one per adapter if the input is cast or goes through dropout, with
+    the dropout mask (a byte on a GPU, four on a CPU); otherwise adapters with the same input share one.
     """
     size, chosen = BYTES[settings.torch_dtype], targets(shape, settings)
     queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
@@ -146,7 +146,7 @@ def per_token(shape: Shape, settings: Settings, masked: bool) -> float:
         4 * shape.hidden * (4 if shape.architecture.startswith("gemma") else 1 if shape.architecture == "phi" else 2)
     )
     if shape.architecture in ("qwen3", "gemma3_text"):
-        norms += 4 * (queries + keys)  # of queries and keys
+        norms += 4 * (queries + keys)  # the norms of queries and keys
     attention = size * (4 * queries if masked else 2 * queries + 2 * keys)
     if shape.architecture in FUSED:
         attention += size * (queries + keys)  # the values are a view of the layer's whole output
@@ -159,6 +159,6 @@ def per_token(shape: Shape, settings: Settings, masked: bool) -> float:
     elif settings.lora_dropout or size != 4:
         kept = sum(inputs) * (4 + (1 if settings.gpu else 4) * bool(settings.lora_dropout))
     else:
-        kept = 4 * (2 * shape.hidden + shape.intermediate)  # what attention and MLP start with, and the last layer
+        kept = 4 * (2 * shape.hidden + shape.intermediate)  # the inputs of attention, MLP and the last layer
     extra = size * 3 * sum(outputs for _, outputs in chosen.values()) if settings.method == "dora" else 0
     return norms + attention + feed_forward + kept + extra + 4 * settings.r * len(chosen)

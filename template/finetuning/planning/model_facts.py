@@ -28,7 +28,7 @@ from preparing.workspace import (
 from settings.run_settings import Settings
 from training.tiny_model import build_demo
 
-WAIT = 5  # seconds for the hub; a check without network must not be slow
+WAIT = 5  # seconds for the hub; the check must not be slow without a network
 
 
 @dataclass(frozen=True)
@@ -36,30 +36,30 @@ class Model:
     """The base model, wherever it is."""
 
     name: str
-    revision: str | None  # as the settings name it
+    revision: str | None  # as in the settings
     folder: str | None  # None: not on this machine
     shape: Shape | None  # None: not known without network
-    parameters: int | None  # counted in the weights, or as the catalogue has them; None: not known
-    download: int  # bytes that are missing here; 0 as well where nobody knows
+    parameters: int | None  # counted in the weights, or from the catalogue; None: not known
+    download: int  # bytes missing here; also 0 if not known
     commit: str | None = None  # of the hub's repository; None: a folder, or not on this machine
-    problem: str | None = None  # why it cannot be fetched, and what to do
-    own_template: bool = True  # whether its tokenizer brings a chat template, as far as that is known
+    problem: str | None = None  # why it cannot be downloaded, and what to do
+    own_template: bool = True  # whether its tokenizer has a chat template, as far as known
 
     @property
     def is_demo(self) -> bool:
-        """Whether the run builds it on the spot."""
+        """Whether the run builds it."""
         return self.name == DEMO
 
 
 def base_model(settings: Settings) -> Found:
-    """Return where the base model is; builds the demo model when it is missing. Raises ModelError."""
+    """Return where the base model is; builds the demo model if it is missing. Raises ModelError."""
     if settings.model_path == DEMO and not (ROOT / DEMO).exists():
         build_demo()
     return find_model(settings.model_path, settings.revision, ROOT)
 
 
 def find(settings: Settings) -> Model:
-    """Look for the model on this machine, then ask the hub. Raises ModelError for one that cannot be used at all."""
+    """Look for the model on this machine, then ask the hub. Raises ModelError if it cannot be used at all."""
     name, revision = settings.model_path, settings.revision
     facts = yaml.safe_load(MODEL_FACTS.read_text(encoding="utf-8"))
     try:
@@ -77,7 +77,7 @@ def find(settings: Settings) -> Model:
 
 
 def has_template(folder: Path) -> bool:
-    """Tell whether a tokenizer brings a chat template, in a file of its own or in its settings."""
+    """Return whether a tokenizer has a chat template, in a separate file or in its settings."""
     settings = folder / "tokenizer_config.json"
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
@@ -85,7 +85,7 @@ def has_template(folder: Path) -> bool:
 
 
 def count_parameters(folder: Path, tied: bool) -> int:
-    """Count a model's weights by the headers of its files, each once: a tied output layer is the embedding again."""
+    """Count a model's weights from the headers of its files, each once: a tied output layer is the embedding."""
     shapes = {
         name: tensor["shape"]
         for file in folder.glob("model*.safetensors")
@@ -96,14 +96,14 @@ def count_parameters(folder: Path, tied: bool) -> int:
 
 
 def elsewhere(name: str, revision: str | None, facts: Mapping[str, Any]) -> Model:
-    """Return what the hub says about a model that is not here, or else setup/model.yaml, if it speaks of this one."""
+    """Return what the hub says about a model that is not here, or else setup/model.yaml if it describes this model."""
     from huggingface_hub import constants, get_token
 
     known: dict[str, Any] = {}
     if not constants.HF_HUB_OFFLINE:
         asking = threading.Thread(target=ask_hub, args=(name, revision, known), daemon=True)
         asking.start()
-        asking.join(WAIT)  # a name server that does not answer has no time limit of its own
+        asking.join(WAIT)  # a DNS lookup has no timeout of its own
         known = dict(known)
     if f"/{name}/" in str(facts.get("source")):
         known = {"shape": Shape.of(facts), "bytes": 2 * facts["parameters"], "gated": facts["gated"]} | known
@@ -118,7 +118,7 @@ def elsewhere(name: str, revision: str | None, facts: Mapping[str, Any]) -> Mode
 
 
 def ask_hub(name: str, revision: str | None, known: dict[str, Any]) -> None:
-    """Ask the hub for a model's files, gate and config.json, a few KB, and note what it answers in `known`."""
+    """Ask the hub for a model's files, gate and config.json (a few KB) and store the answers in `known`."""
     from huggingface_hub import HfApi, errors, get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
@@ -132,7 +132,7 @@ def ask_hub(name: str, revision: str | None, known: dict[str, Any]) -> None:
         url = hf_hub_url(name, "config.json", revision=answer.sha)
         config = get_session().get(url, headers=build_hf_headers(), timeout=WAIT)
         if config.status_code in (401, 403):
-            known["problem"] = f"The hub lets this token not read {name}: accept its licence on the model's page."
+            known["problem"] = f"This token has no access to {name}: accept its licence on the model's page."
         elif config.status_code == 200 and (shape := shape_in(config.json())):
             known["shape"] = shape
     except ModelError as error:
@@ -141,15 +141,15 @@ def ask_hub(name: str, revision: str | None, known: dict[str, Any]) -> None:
         known["problem"] = f"{name} does not exist on the hub or is private: correct model_path, or set HF_TOKEN."
     except errors.RevisionNotFoundError:
         known["problem"] = f"{name} has no revision {revision}: correct revision in olive-config.yaml."
-    except Exception as error:  # without network, or a hub that is down: the check goes on without
+    except Exception as error:  # no network, or the hub is down: the check continues without it
         known["silent"] = str(error)
 
 
 def shape_in(config: Mapping[str, Any]) -> Shape | None:
-    """Read a config.json, completed by what transformers takes for granted; None where the numbers have other names."""
+    """Read a config.json, completed with transformers' defaults; None if its dimensions have other names."""
     from transformers import AutoConfig
 
-    config = config.get("text_config") or config  # a model that also sees pictures
+    config = config.get("text_config") or config  # a multimodal model
     with contextlib.suppress(ValueError, TypeError, KeyError):  # an architecture that transformers does not know
         config = AutoConfig.for_model(**config).to_dict()
     try:

@@ -1,4 +1,4 @@
-"""All rows of a source → conversations. Rows that cannot be learnt from are set aside, in a file beside the data."""
+"""All rows of a source → conversations. Unusable rows are rejected and listed in a file next to the data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from preparing.workspace import ROOT
 
 
 class Conversation(list[Message]):
-    """The messages of one row, {role, content} each, and the place where the row stands."""
+    """The messages of one row, {role, content} each, and the row's place in the data."""
 
     def __init__(self, messages: Iterable[Message] = (), place: str = "a row") -> None:
         super().__init__(messages)
@@ -32,10 +32,10 @@ def read(
     completion_template: str | None = None,
     max_bad_rows: float = 0.05,
 ) -> list[Conversation]:
-    """Read a local file, or a Hugging Face dataset when one is named, as conversations that can be learnt from.
+    """Read a local file, or a Hugging Face dataset if one is given, as conversations to train on.
 
-    Rows that cannot are written to a file beside the data and counted on the screen. Raises DataError when they are
-    more than the share `max_bad_rows` of all rows, and when the source cannot be read.
+    Rejected rows are written to a file next to the data and their number is printed. Raises DataError if they are more
+    than the share `max_bad_rows` of all rows, or if the source cannot be read.
     """
     if type(max_bad_rows) not in (int, float) or not 0 <= max_bad_rows <= 1:
         raise DataError(f"max_bad_rows is {max_bad_rows!r}: write a share from 0 to 1 in olive-config.yaml.")
@@ -65,37 +65,37 @@ def read(
     if bad and (len(bad) > max_bad_rows * (len(good) + len(bad)) or not good):
         raise DataError(
             f"{source}, {first} In all, {count} cannot be used (max_bad_rows allows a share of {max_bad_rows:g}): "
-            "repair them, or raise max_bad_rows in olive-config.yaml to set them aside."
+            "repair them, or raise max_bad_rows in olive-config.yaml to skip them."
         )
-    beside = set_aside(source, bad, bool(dataset_name))
+    rejected_file = write_rejected(source, bad, bool(dataset_name))
     if bad:
-        say(f"{count} of {source} were set aside in {beside.as_posix()}; the first is {first}")
+        print_once(f"{count} of {source} were rejected, see {rejected_file.as_posix()}; the first is {first}")
     if unused:
-        say(f"{source}: columns {short(', '.join(sorted(unused)), 300)} are not used.")
+        print_once(f"{source}: columns {short(', '.join(sorted(unused)), 300)} are not used.")
     return good
 
 
-def set_aside(source: str, bad: list[dict[str, Any]], is_from_hub: bool) -> Path:
-    """Write the bad rows beside the data, or remove the file of an earlier run when there are none any more."""
+def write_rejected(source: str, bad: list[dict[str, Any]], is_from_hub: bool) -> Path:
+    """Write the rejected rows to a file next to the data; if there are none, remove the file of an earlier run."""
     name = re.sub(r"\W+", "-", source).strip("-") if is_from_hub else Path(Path(source).name.removesuffix(".gz")).stem
     target = (ROOT / "dataset" if is_from_hub else Path(source).parent) / (name + REJECTED)
     try:
-        if target.is_file() and is_list_of(target, source):
+        if target.is_file() and is_rejected_list(target, source):
             if not bad:
                 target.unlink(missing_ok=True)
         elif target.is_file() and bad:
-            raise DataError(f"{target}, line 1: not the rows set aside from {source}. Move it away: it would be lost.")
+            raise DataError(f"{target}, line 1: not the rows rejected from {source}. Move it away: it would be lost.")
         if bad:
             unfinished = target.with_name(f".{target.name}.{os.getpid()}")
             unfinished.write_bytes(b"".join(map(to_line, bad)))
             unfinished.replace(target)
     except OSError as error:
-        raise DataError(f"{target}, line 1: bad rows cannot be set aside there: {error.strerror}.") from error
+        raise DataError(f"{target}, line 1: the rejected rows cannot be written there: {error.strerror}.") from error
     return target
 
 
-def is_list_of(target: Path, source: str) -> bool:
-    """Tell whether a file holds the rows that were set aside from this source."""
+def is_rejected_list(target: Path, source: str) -> bool:
+    """Return whether a file contains the rejected rows of this source."""
     try:
         with target.open("rb") as file:
             first = json.loads(file.readline())
@@ -105,7 +105,7 @@ def is_list_of(target: Path, source: str) -> bool:
 
 
 def to_line(rejected: dict[str, Any]) -> bytes:
-    """Return a line of JSON; what UTF-8 has no bytes for is escaped as JSON does it."""
+    """Return a line of JSON; characters that UTF-8 cannot encode are escaped."""
     try:
         text = json.dumps(rejected, ensure_ascii=False, default=str)
     except RecursionError:
@@ -114,6 +114,6 @@ def to_line(rejected: dict[str, Any]) -> bytes:
 
 
 @cache
-def say(text: str) -> None:
-    """Print a line once: the check, the training and the evaluation of a run read the same rows."""
+def print_once(text: str) -> None:
+    """Print a line only once: the check, the training and the evaluation of a run read the same rows."""
     print(one_line(text))

@@ -1,8 +1,8 @@
-"""The data of a run: conversations to train on and held-out ones → tokens and labels.
+"""The data of a run: training and held-out conversations → tokens and labels.
 
-Olive imports this file as a user script (see `user_script` in olive-config.yaml) and finds two functions in it:
-`chat_rows` reads the rows, `chat_tokens` turns them into tokens and labels. The evaluation uses the same two, so that
-what is measured is tokenised exactly as what was trained.
+Olive imports this file as a user script (see `user_script` in olive-config.yaml) and uses two functions: `chat_rows`
+reads the rows, `chat_tokens` converts them to tokens and labels. The evaluation uses the same functions, so its rows
+are tokenised exactly like those of the training.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ def chat_rows(
 ) -> list[list[Message]]:
     """Read one part (`train` or `held_out`) of the data as conversations: lists of {role, content} with a `place`.
 
-    Without a `held_out_file` the held-out rows are taken from the train rows: a share (`eval_split` below 1) or a
-    number of rows. Which ones depends on `data_seed` and the row's own content, never on its position, so that rows
-    added later leave the others where they were. Rows that cannot be learnt from are set aside up to the share
-    `max_bad_rows`. Raises DataError.
+    Without a `held_out_file`, the held-out rows are taken from the training rows: a share (`eval_split` below 1) or a
+    number of rows. The choice depends on `data_seed` and the row's content, never on its position, so rows added later
+    do not move the others. Unusable rows are rejected, up to the share `max_bad_rows`. Raises DataError.
     """
     file, name = train_file, dataset_name
     if held_out_file and part == "held_out":
@@ -55,7 +54,7 @@ def chat_rows(
 
 
 def held_out_positions(conversations: list[list[Message]], eval_split: float, data_seed: int) -> set[int]:
-    """Choose the held-out rows by a hash of seed and content: a share below 1, a number of rows from 1 on."""
+    """Choose the held-out rows by a hash of seed and content: a share if below 1, otherwise a number of rows."""
     digests = [
         hashlib.sha256(f"{data_seed}:{json.dumps(row, sort_keys=True)}".encode()).hexdigest() for row in conversations
     ]
@@ -76,10 +75,10 @@ def chat_tokens(
 ) -> list[dict[str, list[int]]]:
     """Tokenise conversations into {input_ids, attention_mask, labels}, each of the same length up to max_seq_len.
 
-    Labels are the tokens of the assistant's turns with their end of turn, IGNORED elsewhere; with `train_on: all`
-    every token is a label. Rows that are cut at max_seq_len are counted on the screen; one whose answers are cut off
-    entirely is left out, as it has nothing to learn from. Raises DataError when these are more than the share
-    `max_bad_rows`, or all, and when the chat template cannot take a row.
+    Labels are the tokens of the assistant's turns including the end of turn, and IGNORED elsewhere; with
+    `train_on: all`, every token is a label. The number of rows cut at max_seq_len is printed; a row that loses all its
+    answers is left out, as it has no labels. Raises DataError if these are more than the share `max_bad_rows`, or all
+    rows, or if the chat template cannot render a row.
     """
     tokenizer = load_tokenizer(str(find_model(model_path, revision, ROOT).folder))
     examples = [tokenise(tokenizer, with_system(row, system_prompt), train_on) for row in rows]
@@ -102,7 +101,7 @@ def chat_tokens(
 
 
 def register() -> None:
-    """Make the two functions known to Olive by their names."""
+    """Register the two functions with Olive."""
     from olive.data.registry import Registry
 
     Registry.register_dataset()(chat_rows)

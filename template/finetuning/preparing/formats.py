@@ -1,4 +1,4 @@
-"""One raw row → its chat messages, whichever format the row has."""
+"""One raw row → its chat messages, in any of the supported formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from preparing.rows import DataError, short
 
 ROLES = {
     "system": "system",
-    "developer": "system",  # OpenAI's newer name for it
+    "developer": "system",  # OpenAI's newer name
     "user": "user",
     "human": "user",
     "assistant": "assistant",
@@ -22,7 +22,7 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-# the column by which a format is known, its name, and the columns it uses
+# the column that identifies a format, its name, and the columns it uses
 FORMATS = {
     "messages": ("messages", {"messages"}),
     "conversations": ("sharegpt", {"conversations", "system"}),
@@ -42,7 +42,7 @@ def to_messages(
 ) -> list[Message]:
     """Map a row to messages of the roles system, user, assistant and tool. Raises DataError.
 
-    The last message is an answer, and all are text that a tokenizer takes.
+    The last message is an answer, and all contents are text that a tokenizer accepts.
     """
     if isinstance(row, list):
         if not any(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in row):
@@ -72,13 +72,13 @@ def to_messages(
         messages = [message("assistant", text(row, "text", needed=True))]
     else:
         raise DataError(f"dataset_format {dataset_format!r} is unknown: see olive-config.yaml for the choices.")
-    messages = [turn for turn in messages if turn != {"role": "system", "content": ""}]  # the same as none
+    messages = [turn for turn in messages if turn != {"role": "system", "content": ""}]  # same as no system prompt
     check_messages(messages)
     return messages
 
 
 def detect(row: dict[str, Any], prompt_template: str | None) -> str:
-    """Name the format of a row by the columns it has, and by those that hold something first."""
+    """Return the format of a row by its columns; columns with a value take precedence."""
     if prompt_template:
         return "columns"
     there = [name for column, (name, _) in FORMATS.items() if row.get(column) is not None]
@@ -93,7 +93,7 @@ def detect(row: dict[str, Any], prompt_template: str | None) -> str:
 def used_columns(
     row: dict[str, Any], dataset_format: str, prompt_template: str | None, completion_template: str | None
 ) -> set[str]:
-    """Return the columns that the messages of a row may come from."""
+    """Return the columns that the messages of a row can come from."""
     if dataset_format == "auto":
         dataset_format = detect(row, prompt_template)
     if dataset_format == "columns":
@@ -102,8 +102,8 @@ def used_columns(
 
 
 def turns(row: dict[str, Any], column: str, role_of_text: str) -> list[Message]:
-    """Return the turns of a column; a text is one turn where `role_of_text` says whose."""
-    value = need(row, column)
+    """Return the turns of a column; a text is one turn of the role `role_of_text`, if that is not empty."""
+    value = required(row, column)
     if role_of_text and isinstance(value, str):
         return [message(role_of_text, value)]
     if not isinstance(value, list):
@@ -125,26 +125,26 @@ def turns(row: dict[str, Any], column: str, role_of_text: str) -> list[Message]:
 
 
 def tool_calls(calls: Any) -> Iterator[str]:
-    """Yield each call as a line of JSON with name and arguments: text is what every chat template can show."""
+    """Yield each call as a line of JSON with name and arguments: every chat template can render text."""
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function") or call if isinstance(call, dict) else call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError("a tool call has no name of a function.")
         arguments = function.get("arguments")
-        if isinstance(arguments, str):  # OpenAI writes them as a text of JSON
+        if isinstance(arguments, str):  # OpenAI's format has them as a JSON string
             with contextlib.suppress(ValueError):
                 arguments = json.loads(arguments)
         yield json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False, default=str)
 
 
 def message(role: str, content: Any) -> Message:
-    """Make one message; content is a text or a list of text parts as in OpenAI's chat format."""
+    """Return one message; content is text or a list of text parts as in OpenAI's chat format."""
     if isinstance(content, list):
         parts = [
             part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
         ]
         if not all(isinstance(part, str) for part in parts):
-            raise DataError(f"the {role}'s content has a part that is not text: only text can be learnt.")
+            raise DataError(f"the {role}'s content has a part that is not text: only text is supported.")
         content = "".join(map(str, parts))
     if not isinstance(content, str):
         raise DataError(f"the {role}'s content is {kind(content)}, not text.")
@@ -152,7 +152,7 @@ def message(role: str, content: Any) -> Message:
 
 
 def check_messages(messages: list[Message]) -> None:
-    """Raise DataError unless there is an answer to learn at the end, and no turn is empty or breaks a tokenizer."""
+    """Raise DataError unless the last turn is an answer and no turn is empty or breaks a tokenizer."""
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
         raise DataError("no assistant turn with text: there is nothing to learn from; add an answer or drop the row.")
     if messages[-1]["role"] != "assistant":
@@ -165,7 +165,7 @@ def check_messages(messages: list[Message]) -> None:
 
 
 def is_unicode(content: str) -> bool:
-    """Tell whether a text has no lone surrogates, which JSON can hold and no tokenizer takes."""
+    """Return whether a text has no lone surrogates, which JSON allows and no tokenizer accepts."""
     try:
         content.encode()
     except UnicodeEncodeError:
@@ -183,22 +183,22 @@ def history(row: dict[str, Any]) -> Iterator[Message]:
 
 
 def text(row: dict[str, Any], column: str, needed: bool = False) -> str:
-    """Return the text of a column; one that is missing or null is empty."""
-    value = need(row, column) if needed else row.get(column)
+    """Return the text of a column, empty if it is missing or null."""
+    value = required(row, column) if needed else row.get(column)
     if value is not None and not isinstance(value, str):
         raise DataError(f"column {column!r} is {kind(value)}, not text.")
     return value or ""
 
 
-def need(row: dict[str, Any], column: str) -> Any:
-    """Return a column's value, or say that it is missing."""
+def required(row: dict[str, Any], column: str) -> Any:
+    """Return a column's value. Raises DataError if it is missing."""
     if row.get(column) in (None, "", []):
         raise DataError(f"column {column!r} is missing or empty; the row has {short(', '.join(row), 300)}.")
     return row[column]
 
 
 def fill(template: str | None, row: dict[str, Any], setting: str) -> str:
-    """Put the row's columns into a template such as `Phrase: {phrase}`; other braces stay as they are."""
+    """Fill the row's columns into a template like `Phrase: {phrase}`; other braces stay as they are."""
     if not template:
         raise DataError(f"{setting} is empty: dataset_format columns needs it in olive-config.yaml.")
     for name in COLUMN.findall(template):
@@ -214,5 +214,5 @@ def fill(template: str | None, row: dict[str, Any], setting: str) -> str:
 
 
 def kind(value: Any) -> str:
-    """Name what a value is, as one who writes JSON would."""
+    """Return the kind of a value in JSON terms."""
     return KINDS.get(type(value), type(value).__name__)

@@ -1,6 +1,6 @@
-"""Files and datasets of the hub → raw rows, each with the line where it stands.
+"""Files and hub datasets → raw rows, each with its line number.
 
-Text files are read with the standard library alone: it knows the line of every row, and takes rows of unequal shapes.
+Text files are read with the standard library: it gives the line of every row, and allows rows of different shapes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ REJECTED = ".rejected.jsonl"
 
 
 class DataError(Exception):
-    """What is wrong with the data, where, and what to do: one line, whatever the data puts into it."""
+    """What is wrong with the data, where, and what to do: always one line, whatever the data contains."""
 
     def __init__(self, text: str) -> None:
         super().__init__(one_line(text))
 
 
 class Row(NamedTuple):
-    """A row as it stands in its source: the line where it starts (or its number), and why it cannot be read."""
+    """A row as in its source: the line where it starts (or its number), and why it cannot be read."""
 
     number: int
     value: Any
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 def one_line(text: str) -> str:
-    """Return the text without line breaks and other characters that a screen would obey instead of showing."""
+    """Return the text without line breaks and other control characters."""
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
@@ -49,12 +49,12 @@ def short(value: Any, longest: int = 60) -> str:
 
 
 def file_rows(file: str) -> Iterator[Row]:
-    """Yield the rows of a local file. Raises DataError when it is missing, torn or of no kind that is known."""
+    """Yield the rows of a local file. Raises DataError if it is missing, damaged or of an unknown kind."""
     name = file.lower().removesuffix(".gz")
     if not Path(file).is_file():
         raise DataError(f"The dataset {file} is not there: put it there, or change the path in olive-config.yaml.")
     if name.endswith(REJECTED):
-        raise DataError(f"{file}, line 1: these rows were set aside. Repair them in the file that they come from.")
+        raise DataError(f"{file}, line 1: these rows were rejected. Repair them in the file that they come from.")
     if not name.endswith(ENDINGS) or file.lower().endswith(".parquet.gz"):
         raise DataError(f"{file} has an unknown ending: use {', '.join(ENDINGS)}; all but .parquet also with .gz.")
     if name.endswith(".parquet"):
@@ -76,11 +76,11 @@ def file_text(file: str) -> str:
                 raw += piece
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         line = raw.count(b"\n") + 1
-        raise DataError(f"{file}, line {line}: the gzip file is torn or none ({error}). Replace it.") from error
+        raise DataError(f"{file}, line {line}: the gzip file is damaged or not gzip ({error}). Replace it.") from error
     except OSError as error:
         raise DataError(f"{file}, line 1: it cannot be read: {error.strerror}. Repair or replace it.") from error
     encoding = "UTF-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "UTF-8"
-    nul = raw.find(0, 0, 8000) if encoding == "UTF-8" else -1  # where git looks for one, to know a binary file
+    nul = raw.find(0, 0, 8000) if encoding == "UTF-8" else -1  # git detects binary files the same way
     if nul >= 0:
         line = raw.count(b"\n", 0, nul) + 1
         raise DataError(f"{file}, line {line}: not text, or UTF-16 without its mark: save it as UTF-8.")
@@ -93,14 +93,14 @@ def file_text(file: str) -> str:
 
 
 def lines(text: str) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not blank with their numbers. str.splitlines would split at more than line ends."""
+    """Yield the non-blank lines with their numbers. str.splitlines would also split at other characters."""
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if line.strip():
             yield number, line.removesuffix("\n")
 
 
 def json_rows(text: str) -> Iterator[Row]:
-    """Yield the rows of a file with one JSON value a line."""
+    """Yield the rows of a file with one JSON value per line."""
     for number, line in lines(text):
         try:
             yield Row(number, json.loads(line))
@@ -115,7 +115,7 @@ def json_rows(text: str) -> Iterator[Row]:
 
 
 def array_rows(file: str, text: str) -> Iterator[Row]:
-    """Yield the elements of a file that is one JSON array. What is behind a mistake cannot be told: it is an error."""
+    """Yield the elements of a file that is one JSON array. Raises DataError: rows after a mistake cannot be found."""
     space, decoder = re.compile(r"[ \t\r\n]*"), json.JSONDecoder()
 
     def skip(position: int) -> int:
@@ -136,15 +136,15 @@ def array_rows(file: str, text: str) -> Iterator[Row]:
             elif not text.startswith("]", position):
                 raise json.JSONDecodeError("Expecting a comma or ]", text, position)
         if text[position + 1 :].strip():
-            raise json.JSONDecodeError("Something stands behind the array", text, skip(position + 1))
+            raise json.JSONDecodeError("Extra data after the array", text, skip(position + 1))
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno}: it is torn or not JSON ({error.msg}). Repair it.") from error
+        raise DataError(f"{file}, line {error.lineno}: it is damaged or not JSON ({error.msg}). Repair it.") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}, line {line}: it is not JSON that can be read ({error}). Repair it.") from error
 
 
 def csv_rows(file: str, text: str) -> Iterator[Row]:
-    """Yield the records of a CSV file whose first line names the columns; that line also tells the separator."""
+    """Yield the records of a CSV file; its first line has the column names and determines the separator."""
     csv.field_size_limit(2**31 - 1)
     stream = io.StringIO(text, newline="")
     first = stream.readline()
@@ -181,7 +181,7 @@ def parquet_rows(file: str) -> Iterator[Row]:
     """Yield the rows of a Parquet file."""
     from datasets import load_dataset
 
-    try:  # the copy that `datasets` makes of the rows stays in the workspace
+    try:  # keep the cache of `datasets` in the workspace
         rows = load_dataset("parquet", data_files=file, split="train", cache_dir=str(MODELS / "cache"))
         yield from (Row(number, row) for number, row in enumerate(rows, start=1))
     except Exception as error:
@@ -190,7 +190,7 @@ def parquet_rows(file: str) -> Iterator[Row]:
 
 
 def hub_rows(dataset_name: str, dataset_split: str) -> Iterator[Row]:
-    """Yield the rows of a dataset of the hub. HF_TOKEN, or the token of `hf auth login`, opens a private one."""
+    """Yield the rows of a hub dataset. A private one needs HF_TOKEN or `hf auth login`."""
     from datasets import load_dataset
 
     try:

@@ -1,4 +1,4 @@
-"""Where things lie in the workspace, and which folder a model is."""
+"""The paths of the workspace, and the folder of a model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The model card of the adapter: README.md in its folder, in the form that the Hugging Face hub reads.
+"""The model card of the adapter: README.md in its folder, in the format of the Hugging Face hub.
 
-The text is model_card.md, a Jinja template that is yours to change; what a program reads of it is made here. It holds
-no row of the data and no path of this machine, so that it can be published as it is.
+The text is model_card.md, a Jinja template that you can change; the metadata is made here. The card contains no row of
+the data and no path of this machine, so it can be published as it is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def write_model_card(run: RunRecord, folder: Path) -> Path:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters["python"] = repr  # a value as it is written in code
+    environment.filters["python"] = repr  # a value as written in Python code
     card = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         run=run,
         name=name(run),
@@ -58,7 +58,7 @@ def front_matter(run: RunRecord) -> str:
     if run["examples"]:
         measured.insert(0, ("accuracy", "exact_match", "Exact answers"))
     card = ModelCardData(
-        # a folder of this machine is no model of the hub
+        # a local folder is not a model on the hub
         base_model=run["base_model"] if run["revision"] else None,
         library_name="peft",
         pipeline_tag="text-generation",
@@ -87,14 +87,14 @@ def name(run: RunRecord) -> str:
 
 
 def published(path: str) -> str:
-    """Return the last part of an absolute path, which would tell about this machine; else what is given."""
+    """Return only the last part of an absolute path, which would reveal this machine; other values unchanged."""
     return Path(path).name if Path(path).is_absolute() else path
 
 
 def licence(run: RunRecord) -> dict[str, str]:
-    """Return the base model's licence as the hub writes it, by what follows `license`: "", "_name" and "_link".
+    """Return the base model's licence as the hub expects it, by the suffix of `license`: "", "_name" and "_link".
 
-    Nothing when it is not known: setup/model.yaml may be about another model than the one that was trained.
+    Empty if it is not known: setup/model.yaml may describe another model than the one that was trained.
     """
     facts = yaml.safe_load(MODEL_FACTS.read_text(encoding="utf-8"))
     described = facts["source"] or "models/demo"

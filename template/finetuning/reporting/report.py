@@ -1,4 +1,4 @@
-"""The report of a run: models/report/index.html, one file that needs no network, with its plot beside it."""
+"""The report of a run: models/report/index.html, which needs no network, and its plot loss.png."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from reporting.run_record import RunRecord
 
 TEMPLATE = Path(__file__).with_name("report.html")
-# background, ink, training, held out: the two curves stay apart for colour-blind eyes too
+# background, text, training, held out: colour-blind readers can tell the curves apart
 LIGHT = ("#ffffff", "#333333", "#0072b2", "#d55e00")
 DARK = ("#1b1e24", "#d8dbe0", "#56b4e9", "#e69f00")
-NAMES = {  # of what run.json calls more shortly
+NAMES = {  # readable names for the keys of run.json
     "source": "rows from",
     "held_out_source": "held-out rows from",
     "train_rows": "rows to train on",
@@ -23,7 +23,7 @@ NAMES = {  # of what run.json calls more shortly
     "answer_share": "share of answer tokens",
     "cut_rows": "rows cut at max_seq_len",
     "left_out_rows": "rows left out: their answer was cut off",
-    "set_aside_rows": "rows set aside: they could not be read",
+    "set_aside_rows": "rows rejected: they could not be read",
     "duplicate_rows": "rows that repeat another",
     "held_out_rows_trained_on": "held-out rows trained on too",
     "asked_rows": "held-out rows asked",
@@ -36,7 +36,7 @@ SHOWN_ELSEWHERE = ("config", "data", "metrics", "timings")
 
 
 def write_report(run: RunRecord, history: list[dict[str, float]], folder: Path) -> Path:
-    """Write index.html and loss.png to a folder, in place of what was there, and return the page's path.
+    """Write index.html and loss.png to a folder, replacing earlier ones, and return the page's path.
 
     `run` is the content of run.json; `history` is the Trainer's log: dicts with `step` and `loss` or `eval_loss`.
     """
@@ -63,13 +63,13 @@ def write_report(run: RunRecord, history: list[dict[str, float]], folder: Path) 
 
 
 def metrics(run: RunRecord) -> list[dict[str, str]]:
-    """Return the rows of the table before and after."""
+    """Return the rows of the before/after table."""
     before, after = run["metrics"]["before"], run["metrics"]["after"]
     rows = [
         ("Loss", "eval_loss", "{:.4f}", "lower is better"),
         ("Perplexity", "perplexity", "{:.2f}", "lower is better"),
     ]
-    if run["examples"]:  # without questions there are no answers to be right or wrong
+    if run["examples"]:  # without questions there is no accuracy
         rows.insert(0, ("Exact answers", "accuracy", "{:.1%}", "higher is better"))
     return [
         {"name": name, "before": form.format(before[key]), "after": form.format(after[key]), "hint": hint}
@@ -78,7 +78,7 @@ def metrics(run: RunRecord) -> list[dict[str, str]]:
 
 
 def facts(run: RunRecord) -> dict[str, dict[str, str]]:
-    """Return the other facts of run.json as tables by title: its groups of values, then what stands alone."""
+    """Return the other facts of run.json as tables by title: its groups of values, then single values."""
     timings = dict(run["timings"])
     speed = timings.pop("tokens_per_second", None)
     groups = {
@@ -96,14 +96,14 @@ def facts(run: RunRecord) -> dict[str, dict[str, str]]:
 
 
 def settings(run: RunRecord) -> dict[str, dict[str, str]]:
-    """Return the settings by what they concern, named as in olive-config.yaml."""
+    """Return the settings by group, named as in olive-config.yaml."""
     return {
         title: {name: in_text(value) for name, value in group.items()} for title, group in run.get("config", {}).items()
     }
 
 
 def table(group: dict[str, Any]) -> dict[str, str]:
-    """Return the values of a group, and their names, for people."""
+    """Return the names and values of a group in readable form."""
     return {
         NAMES.get(name, name.replace("_", " ")): f"{value:.1%}" if name.endswith("_share") else in_text(value)
         for name, value in group.items()
@@ -111,12 +111,12 @@ def table(group: dict[str, Any]) -> dict[str, str]:
 
 
 def duration(seconds: float) -> str:
-    """Write a time for people: 31.4 s, or hours, minutes and seconds."""
+    """Return a time in readable form: 31.4 s, or hours, minutes and seconds."""
     return f"{seconds:.4g} s" if seconds < 100 else str(timedelta(seconds=round(seconds)))
 
 
 def in_text(value: Any) -> str:
-    """Write one value for people."""
+    """Return one value in readable form."""
     if value is None or value in ("", []):
         return "–"
     if isinstance(value, dict):
@@ -129,12 +129,12 @@ def in_text(value: Any) -> str:
 
 
 def curve(history: list[dict[str, float]], key: str) -> list[tuple[float, float]]:
-    """Return (step, value) of every entry of the Trainer's log that has the value."""
+    """Return (step, value) for every entry of the Trainer's log that has the key."""
     return [(entry["step"], float(entry[key])) for entry in history if key in entry]
 
 
 def in_words(name: str, points: list[tuple[float, float]]) -> str:
-    """Describe a curve for those who do not see it."""
+    """Describe a curve in text, for screen readers."""
     if not points:
         return f"{name} loss: not reported."
     (first, start), (last, end) = points[0], points[-1]
@@ -146,7 +146,7 @@ def loss_plot(
 ) -> bytes:
     """Draw the losses over the steps. Returns a PNG."""
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+    from matplotlib.figure import Figure  # without pyplot, which looks for a display
 
     background, ink, blue, orange = colours
     with rc_context(

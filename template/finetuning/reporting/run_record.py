@@ -1,4 +1,4 @@
-"""What a run leaves behind: the adapter in its place, and run.json, which inference reads."""
+"""The output of a run: the adapter, and run.json, which inference reads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from training.whole_files import new_folder, replace_folder, write_json
 
 
 class RunRecord(TypedDict, total=False):
-    """models/run.json: what went into a run, and what came out of it."""
+    """models/run.json: the inputs and the results of a run."""
 
     base_model: str  # a hub id, or a folder relative to the workspace
     revision: str | None  # the commit of the model's repository
@@ -35,7 +35,7 @@ class RunRecord(TypedDict, total=False):
     system_prompt: str
     dataset_sha256: str
     config_sha256: str
-    config: dict[str, dict[str, Any]]  # the settings that decide the result, by what they concern
+    config: dict[str, dict[str, Any]]  # the settings that affect the result, by group
     packages: dict[str, str]
     machine: dict[str, str | int | None]
     data: dict[str, Any]
@@ -51,8 +51,8 @@ PACKAGES = ("olive-ai", "torch", "transformers", "peft", "datasets", "accelerate
 
 
 def describe(settings: Settings, rows: dict[str, list[list[Message]]], commit: str | None, results: Path) -> RunRecord:
-    """Return the part of run.json that is known before the run. `commit` is the base model's; None: a folder."""
-    # a branch by its commit: checkpoints on one must not be resumed on the next
+    """Return the part of run.json that is known before the run. `commit` is the base model's; None for a folder."""
+    # the commit, not the branch: checkpoints of one commit must not be resumed with another
     config = olive_config(replace(settings, revision=commit))
     return {
         "base_model": settings.model_path,
@@ -70,7 +70,7 @@ def describe(settings: Settings, rows: dict[str, list[list[Message]]], commit: s
 
 
 def settings_in_use(settings: Settings, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the settings that decide the result, by what they concern: without Olive's places and switches."""
+    """Return the settings that affect the result, by group: without Olive's paths and switches."""
     olive_pass, tokens = the_pass(config), settings.data["train"].tokens
     adapter = {name: value for name, value in olive_pass.items() if not isinstance(value, dict) and "data" not in name}
     return {
@@ -83,7 +83,7 @@ def settings_in_use(settings: Settings, config: dict[str, Any]) -> dict[str, dic
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that decide the result; one that is not installed is left out."""
+    """Return the versions of the packages that affect the result; those that are not installed are left out."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -92,7 +92,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, str | int | None]:
-    """Return what the run is on: Python, system, and the GPUs that PyTorch sees."""
+    """Return Python, operating system, and the GPUs that PyTorch sees."""
     import torch
 
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
@@ -106,17 +106,17 @@ def machine() -> dict[str, str | int | None]:
 
 
 def keep_logs(settings: Settings, folder: Path) -> None:
-    """Let what report_to names write into a folder of the workspace, unless the user's environment says where.
+    """Make the report_to integrations write to a folder of the workspace, unless environment variables say where.
 
-    Left alone, the packages write into the current and the home folder. wandb would also send what the run prints,
-    questions and answers among it: it gets the figures and settings, as the others do.
+    By default they write to the current and the home folder. wandb would also upload the console output, which contains
+    questions and answers: here it gets figures and settings only, like the others.
     """
     if settings.report_to in ("none", ()):
         return
     folder.mkdir(parents=True, exist_ok=True)
     for variable, value in {
-        "TENSORBOARD_LOGGING_DIR": folder / "tensorboard" / f"{datetime.now():%Y-%m-%d-%H%M%S}",  # a curve for each run
-        # relative to the workspace, where the run is: a path above it may hold what an address cannot
+        "TENSORBOARD_LOGGING_DIR": folder / "tensorboard" / f"{datetime.now():%Y-%m-%d-%H%M%S}",  # one curve per run
+        # relative to the workspace: an absolute path may contain characters that a URL cannot
         "MLFLOW_TRACKING_URI": f"sqlite:///{(folder / 'mlflow.db').relative_to(ROOT).as_posix()}",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "TRACKIO_DIR": folder / "trackio",
@@ -129,10 +129,10 @@ def keep_logs(settings: Settings, folder: Path) -> None:
 
 
 def data_facts(settings: Settings, rows: dict[str, list[list[Message]]], folder: str) -> dict[str, Any]:
-    """Count what went into the run, in rows and in tokens of the model's tokenizer in `folder`.
+    """Count the data of the run, in rows and in tokens of the model's tokenizer in `folder`.
 
-    The rows are tokenised once more, so that the training starts without waiting for this. tokens_per_row is before a
-    row is cut at max_seq_len; answer_share is the share of `tokens`, those trained on, that the loss counts.
+    The rows are tokenised again here, so the training starts without waiting for this. tokens_per_row is before the cut
+    at max_seq_len; answer_share is the share of `tokens` (those trained on) that count for the loss.
     """
     from reporting.evaluate import end_of_turn
 
@@ -167,10 +167,10 @@ def data_facts(settings: Settings, rows: dict[str, list[list[Message]]], folder:
 
 
 def publish(run_json: RunRecord, adapter: Path, folder: str, results: Path) -> None:
-    """Put the adapter and run.json in their places. What was there before goes when the new ones are complete."""
+    """Publish the adapter and run.json. The previous ones are removed when the new ones are complete."""
     config_file = adapter / "adapter_config.json"
     adapter_config = json.loads(config_file.read_text(encoding="utf-8"))
-    # the base model's own name in place of the folder it was loaded from; PEFT's card names that folder too
+    # the base model's name instead of the folder it was loaded from; PEFT's card also names that folder
     adapter_config |= {"base_model_name_or_path": run_json["base_model"], "revision": run_json["revision"]}
     write_json(config_file, adapter_config)
     (adapter / "README.md").unlink(missing_ok=True)
@@ -184,5 +184,5 @@ def publish(run_json: RunRecord, adapter: Path, folder: str, results: Path) -> N
 
 
 def sha256(value: Any) -> str:
-    """Hash a value by its canonical JSON."""
+    """Return the hash of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""What may stand in olive-config.yaml, and why the rest may not: validation.py compares a user's file with it.
+"""Which settings olive-config.yaml allows, and why it refuses others: validation.py compares the user's file with it.
 
-Settings that Olive or transformers would take, and this run would ignore, overrule or be spoilt by, are refused. All
-other arguments of transformers.TrainingArguments reach the Trainer.
+Settings that Olive or transformers accept, but that this run would ignore or override or that would break it, are
+refused. All other arguments of transformers.TrainingArguments reach the Trainer.
 """
 
 from __future__ import annotations
@@ -15,44 +15,44 @@ TRAINING_ARGS: Reasons = {
     "use warmup_steps, which takes a share below 1 too": ("warmup_ratio",),
     "set the environment variable TENSORBOARD_LOGGING_DIR": ("logging_dir",),
     "write its keys among the training_args": ("extra_args",),
-    "the run keeps whole checkpoints in models/checkpoints and goes on from them": (
+    "the run keeps complete checkpoints in models/checkpoints and resumes from them": (
         *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "restore_callback_states_from_checkpoint"),
         *("save_only_model", "enable_jit_checkpoint", "ignore_data_skip"),
     ),
     "torch_dtype decides the precision": ("fp16", "bf16", "fp16_full_eval", "bf16_full_eval"),
-    "set allow_tf32 beside torch_dtype": ("tf32",),
-    "device under systems says where the run is": ("use_cpu",),
+    "set allow_tf32 next to torch_dtype": ("tf32",),
+    "device under systems selects the device": ("use_cpu",),
     "accelerate launch and torchrun set it": ("local_rank",),
     "an adapter has no unused weights": ("ddp_find_unused_parameters",),
     "use gradient_checkpointing": ("activation_checkpointing",),
     "use gradient_checkpointing_kwargs": ("activation_checkpointing_kwargs",),
-    "with a cache, packed rows would see each other": ("use_cache",),
+    "with a cache, packed rows would attend to each other": ("use_cache",),
     "the loss counts every answer token of a step the same": (
         *("label_smoothing_factor", "average_tokens_across_devices", "label_names"),
     ),
     "every row is trained on": ("dataloader_drop_last",),
     "the rows have no columns but tokens and labels": ("remove_unused_columns", "length_column_name"),
-    "what fits the memory is said when it is full": ("auto_find_batch_size",),
-    "the held-out loss is all that is measured during the training": (
+    "an out-of-memory error says which size fits": ("auto_find_batch_size",),
+    "only the held-out loss is measured during the training": (
         *("metric_for_best_model", "greater_is_better", "prediction_loss_only", "include_for_metrics"),
         *("batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
     ),
     "eval_strategy says when the held-out loss is measured": ("do_train", "do_eval", "do_predict"),
     "the run counts tokens and shows its own progress": ("include_num_input_tokens_seen", "disable_tqdm"),
-    "memory is pinned where there is a GPU": ("dataloader_pin_memory",),
+    "memory is pinned if there is a GPU": ("dataloader_pin_memory",),
     "the run uploads nothing; `hf upload` takes the folder models/adapter": (
         *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
         "hub_revision",
     ),
 }
 ANY_METHOD: Reasons = {
-    "write its keys beside type": ("config",),
-    "the adapter alone is trained": ("modules_to_save",),
+    "write its keys next to type": ("config",),
+    "only the adapter is trained": ("modules_to_save",),
     "the model is put on the GPUs that PyTorch sees: CUDA_VISIBLE_DEVICES chooses them": ("device_map",),
     "the weights that it would move are on the GPU": ("ephemeral_gpu_offload",),
-    "it is read by `olive run` only, where the whole file may name it": ("host", "evaluator"),
+    "only `olive run` reads it, at the top level of the file": ("host", "evaluator"),
 }
-# what Olive's pass of a method takes and leaves unused
+# what Olive's pass of a method accepts but does not use
 METHOD: dict[str, Reasons] = {
     "lora": {},
     "qlora": {
@@ -71,7 +71,7 @@ LOAD_KWARGS: Reasons = {"code that comes with a model is never run": ("trust_rem
 
 
 def reasons(method: str) -> dict[str, dict[str, str]]:
-    """Return, for each section of olive-config.yaml, the refused settings and why; `method` is in small letters."""
+    """Return, for each section of olive-config.yaml, the refused settings and why; `method` is in lower case."""
     sections = {
         "training_args": TRAINING_ARGS,
         "passes.*": ANY_METHOD | METHOD[method],
@@ -83,7 +83,7 @@ def reasons(method: str) -> dict[str, dict[str, str]]:
 
 
 def fixed_values(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], dict[str, Any]]]:
-    """Return (section, its settings, the values it must have): what Olive needs in the file, and nobody may choose."""
+    """Return (section, its settings, the values it must have): what Olive needs and no user can choose."""
     model = config["input_model"]
     (olive_pass,) = config["passes"].values()
     sections = [

@@ -1,4 +1,4 @@
-"""The settings of Olive's pass for each method, with two more of ours. Imports Olive, which takes seconds."""
+"""The settings of Olive's pass for each method, and two of our own. Imports Olive, which takes seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXTRA_SETTINGS = {
 
 
 class ExtraSettings(lora.LoRA):
-    """What the five methods share."""
+    """Settings that the five methods share."""
 
     @classmethod
     def _default_config(cls, accelerator_spec: Any) -> dict[str, Any]:
@@ -24,6 +24,6 @@ class ExtraSettings(lora.LoRA):
 
 
 def pass_class(method: str, extension: type = ExtraSettings) -> Any:
-    """Return Olive's pass class for a method, with `extension` in front of it."""
+    """Return Olive's pass class for a method, with `extension` as its first base class."""
     name = METHODS[method]
     return type(name, (extension, getattr(lora, name)), {})

@@ -1,4 +1,4 @@
-"""The check of every setting and value against what Olive, transformers and this workspace take."""
+"""Check every setting and value against what Olive, transformers and this workspace accept."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ REMOVE = "remove it, or see the file's comments."
 
 
 def validate(settings: Settings, path: Path = CONFIG) -> None:
-    """Refuse settings that are unknown, without effect or of the wrong type. Raises ConfigError.
+    """Raise ConfigError for settings that are unknown, without effect or of the wrong type.
 
-    Olive only warns about a key that it does not know, and ignores it: a misspelt setting would train with its default.
+    Olive only warns about an unknown key and ignores it: a misspelt setting would train with its default.
     """
     check_report_to(settings, path)
     refused, types = reasons(settings.method), setting_types(settings.method)
@@ -39,7 +39,7 @@ def validate(settings: Settings, path: Path = CONFIG) -> None:
 
 
 def complaint_about(key: str, value: Any, types: dict[str, Any], refused: dict[str, str]) -> str | None:
-    """Return what is wrong with a setting of a section and what to do, behind its name; None when nothing is."""
+    """Return what is wrong with a setting and what to do, to follow its name; None if nothing is wrong."""
     if key in refused:
         return f"cannot be set: {refused[key]}."
     if key not in types:
@@ -50,12 +50,12 @@ def complaint_about(key: str, value: Any, types: dict[str, Any], refused: dict[s
 
 
 def check_report_to(settings: Settings, path: Path) -> None:
-    """Refuse what no run can report to: an unknown name, a package that is not installed. Raises ConfigError."""
+    """Raise ConfigError for an unknown name in report_to, or for a package that is not installed."""
     chosen = settings.report_to
     shown = list(chosen) if isinstance(chosen, tuple) else chosen
     where = f"{path.name}, line {line_of(path, 'report_to')}: training_args.report_to"
     for name in chosen if isinstance(chosen, tuple) else [chosen]:
-        if name == "all":  # would send the figures wherever a package happens to be installed
+        if name == "all":  # would send the figures to every installed service
             raise ConfigError(f"{where} is all: name what you want, some of {', '.join(TRACKERS)}.")
         if name not in (*TRACKERS, "none") or (name == "none" and chosen != "none"):
             raise ConfigError(f"{where} is {shown!r}: choose none, or one or some of {', '.join(TRACKERS)}.")
@@ -65,7 +65,7 @@ def check_report_to(settings: Settings, path: Path) -> None:
 
 
 def validate_values(settings: Settings, path: Path) -> None:
-    """Let Olive and transformers judge the values. Raises ConfigError with the first complaint."""
+    """Validate the values with Olive and transformers. Raises ConfigError with the first error."""
     import tempfile
 
     from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
@@ -88,7 +88,7 @@ def validate_values(settings: Settings, path: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             chosen.config["training_args"] |= {"output_dir": folder, "use_cpu": True}
             create_pass_from_dict(pass_class(settings.method), chosen.config, True, DEFAULT_CPU_ACCELERATOR)
-            # what does not fit the class, Olive takes as a plain dict: build it once more to hear why
+            # Olive takes what does not fit the class as a plain dict: build it again to get the error
             HFTrainingArguments.model_validate(chosen.config["training_args"]).create_training_args()
     except ValidationError as error:
         problem = error.errors()[0]

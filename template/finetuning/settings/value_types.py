@@ -1,4 +1,4 @@
-"""The types of values that a setting may have: as YAML writes them, in words, and whether a value is of one."""
+"""The types of setting values: as YAML writes them, in words, and whether a value has a type."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ LIMITS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "excl
 
 
 def as_yaml(annotation: Any) -> Any:
-    """Return a library's type as a file can write it: an enum by its values, a path as text, a model as a dict.
+    """Return a library's type as YAML can write it: an enum by its values, a path as text, a model as a dict.
 
-    A union of an enum and text is the enum: the libraries take the text for one of its values. What no file can write,
-    such as an object of a class, is left out of a union.
+    A union of an enum and text is the enum: the libraries take the text for one of its values. Types that YAML cannot
+    write, like arbitrary classes, are left out of a union.
     """
     if annotation in (None, NoneType, Any, str, int, float, bool) or get_origin(annotation) is Literal:
         return annotation
@@ -38,7 +38,7 @@ def as_yaml(annotation: Any) -> Any:
 
 
 def within(kind: Any, limits: tuple[Any, ...]) -> Any:
-    """Return a type whose numbers keep the limits, such as annotated_types.Ge(1)."""
+    """Return a type whose numbers are within the limits, for example annotated_types.Ge(1)."""
     if limits and kind in (int, float):
         return Annotated[kind, *limits]
     if limits and get_origin(kind) in (Union, UnionType):
@@ -55,7 +55,7 @@ def adapter(kind: Any) -> Any:
 
 
 def complaint(kind: Any, value: Any) -> str | None:
-    """Return what to do about a value that is not of the type; None when it is."""
+    """Return what to do about a value that does not have the type; None if it has."""
     from pydantic import ValidationError
 
     try:
@@ -71,13 +71,13 @@ def complaint(kind: Any, value: Any) -> str | None:
 
 
 def in_words(schema: dict[str, Any]) -> str:
-    """Return what a JSON schema of a value takes, as in «a, b or c»."""
+    """Return what a JSON schema accepts, as in «a, b or c»."""
     *others, last = dict.fromkeys(options(schema))
     return f"{', '.join(others)} or {last}" if others else last
 
 
 def options(schema: dict[str, Any]) -> list[str]:
-    """Return each of the things that a JSON schema takes, in words."""
+    """Return each alternative of a JSON schema in words."""
     if "anyOf" in schema:
         return [words for option in schema["anyOf"] for words in options(option)]
     if "const" in schema or "enum" in schema:
@@ -89,5 +89,5 @@ def options(schema: dict[str, Any]) -> list[str]:
 
 
 def written(value: Any) -> str:
-    """Return a value as a file has it."""
+    """Return a value as YAML writes it."""
     return value if isinstance(value, str) and value else json.dumps(value)

@@ -1,4 +1,4 @@
-"""Checkpoints that an interrupted run can go on from: marked when they are complete, checked before they are used."""
+"""Checkpoints to resume an interrupted run from: marked when they are complete, checked before they are used."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import transformers
 from training.processes import RANK, share
 from training.whole_files import write_json
 
-SIZES = "sizes.json"  # in a checkpoint that is complete: its files and their sizes in bytes
+SIZES = "sizes.json"  # written to a complete checkpoint: its files and their sizes in bytes
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """Return the newest checkpoint that is whole, and say so. The others, cut off while they were written, go."""
+    """Return the newest complete checkpoint and print its name. Incomplete ones are deleted."""
     newest = None
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
         if newest is None and is_whole(checkpoint):
@@ -26,12 +26,12 @@ def newest_checkpoint(folder: Path) -> str | None:
         elif not is_whole(checkpoint) and RANK == 0:
             shutil.rmtree(checkpoint)
     if newest:
-        print(f"Going on from {newest.name} of an interrupted run (--fresh starts over)")
+        print(f"Resuming from {newest.name} of an interrupted run (--fresh starts over)")
     return str(newest) if newest else None
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Tell whether every file has the size that was noted when the checkpoint was complete."""
+    """Return whether every file has the size that was recorded when the checkpoint was complete."""
     try:
         sizes = json.loads((checkpoint / SIZES).read_text(encoding="utf-8"))
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
@@ -40,9 +40,9 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 class Checkpoints(transformers.TrainerCallback):
-    """Checkpoints that can be gone on from: marked when they are complete, and one more when the run is stopped.
+    """Mark checkpoints when they are complete, and save one more when the run is stopped.
 
-    Entered as a context, it lets the first Ctrl-C or SIGTERM save and stop after the step; a second stops at once.
+    As a context manager, it makes the first Ctrl-C or SIGTERM save and stop after the step; a second stops at once.
     """
 
     stopped_by: int = 0  # the signal's number
@@ -60,8 +60,8 @@ class Checkpoints(transformers.TrainerCallback):
         signal.signal(number, self.handlers[signal.Signals(number)])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop when a signal came, to any of the processes."""
-        if args.world_size > 1:  # a signal reaches them at different moments, and all must stop after the same step
+        """Save and stop if any of the processes received a signal."""
+        if args.world_size > 1:  # a signal reaches them at different times, but all must stop after the same step
             signals = torch.tensor(self.stopped_by, device=args.device)
             torch.distributed.all_reduce(signals, torch.distributed.ReduceOp.MAX)
             self.stopped_by = int(signals)
@@ -69,9 +69,9 @@ class Checkpoints(transformers.TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the sizes of a checkpoint's files, now that all are written.
+        """Record the sizes of a checkpoint's files, once all are written.
 
-        The last checkpoint gets no note: gone on from, it would be trained for one step too many.
+        Not for the last checkpoint: resuming from it would train one step too many.
         """
         share()  # each process writes its own random state
         if not state.is_world_process_zero:

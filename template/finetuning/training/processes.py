@@ -6,13 +6,13 @@ import os
 from datetime import timedelta
 from typing import Any
 
-# set by accelerate launch and torchrun; the first process does all but training
+# set by accelerate launch and torchrun; the first process does everything except training
 RANK = int(os.environ.get("RANK", "0"))
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def share(value: Any = None) -> Any:
-    """Return what the first of several processes gives, to all of them, once each has come here."""
+    """Return the first process's value in all processes, once each has reached this point."""
     if PROCESSES == 1:  # no accelerate launch, no torchrun
         return value
     import torch
@@ -21,7 +21,7 @@ def share(value: Any = None) -> Any:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
-        # the others wait while the first process evaluates, which may take hours
+        # the others wait while the first process evaluates, which can take hours
         torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))

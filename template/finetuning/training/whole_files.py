@@ -1,4 +1,4 @@
-"""Files and folders that are never seen half written, and never gone before the new one is there."""
+"""Write files and folders atomically: never half written, and the old one stays until the new one is there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def new_folder(folder: Path) -> Path:
-    """Return an empty folder with a temporary name beside `folder`."""
+    """Return an empty folder with a temporary name next to `folder`."""
     unfinished = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -24,9 +24,9 @@ def new_folder(folder: Path) -> Path:
 
 
 def replace_folder(unfinished: Path, folder: Path) -> None:
-    """Rename a folder into the place of another, which goes when the new one is there."""
+    """Replace a folder with another one; the old one is removed after the new one is in place."""
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # an earlier run was killed between the two renames
+    shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed between the two renames
     if folder.exists():
         folder.rename(old)
     unfinished.rename(folder)

@@ -1,51 +1,51 @@
-// What fine-tuning needs in Azure: a file share that holds the workspace, an environment with the GPU, and the job.
+// What fine-tuning needs in Azure: a file share with the workspace, an environment with the GPU, and the job.
 //
 // `python infra/azure.py provision finetuning` deploys it with the values of finetuning.parameters.json, which is where
-// to change them. A resource whose name is given there must exist, and is used as it is. Where the name is empty, the
-// resource is made; its name stays the same from one deployment to the next, so that deploying again changes it.
-// inference.bicep makes or uses the same share and logs, word for word, and an environment of its own: so each can
-// have another GPU, and deploying the one never disturbs the other.
+// to change them. A resource whose name is given there must exist, and is used as it is. If the name is empty, the
+// resource is created; its name is the same in every deployment, so deploying again updates it.
+// inference.bicep creates or uses the same share and logs, with identical code, and its own environment: so each can
+// have another GPU, and deploying one never affects the other.
 
-// ---- What is asked for
+// ---- Parameters
 
-@description('The name of the workspace. Names and tags of what is made are derived from it.')
+@description('The name of the workspace. Names and tags of the created resources are derived from it.')
 param projectName string
 
-@description('The Azure region. It must offer the GPU, and is that of every named existing resource.')
+@description('The Azure region. It must offer the GPU, and all named existing resources must be in it.')
 param location string
 
-@description('What the job runs in the workspace, one after the other; it ends with the first command that fails.')
+@description('What the job runs in the workspace, in order; it stops at the first command that fails.')
 @minLength(1)
 param defaultCommands array
 
-@description('The most seconds that a run may take; then it is stopped. A run that was stopped goes on where it was.')
+@description('The maximum seconds of a run; then it is stopped. A stopped run resumes from its last checkpoint.')
 @minValue(60)
 @maxValue(2592000)
 param timeout int
 
-@description('The hardware to rent, one of `sizes` below. Consumption has no GPU: it does for the demo model.')
+@description('The hardware to rent, one of `sizes` below. Consumption has no GPU: enough for the demo model.')
 param workloadProfileType string
 
-@description('The name of that profile in the environment. It matters only for an environment that exists already.')
+@description('The name of that profile in the environment. Only needed for an existing environment.')
 param workloadProfileName string = workloadProfileType == 'Consumption' ? 'Consumption' : 'gpu'
 
-@description('The most instances of a dedicated profile (NC…-A100): each is billed while anything runs on it.')
+@description('The maximum instances of a dedicated profile (NC…-A100): each is billed while anything runs on it.')
 @minValue(1)
 param maximumInstanceCount int
 
-// Existing resources of this resource group, which are used as they are.
-@description('An existing storage account, for the file share. Empty: one is made.')
+// Existing resources in this resource group, which are used as they are.
+@description('An existing storage account, for the file share. Empty: one is created.')
 param storageAccountName string
-@description('An existing file share in that account. Empty: one is made.')
+@description('An existing file share in that account. Empty: one is created.')
 param fileShareName string
-@description('An existing Container Apps environment. Empty: one is made.')
+@description('An existing Container Apps environment. Empty: one is created.')
 param acaEnvironmentName string
-@description('An existing storage of that environment, by which its containers write to the share. Empty: one is made.')
+@description('An existing storage of that environment, for writing to the share. Empty: one is created.')
 param acaEnvironmentStorageName string
-@description('An existing Log Analytics workspace, for the logs. Empty: one is made.')
+@description('An existing Log Analytics workspace, for the logs. Empty: one is created.')
 param acaLogAnalyticsName string
 
-@description('The name of the job, which is made or brought up to date. Empty: one is derived from projectName.')
+@description('The name of the job, which is created or updated. Empty: one is derived from projectName.')
 param acaJobName string
 
 @description('An existing key vault of this resource group, with Azure RBAC and the secret hf-token. Empty: none.')
@@ -61,23 +61,23 @@ param hfToken string = ''
 @description('The container image, pinned by its digest. It must have bash, Python 3.11 to 3.13, and uv.')
 param image string = 'ghcr.io/astral-sh/uv@sha256:e5b65587bce7de595f299855d7385fe7fca39b8a74baa261ba1b7147afa78e58'
 
-// At 80 %, and when 100 % is forecast, the owners of the resource group get a mail. Nothing is stopped.
-@description('What you mean to spend on this resource group in a month, in your currency. 0: no budget.')
+// At 80 %, and when 100 % is forecast, the owners of the resource group get an email. Nothing is stopped.
+@description('What you plan to spend on this resource group per month, in your currency. 0: no budget.')
 @minValue(0)
 param budgetAmount int
 
-@description('Who gets the mails about the budget, beside the owners.')
+@description('Who gets the budget emails, in addition to the owners.')
 param budgetContactEmails array
 
 @description('The first month of the budget: Azure takes only the current one, and refuses to change it later.')
 param budgetStart string = utcNow('yyyy-MM-01')
 
-@description('Tags of everything that is made, beside `workspace`, by which infra/azure.py knows it again.')
+@description('Tags of all created resources, in addition to `workspace`, by which infra/azure.py finds them.')
 param tags object
 
-// ---- What follows from it
+// ---- Derived values
 
-// As large as the profile allows. A container of a serverless profile has one GPU, that of a dedicated one has all.
+// As large as the profile allows. A container on a serverless profile has one GPU, on a dedicated one all GPUs.
 var sizes = {
   Consumption: { cpu: 4, memory: '8Gi' }
   'Consumption-GPU-NC8as-T4': { cpu: 8, memory: '56Gi' }
@@ -89,7 +89,7 @@ var sizes = {
 var size = sizes[workloadProfileType]
 
 var allTags = union(tags, { workspace: projectName })
-// Without hyphens, as a name may not hold two in a row.
+// Without hyphens, since a name cannot have two in a row.
 var uniqueName = '${take(replace(projectName, '-', ''), 12)}-${take(uniqueString(resourceGroup().id, projectName), 6)}'
 var storageName = empty(storageAccountName) ? 'st${uniqueString(resourceGroup().id, projectName)}' : storageAccountName
 var shareName = empty(fileShareName) ? uniqueName : fileShareName
@@ -98,7 +98,7 @@ var environmentStorageName = empty(acaEnvironmentStorageName) ? 'share-${uniqueN
 var logsName = empty(acaLogAnalyticsName) ? 'log-${uniqueName}' : acaLogAnalyticsName
 var jobName = empty(acaJobName) ? 'job-${uniqueName}' : acaJobName
 
-// Python environments have links; nobody else writes to a file that is locked.
+// Python environments contain links; without byte-range locks, since nothing else writes to locked files.
 var mountOptions = 'mfsymlinks,nobrl'
 var mountVariables = [
   { name: 'WORKSPACE_MOUNT', value: '/mount' }
@@ -112,23 +112,23 @@ var tokenSecret = empty(keyVaultName)
   : { name: 'hf-token', keyVaultUrl: '${vaultSecrets}/hf-token', identity: identity.id }
 var hasToken = !empty(hfToken) || !empty(keyVaultName)
 
-// ---- The share that holds the workspace, the models and the Python environments
+// ---- The share with the workspace, the models and the Python environments
 
 resource newStorage 'Microsoft.Storage/storageAccounts@2025-06-01' = if (empty(storageAccountName)) {
   name: storageName
   location: location
   tags: allTags
-  sku: { name: 'Standard_LRS' } // what is stored is billed, and nothing else
+  sku: { name: 'Standard_LRS' } // only stored data is billed
   kind: 'StorageV2'
   properties: {
     minimumTlsVersion: 'TLS1_2'
     supportsHttpsTrafficOnly: true
     allowBlobPublicAccess: false
     allowCrossTenantReplication: false
-    // Container Apps mount a share over SMB with the account's key, and with nothing else.
+    // Container Apps mount a share over SMB only with the account's key.
     allowSharedKeyAccess: true
-    // Your machine sends the workspace here, and an environment without a network of its own has no fixed address:
-    // there is no range of addresses to restrict this to.
+    // Your machine sends the workspace here, and an environment without its own network has no fixed address:
+    // there is no address range to restrict access to.
     publicNetworkAccess: 'Enabled'
   }
 }
@@ -155,8 +155,8 @@ resource newShare 'Microsoft.Storage/storageAccounts/fileServices/shares@2025-06
   parent: fileService
   name: shareName
   properties: {
-    accessTier: 'TransactionOptimized' // a Python environment is many small files
-    shareQuota: 1024 // GiB at the most
+    accessTier: 'TransactionOptimized' // a Python environment has many small files
+    shareQuota: 1024 // GiB, the maximum
   }
   dependsOn: [newFileService]
 }
@@ -169,7 +169,7 @@ resource newLogs 'Microsoft.OperationalInsights/workspaces@2025-07-01' = if (emp
   tags: allTags
   properties: {
     sku: { name: 'PerGB2018' }
-    retentionInDays: 30 // which the price of the logs includes
+    retentionInDays: 30 // included in the price of the logs
     workspaceCapping: { dailyQuotaGb: 1 }
   }
 }
@@ -177,7 +177,7 @@ resource newLogs 'Microsoft.OperationalInsights/workspaces@2025-07-01' = if (emp
 resource log 'Microsoft.OperationalInsights/workspaces@2025-07-01' existing = { name: logsName }
 
 var consumptionProfile = { name: 'Consumption', workloadProfileType: 'Consumption' }
-// Azure refuses counts for a serverless profile; a dedicated one has no instance while nothing runs.
+// Azure refuses counts for a serverless profile; a dedicated one has no instance while it is idle.
 var isServerless = startsWith(workloadProfileType, 'Consumption')
 var counts = isServerless ? {} : { minimumCount: 0, maximumCount: maximumInstanceCount }
 var gpuProfile = union({ name: workloadProfileName, workloadProfileType: workloadProfileType }, counts)
@@ -212,7 +212,7 @@ resource newEnvironmentStorage 'Microsoft.App/managedEnvironments/storages@2025-
   dependsOn: [newEnvironment, newShare]
 }
 
-// ---- Who the containers are to Azure, and what they may read: the secrets of the key vault, if there is one
+// ---- The identity of the containers, and its access: the secrets of the key vault, if there is one
 
 resource identity 'Microsoft.ManagedIdentity/userAssignedIdentities@2024-11-30' = {
   name: 'id-${uniqueName}'
@@ -247,9 +247,9 @@ resource job 'Microsoft.App/jobs@2025-07-01' = {
       triggerType: 'Manual'
       manualTriggerConfig: { parallelism: 1, replicaCompletionCount: 1 }
       replicaTimeout: timeout
-      replicaRetryLimit: 0 // what fails once would mostly fail again, and be billed again
+      replicaRetryLimit: 0 // a failed run would mostly fail again, and be billed again
       secrets: hasToken ? [tokenSecret] : []
-      // Azure reads the key vault with it; what runs in a container cannot use it.
+      // Azure reads the key vault with it; the containers cannot use it.
       identitySettings: [{ identity: identity.id, lifecycle: 'None' }]
     }
     template: {
@@ -295,7 +295,7 @@ resource budget 'Microsoft.Consumption/budgets@2024-08-01' = if (budgetAmount > 
   }
 }
 
-// ---- What infra/finetuning.config.json gets
+// ---- Outputs for infra/finetuning.config.json
 
 output SUBSCRIPTION_ID string = subscription().subscriptionId
 output RESOURCE_GROUP_NAME string = resourceGroup().name

@@ -1,49 +1,49 @@
-// What chatting needs in Azure: the file share that holds the tuned model, an environment with the GPU, and the app.
+// What chatting needs in Azure: the file share with the tuned model, an environment with the GPU, and the app.
 //
 // `python infra/azure.py provision inference` deploys it with the values of inference.parameters.json, which is where
-// to change them. A resource whose name is given there must exist, and is used as it is. Where the name is empty, the
-// resource is made; its name stays the same from one deployment to the next, so that deploying again changes it.
-// finetuning.bicep makes or uses the same share and logs, word for word, and an environment of its own: so each can
-// have another GPU, and deploying the one never disturbs the other.
+// to change them. A resource whose name is given there must exist, and is used as it is. If the name is empty, the
+// resource is created; its name is the same in every deployment, so deploying again updates it.
+// finetuning.bicep creates or uses the same share and logs, with identical code, and its own environment: so each can
+// have another GPU, and deploying one never affects the other.
 
-// ---- What is asked for
+// ---- Parameters
 
-@description('The name of the workspace. Names and tags of what is made are derived from it.')
+@description('The name of the workspace. Names and tags of the created resources are derived from it.')
 param projectName string
 
-@description('The Azure region. It must offer the GPU, and is that of every named existing resource.')
+@description('The Azure region. It must offer the GPU, and all named existing resources must be in it.')
 param location string
 
-@description('What the app runs in the workspace, one after the other; it ends with the first command that fails.')
+@description('What the app runs in the workspace, in order; it stops at the first command that fails.')
 @minLength(1)
 param defaultCommands array
 
-@description('The hardware to rent, one of `sizes` below. Consumption has no GPU: it does for the demo model.')
+@description('The hardware to rent, one of `sizes` below. Consumption has no GPU: enough for the demo model.')
 param workloadProfileType string
 
-@description('The name of that profile in the environment. It matters only for an environment that exists already.')
+@description('The name of that profile in the environment. Only needed for an existing environment.')
 param workloadProfileName string = workloadProfileType == 'Consumption' ? 'Consumption' : 'gpu'
 
-@description('The most instances of a dedicated profile (NC…-A100): each is billed while anything runs on it.')
+@description('The maximum instances of a dedicated profile (NC…-A100): each is billed while anything runs on it.')
 @minValue(1)
 param maximumInstanceCount int
 
-// Existing resources of this resource group, which are used as they are.
-@description('An existing storage account, for the file share. Empty: one is made.')
+// Existing resources in this resource group, which are used as they are.
+@description('An existing storage account, for the file share. Empty: one is created.')
 param storageAccountName string
-@description('An existing file share in that account. Empty: one is made.')
+@description('An existing file share in that account. Empty: one is created.')
 param fileShareName string
-@description('An existing Container Apps environment. Empty: one is made.')
+@description('An existing Container Apps environment. Empty: one is created.')
 param acaEnvironmentName string
-@description('An existing storage of that environment, by which its containers write to the share. Empty: one is made.')
+@description('An existing storage of that environment, for writing to the share. Empty: one is created.')
 param acaEnvironmentStorageName string
-@description('An existing Log Analytics workspace, for the logs. Empty: one is made.')
+@description('An existing Log Analytics workspace, for the logs. Empty: one is created.')
 param acaLogAnalyticsName string
 
-@description('The name of the app, which is made or brought up to date. Empty: one is derived from projectName.')
+@description('The name of the app, which is created or updated. Empty: one is derived from projectName.')
 param acaAppName string
 
-// Who opens the page then has to log in with your organisation first; programs use the API with the key.
+// Users of the page must then log in with your organisation first; programs use the API with the key.
 @description('The client id of an app registration in Entra ID. Empty: no login, the key alone.')
 param entraClientId string
 
@@ -53,10 +53,10 @@ param ipSecurityRestrictions array
 
 // `az containerapp secret show --secret-name chat-api-key` shows it.
 @secure()
-@description('The key to the app: password of the page, bearer token of the API. Not given: drawn by Azure.')
+@description('The app's key: password of the page, bearer token of the API. If not given, Azure generates one.')
 param chatApiKey string = newGuid()
 
-// It must have the secrets hf-token and chat-api-key, and be one with Azure RBAC.
+// It must use Azure RBAC and have the secrets hf-token and chat-api-key.
 @description('An existing key vault of this resource group, for the secrets. Empty: none.')
 param keyVaultName string
 
@@ -70,12 +70,12 @@ param hfToken string = ''
 @description('The container image, pinned by its digest. It must have bash, Python 3.11 to 3.13, and uv.')
 param image string = 'ghcr.io/astral-sh/uv@sha256:e5b65587bce7de595f299855d7385fe7fca39b8a74baa261ba1b7147afa78e58'
 
-@description('Tags of everything that is made, beside `workspace`, by which infra/azure.py knows it again.')
+@description('Tags of all created resources, in addition to `workspace`, by which infra/azure.py finds them.')
 param tags object
 
-// ---- What follows from it
+// ---- Derived values
 
-// As large as the profile allows. A container of a serverless profile has one GPU, that of a dedicated one has all.
+// As large as the profile allows. A container on a serverless profile has one GPU, on a dedicated one all GPUs.
 var sizes = {
   Consumption: { cpu: 4, memory: '8Gi' }
   'Consumption-GPU-NC8as-T4': { cpu: 8, memory: '56Gi' }
@@ -87,7 +87,7 @@ var sizes = {
 var size = sizes[workloadProfileType]
 
 var allTags = union(tags, { workspace: projectName })
-// Without hyphens, as a name may not hold two in a row.
+// Without hyphens, since a name cannot have two in a row.
 var uniqueName = '${take(replace(projectName, '-', ''), 12)}-${take(uniqueString(resourceGroup().id, projectName), 6)}'
 var storageName = empty(storageAccountName) ? 'st${uniqueString(resourceGroup().id, projectName)}' : storageAccountName
 var shareName = empty(fileShareName) ? uniqueName : fileShareName
@@ -96,7 +96,7 @@ var environmentStorageName = empty(acaEnvironmentStorageName) ? 'share-${uniqueN
 var logsName = empty(acaLogAnalyticsName) ? 'log-${uniqueName}' : acaLogAnalyticsName
 var appName = empty(acaAppName) ? 'app-${uniqueName}' : acaAppName
 
-// Python environments have links; nobody else writes to a file that is locked.
+// Python environments contain links; without byte-range locks, since nothing else writes to locked files.
 var mountOptions = 'mfsymlinks,nobrl'
 var mountVariables = [
   { name: 'WORKSPACE_MOUNT', value: '/mount' }
@@ -116,29 +116,29 @@ var keySecret = empty(keyVaultName)
   ? { name: 'chat-api-key', value: chatApiKey }
   : { name: 'chat-api-key', keyVaultUrl: '${vaultSecrets}/chat-api-key', identity: identity.id }
 
-// A new share is empty, and Azure takes no app that never answers. Then this start answers /health and nothing else;
-// `deploy` sends the workspace, and starts the app anew.
+// A new share is empty, and Azure refuses an app that never responds. In that case this start serves only /health;
+// `deploy` sends the workspace, and restarts the app.
 var answerHealth = 'mkdir -p /tmp/new/health && exec python3 -m http.server 7860 --directory /tmp/new'
 var prepare = 'source infra/environment.sh && python setup/get_model.py'
 var isNew = '[ ! -e infra/environment.sh ]'
 
-// ---- The share that holds the workspace, the models and the Python environments
+// ---- The share with the workspace, the models and the Python environments
 
 resource newStorage 'Microsoft.Storage/storageAccounts@2025-06-01' = if (empty(storageAccountName)) {
   name: storageName
   location: location
   tags: allTags
-  sku: { name: 'Standard_LRS' } // what is stored is billed, and nothing else
+  sku: { name: 'Standard_LRS' } // only stored data is billed
   kind: 'StorageV2'
   properties: {
     minimumTlsVersion: 'TLS1_2'
     supportsHttpsTrafficOnly: true
     allowBlobPublicAccess: false
     allowCrossTenantReplication: false
-    // Container Apps mount a share over SMB with the account's key, and with nothing else.
+    // Container Apps mount a share over SMB only with the account's key.
     allowSharedKeyAccess: true
-    // Your machine sends the workspace here, and an environment without a network of its own has no fixed address:
-    // there is no range of addresses to restrict this to.
+    // Your machine sends the workspace here, and an environment without its own network has no fixed address:
+    // there is no address range to restrict access to.
     publicNetworkAccess: 'Enabled'
   }
 }
@@ -165,8 +165,8 @@ resource newShare 'Microsoft.Storage/storageAccounts/fileServices/shares@2025-06
   parent: fileService
   name: shareName
   properties: {
-    accessTier: 'TransactionOptimized' // a Python environment is many small files
-    shareQuota: 1024 // GiB at the most
+    accessTier: 'TransactionOptimized' // a Python environment has many small files
+    shareQuota: 1024 // GiB, the maximum
   }
   dependsOn: [newFileService]
 }
@@ -179,7 +179,7 @@ resource newLogs 'Microsoft.OperationalInsights/workspaces@2025-07-01' = if (emp
   tags: allTags
   properties: {
     sku: { name: 'PerGB2018' }
-    retentionInDays: 30 // which the price of the logs includes
+    retentionInDays: 30 // included in the price of the logs
     workspaceCapping: { dailyQuotaGb: 1 }
   }
 }
@@ -187,7 +187,7 @@ resource newLogs 'Microsoft.OperationalInsights/workspaces@2025-07-01' = if (emp
 resource log 'Microsoft.OperationalInsights/workspaces@2025-07-01' existing = { name: logsName }
 
 var consumptionProfile = { name: 'Consumption', workloadProfileType: 'Consumption' }
-// Azure refuses counts for a serverless profile; a dedicated one has no instance while nothing runs.
+// Azure refuses counts for a serverless profile; a dedicated one has no instance while it is idle.
 var isServerless = startsWith(workloadProfileType, 'Consumption')
 var counts = isServerless ? {} : { minimumCount: 0, maximumCount: maximumInstanceCount }
 var gpuProfile = union({ name: workloadProfileName, workloadProfileType: workloadProfileType }, counts)
@@ -236,7 +236,7 @@ resource readOnlyStorage 'Microsoft.App/managedEnvironments/storages@2025-07-01'
   dependsOn: [newEnvironment, newShare]
 }
 
-// ---- Who the containers are to Azure, and what they may read: the secrets of the key vault, if there is one
+// ---- The identity of the containers, and its access: the secrets of the key vault, if there is one
 
 resource identity 'Microsoft.ManagedIdentity/userAssignedIdentities@2024-11-30' = {
   name: 'id-${uniqueName}'
@@ -269,14 +269,14 @@ resource app 'Microsoft.App/containerApps@2025-07-01' = {
     workloadProfileName: workloadProfileName
     configuration: {
       activeRevisionsMode: 'Single'
-      // For everybody with the key: without one, inference/gradio_chat.py refuses to listen.
+      // For everyone with the key: without one, inference/gradio_chat.py does not start.
       ingress: { external: true, targetPort: 7860, allowInsecure: false, ipSecurityRestrictions: ipSecurityRestrictions }
       secrets: hasToken ? [keySecret, tokenSecret] : [keySecret]
-      // Azure reads the key vault with it; what runs in a container cannot use it.
+      // Azure reads the key vault with it; the containers cannot use it.
       identitySettings: [{ identity: identity.id, lifecycle: 'None' }]
     }
     template: {
-      // Before the app: the Python environment and the base model, unless a run has put them on the share already.
+      // Before the app: the Python environment and the base model, unless a run already put them on the share.
       initContainers: [
         {
           name: 'prepare'
@@ -301,7 +301,7 @@ resource app 'Microsoft.App/containerApps@2025-07-01' = {
           resources: { cpu: size.cpu, memory: size.memory }
           volumeMounts: [{ volumeName: 'read-only', mountPath: '/mount' }]
           probes: [
-            // Ten times a minute: to load libraries and model from the share takes minutes.
+            // Ten times a minute: loading libraries and model from the share takes minutes.
             { type: 'Startup', httpGet: health, periodSeconds: 60, failureThreshold: 10 }
             { type: 'Readiness', httpGet: health, periodSeconds: 10 }
             { type: 'Liveness', httpGet: health, periodSeconds: 30, timeoutSeconds: 10 }
@@ -312,7 +312,7 @@ resource app 'Microsoft.App/containerApps@2025-07-01' = {
         { name: 'workspace', storageType: 'AzureFile', storageName: environmentStorageName, mountOptions: mountOptions }
         { name: 'read-only', storageType: 'AzureFile', storageName: readOnlyStorage.name, mountOptions: mountOptions }
       ]
-      // The first request starts the app, and five minutes after the last one it ends: until then the GPU is billed.
+      // The first request starts the app, and it stops five minutes after the last one: until then the GPU is billed.
       scale: { minReplicas: 0, maxReplicas: 1, cooldownPeriod: 300 }
     }
   }
@@ -327,7 +327,7 @@ resource login 'Microsoft.App/containerApps/authConfigs@2025-07-01' = if (!empty
     globalValidation: {
       unauthenticatedClientAction: 'RedirectToLoginPage'
       redirectToProvider: 'azureactivedirectory'
-      // For programs, which have the key; /health says only whether the model is loaded.
+      // For programs, which have the key; /health only says whether the model is loaded.
       excludedPaths: ['/v1/models', '/v1/chat/completions', '/health']
     }
     identityProviders: {
@@ -340,7 +340,7 @@ resource login 'Microsoft.App/containerApps/authConfigs@2025-07-01' = if (!empty
   }
 }
 
-// ---- What infra/inference.config.json gets
+// ---- Outputs for infra/inference.config.json
 
 output SUBSCRIPTION_ID string = subscription().subscriptionId
 output RESOURCE_GROUP_NAME string = resourceGroup().name

@@ -1,4 +1,4 @@
-"""Base model and adapter as one model: merged, int4 ONNX, and the comparison of answers that an export must pass.
+"""Base model and adapter as one model: merged, int4 ONNX, and the comparison that an export must pass.
 
-What enters converts a finished run for another program.
+Belongs here: code that converts a finished run for another program.
 """

@@ -1,4 +1,4 @@
-"""Whether an int4 model answers as the merged model does: the comparison that it must pass."""
+"""Compare the answers of an int4 model with those of the merged model: the check that an export must pass."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from preparing.tokens import NO_THINKING, load_tokenizer, tokenise
 from settings.config_file import ConfigError
 
-COMPARED_TOKENS = 64  # of an answer; more would take longer and change the figures by little
+COMPARED_TOKENS = 64  # per answer; more takes longer and barely changes the figures
 
 
 def compare(merged: Path, folder: Path, rows: list[Any], dtype: str) -> dict[str, Any]:
-    """Let the ONNX model answer held-out rows greedily, and see whether torch would have chosen the same tokens.
+    """Generate answers to held-out rows greedily with the ONNX model, and check whether torch chooses the same tokens.
 
     Returns `rows`; `answers`, the share of answers (up to COMPARED_TOKENS) that torch gives token for token; `tokens`,
-    the share of tokens that torch chooses behind the same beginning; and `logits_max` and `logits_mean`, the absolute
+    the share of tokens that torch chooses after the same prefix; and `logits_max` and `logits_mean`, the absolute
     difference of the logits for the first token of an answer. `dtype` is torch's, as in models/run.json.
     """
     import numpy
@@ -49,7 +49,7 @@ def compare(merged: Path, folder: Path, rows: list[Any], dtype: str) -> dict[str
 
 
 def load_onnx(folder: Path) -> Any:
-    """Load the ONNX model. Raises ConfigError where the libraries of its provider are missing."""
+    """Load the ONNX model. Raises ConfigError if the libraries of its provider are missing."""
     import onnxruntime_genai
 
     try:
@@ -62,7 +62,7 @@ def load_onnx(folder: Path) -> Any:
 
 
 def prompt_of(tokenizer: Any, row: list[Any]) -> list[int]:
-    """Return the tokens up to the last answer of a conversation; of a plain text, its first half."""
+    """Return the tokens before the last answer of a conversation; for plain text, its first half."""
     if len(row) > 1 and row[-1]["role"] == "assistant":
         options = {"add_generation_prompt": True, "return_dict": False, **NO_THINKING}
         return list(tokenizer.apply_chat_template(list(row[:-1]), **options))
@@ -71,7 +71,7 @@ def prompt_of(tokenizer: Any, row: list[Any]) -> list[int]:
 
 
 def answer_greedily(model: Any, prompt: list[int]) -> tuple[list[int], Any]:
-    """Return the ONNX model's answer in tokens, its end included, and the logits (vocabulary) of the first of them."""
+    """Return the ONNX model's answer tokens, with the end token, and the logits (vocabulary) of the first one."""
     import onnxruntime_genai
 
     settings = onnxruntime_genai.GeneratorParams(model)

@@ -1,4 +1,4 @@
-"""A folder in models/ that an export makes: what it was made from, whether it is whole, and room for it."""
+"""A folder in models/ written by an export: what it was made from, whether it is complete, and disk space for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training.whole_files import replace_folder
 
 
 class MadeFrom(TypedDict):
-    """What an export was made from, and for."""
+    """What an export was made from, and its execution provider."""
 
     adapter_sha256: str
     base_model: str
@@ -22,12 +22,12 @@ class MadeFrom(TypedDict):
 
 
 MERGED, ONNX = MODELS / "merged", MODELS / "onnx"
-MARK = "export.json"  # in a folder that is complete: what it was made from, its files and their sizes in bytes
-INT4_BYTES = 0.65  # for a weight, with the scale of each block of 32
+MARK = "export.json"  # written to a complete folder: what it was made from, its files and their sizes in bytes
+INT4_BYTES = 0.65  # per weight, including the scale of each block of 32
 
 
 def check_disk(base: Path, kind: str, made_from: MadeFrom) -> None:
-    """Raise ConfigError unless there is room for what will be made, beside what is there."""
+    """Raise ConfigError unless the disk has room for the export in addition to the existing files."""
     from safetensors import safe_open
 
     files = list(base.glob("*.safetensors"))
@@ -48,7 +48,7 @@ def check_disk(base: Path, kind: str, made_from: MadeFrom) -> None:
 
 
 def is_made_from(folder: Path, made_from: MadeFrom) -> bool:
-    """Tell whether a folder is complete and was made from this adapter and base model."""
+    """Return whether a folder is complete and was made from this adapter and base model."""
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
         whole = all((folder / name).stat().st_size == size for name, size in mark.pop("files").items())
@@ -58,12 +58,12 @@ def is_made_from(folder: Path, made_from: MadeFrom) -> bool:
 
 
 def put_in_place(unfinished: Path, folder: Path, made_from: MadeFrom) -> None:
-    """Mark a folder as complete and rename it; what was there before goes when the new one is in its place."""
+    """Mark a folder as complete and rename it to its final name; the previous folder is removed after that."""
     sizes = {path.name: path.stat().st_size for path in unfinished.iterdir() if path.is_file()}
     (unfinished / MARK).write_text(json.dumps(made_from | {"files": sizes}, indent=2) + "\n", encoding="utf-8")
     replace_folder(unfinished, folder)
 
 
 def shown(folder: Path) -> str:
-    """Return a folder's path in the workspace."""
+    """Return a folder's path relative to the workspace."""
     return folder.relative_to(ROOT).as_posix()

@@ -1,4 +1,4 @@
-"""The merged model: the adapter added to the base model's own weights, as a Hugging Face folder."""
+"""The merged model: the adapter added to the base model's weights, as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.whole_files import new_folder
 
 
 def merge(run: RunRecord, base: Path, made_from: MadeFrom) -> None:
-    """Add the adapter to the base model's own weights, in their precision, and put the result into models/merged.
+    """Add the adapter to the base model's weights, in their precision, and save the result to models/merged.
 
     Raises ConfigError.
     """
@@ -38,7 +38,7 @@ def merge(run: RunRecord, base: Path, made_from: MadeFrom) -> None:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).partition("\n")[0].rstrip(": ")
         raise ConfigError(
-            f"The adapter in {run['adapter']} is torn, or does not fit {run['base_model']} ({reason}): run "
+            f"The adapter in {run['adapter']} is damaged, or does not fit {run['base_model']} ({reason}): run "
             "`python finetuning/invoke_olive.py --fresh`."
         ) from error
     settings = model.generation_config
@@ -46,7 +46,7 @@ def merge(run: RunRecord, base: Path, made_from: MadeFrom) -> None:
     settings.pad_token_id = tokenizer.pad_token_id
     try:
         settings.validate(strict=True)
-    except ValueError:  # Llama 2's has a temperature but does not draw, which can be read and not be written
+    except ValueError:  # Llama 2's sets a temperature without sampling, which transformers reads but does not write
         settings.do_sample = True
     unfinished = new_folder(MERGED)
     model.save_pretrained(unfinished)
@@ -55,7 +55,7 @@ def merge(run: RunRecord, base: Path, made_from: MadeFrom) -> None:
 
 
 def ends_of_answer(run: RunRecord, tokenizer: Any, end_of_text: int | list[int] | None) -> list[int]:
-    """Return the tokens at which an answer ends: the base model's, the tokenizer's, and the template's end of turn."""
+    """Return the tokens that end an answer: the base model's, the tokenizer's, and the template's end of turn."""
     examples = [tokenise(tokenizer, row, "responses") for row in held_out_rows(run)]
     known = end_of_text if isinstance(end_of_text, list) else [] if end_of_text is None else [end_of_text]
     return sorted({*known, *end_of_turn(tokenizer, examples)})

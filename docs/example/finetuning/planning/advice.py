@@ -1,4 +1,4 @@
-"""Which setting to change when memory is short: before a run by the estimate, after one by what it reached."""
+"""Which setting to change when memory is short: by the estimate before a run, by the measured peak after one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from settings.run_settings import Settings
 
 
 def advice(shape: Shape, settings: Settings, lengths: Lengths, limit: float) -> str:
-    """Return the change of olive-config.yaml that makes the run fit into `limit` bytes, the gentlest that does.
+    """Return the smallest change of olive-config.yaml that makes the run fit into `limit` bytes.
 
-    The result of the training stays with the first ones: checkpointing only costs time, and smaller batches are added
-    up to the same step. Shorter rows and another method are the last resort.
+    The first options do not change the result: checkpointing only costs time, and gradient accumulation makes up for
+    smaller batches. Shorter rows and another method are the last resort.
     """
     checkpointed = replace(settings, gradient_checkpointing=True)
     if not settings.gradient_checkpointing and memory(shape, checkpointed, lengths).total <= limit:
@@ -27,12 +27,12 @@ def advice(shape: Shape, settings: Settings, lengths: Lengths, limit: float) -> 
     size = settings.per_device_train_batch_size
     while size > 1:
         size //= 2
-        for candidate, words in ((settings, ""), (checkpointed, before)):
+        for candidate, prefix in ((settings, ""), (checkpointed, before)):
             if memory(shape, replace(candidate, per_device_train_batch_size=size), lengths).total <= limit:
                 steps = settings.gradient_accumulation_steps * math.ceil(settings.per_device_train_batch_size / size)
                 return (
-                    f"set {words}per_device_train_batch_size: {size}, with gradient_accumulation_steps: {steps} to "
-                    "learn the same"
+                    f"set {prefix}per_device_train_batch_size: {size}, with gradient_accumulation_steps: {steps} to "
+                    "get the same result"
                 )
     smallest = replace(checkpointed, per_device_train_batch_size=1)
     length = min(settings.max_seq_len, max(lengths.tokens, default=1))
@@ -50,7 +50,7 @@ def advice(shape: Shape, settings: Settings, lengths: Lengths, limit: float) -> 
 
 
 def out_of_memory(estimated: float | None, peak: float, settings: Settings) -> str:
-    """Return the sentence for a run that filled the GPU: what was estimated and reached (bytes), and what to change."""
+    """Return the message for a run out of GPU memory: the estimate, the peak (bytes), and what to change."""
     if not settings.gradient_checkpointing:
         change = "set gradient_checkpointing: true"
     elif settings.per_device_train_batch_size > 1:
@@ -65,7 +65,7 @@ def out_of_memory(estimated: float | None, peak: float, settings: Settings) -> s
 
 @contextmanager
 def explained(settings: Settings, estimated: float) -> Iterator[None]:
-    """Turn the GPU's out-of-memory error into ConfigError: estimate, peak, and the setting to change."""
+    """Turn a GPU out-of-memory error into ConfigError: estimate, peak, and the setting to change."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Whether a run fits: into memory and disk, and its answers into max_seq_len; and what to change when it does not."""
+"""Whether a run fits into memory and disk, and its answers into max_seq_len; if not, what to change."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from preparing.workspace import ROOT
 from settings.config_file import ConfigError
 from settings.run_settings import Settings, TokenSettings
 
-LEAST_ROWS = 8  # to train on; of held-out rows one is enough for a figure, however unsure
-MARGIN = 0.85  # of the memory: above it, checkpointing is switched on where the settings leave it open
-RESERVE = GIB // 4  # of the disk: the report, caches, and what else runs on this machine
-USABLE = 0.92  # of the memory that a GPU is sold with
+LEAST_ROWS = 8  # to train on; one held-out row is enough for a figure, however uncertain
+MARGIN = 0.85  # of the memory: above it, checkpointing is switched on unless the settings decide
+RESERVE = GIB // 4  # of the disk: the report, caches, and other programs on this machine
+USABLE = 0.92  # of a GPU's nominal memory
 
 
 def limit(settings: Settings, here: hardware.Machine, azure: AzureGpus | None) -> float:
-    """Return the memory that the training may fill: this GPU's, the chosen one's in Azure, or this machine's RAM.
+    """Return the memory available to the training in bytes: of this GPU, the chosen Azure GPU, or this machine's RAM.
 
-    It is infinite where there is no GPU to hold the estimate against.
+    It is infinite if there is no GPU to compare the estimate with.
     """
     if not settings.gpu:
         return here.ram_free / settings.processes
@@ -39,7 +39,7 @@ def limit(settings: Settings, here: hardware.Machine, azure: AzureGpus | None) -
 
 
 def decided(shape: Shape, settings: Settings, lengths: dict[str, Lengths], room: float) -> Settings:
-    """Decide on gradient checkpointing where the settings leave it open: on when memory is short without it."""
+    """Decide on gradient checkpointing if the settings leave it open: on if memory is short without it."""
     if settings.gradient_checkpointing is not None:
         return settings
     plain = replace(settings, gradient_checkpointing=False)
@@ -55,7 +55,7 @@ def problem(
     here: hardware.Machine,
     azure: AzureGpus,
 ) -> str | None:
-    """Return why the run cannot work and which setting to change, in one sentence; None when it can."""
+    """Return why the run cannot work and which setting to change, in one sentence; None if it can work."""
     if model.problem:
         return model.problem
     if azure["target"] != "azure" and (missing := hardware.lacking(settings, here)):
@@ -69,7 +69,7 @@ def problem(
 
 
 def cut_answers(tokens: Tokens, settings: TokenSettings) -> str | None:
-    """Return that max_seq_len cuts off too many answers, and the length that leaves enough of them."""
+    """Return the error if max_seq_len cuts off too many answers, with a sufficient length; None otherwise."""
     starts = sorted(t - n + 1 for t, n in zip(tokens.tokens, tokens.labels, strict=True))  # with the first label
     lost = sum(start > settings.max_seq_len for start in starts)
     allowed = int(settings.max_bad_rows * len(starts))
@@ -85,7 +85,7 @@ def cut_answers(tokens: Tokens, settings: TokenSettings) -> str | None:
 def too_large(
     shape: Shape, settings: Settings, lengths: dict[str, Lengths], room: float, disk_free: float, download: float
 ) -> str | None:
-    """Return what is short, disk or memory, and what to do; None when neither is."""
+    """Return what is short, disk or memory, and what to do; None if neither is."""
     disk = cost.disk(shape, settings, download)
     if disk.run + download + RESERVE > disk_free:
         needed, free = (disk.run + download + RESERVE) / GIB, disk_free / GIB
@@ -106,8 +106,8 @@ def too_large(
 def settle(settings: Settings, tokens: Mapping[str, list[dict[str, list[int]]]]) -> tuple[Settings, float, str]:
     """Check memory and disk as --check does, before a run, and decide on gradient checkpointing.
 
-    `tokens` are the rows of both parts, as chat_tokens returns them. Returns the settings, the estimate in bytes and a
-    line about it. Raises ConfigError when the run cannot work.
+    `tokens` are the rows of both parts, as chat_tokens returns them. Returns the settings, the estimate in bytes, and
+    a line that describes it. Raises ConfigError if the run cannot work.
     """
     model, here = find(settings), hardware.look()
     if model.shape is None:
@@ -126,7 +126,7 @@ def settle(settings: Settings, tokens: Mapping[str, list[dict[str, list[int]]]])
 
 
 def check_count(rows: Mapping[str, list[Any]]) -> None:
-    """Refuse fewer rows than a model can learn anything from. Raises ConfigError."""
+    """Raise ConfigError if there are too few rows to learn from."""
     if len(rows["train"]) < LEAST_ROWS:
         raise ConfigError(
             f"{len(rows['train'])} rows to train on are too few to learn from: add rows until there are {LEAST_ROWS}, "

@@ -1,4 +1,4 @@
-"""What this machine has: GPU and driver, memory, disk, and how fast it multiplies."""
+"""What this machine has: GPU and driver, memory, disk, and the speed of its matrix products."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from settings.run_settings import Settings
 
 @dataclass(frozen=True)
 class Machine:
-    """Sizes in bytes; `*_free` is what a run may still take."""
+    """Sizes in bytes; `*_free` is what is available to a run."""
 
     cores: int
     ram: int
@@ -34,11 +34,11 @@ class Machine:
 
 
 def look() -> Machine:
-    """Return what this machine has; loads torch, to see the GPU as the training will see it."""
+    """Return what this machine has. Loads torch, to see the GPU as the training sees it."""
     import psutil
     import torch
 
-    memory, used = psutil.virtual_memory(), psutil.Process().memory_info().rss  # this process becomes the run
+    memory, used = psutil.virtual_memory(), psutil.Process().memory_info().rss  # this process will run the training
     total = min(memory.total, container_limit())
     facts: dict[str, Any] = {
         "cores": os.cpu_count() or 1,
@@ -47,7 +47,7 @@ def look() -> Machine:
         "disk_free": shutil.disk_usage(ROOT).free,
     }
     if torch.cuda.is_available():
-        index = int(os.environ.get("LOCAL_RANK", "0"))  # of several processes, each has its own GPU
+        index = int(os.environ.get("LOCAL_RANK", "0"))  # each of several processes has its own GPU
         free, vram = torch.cuda.mem_get_info(index)
         facts |= {"gpu": torch.cuda.get_device_name(index), "gpus": torch.cuda.device_count(), "driver": driver()}
         facts |= {"vram": vram, "vram_free": free, "bf16": torch.cuda.is_bf16_supported(including_emulation=False)}
@@ -55,7 +55,7 @@ def look() -> Machine:
 
 
 def container_limit() -> int:
-    """Return the bytes that a container lets its processes use; without one, more than any machine has."""
+    """Return the container's memory limit in bytes; without one, more than any machine has."""
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if Path(name).is_file() and (limit := Path(name).read_text().strip()).isdigit():
             return int(limit)
@@ -63,7 +63,7 @@ def container_limit() -> int:
 
 
 def driver() -> str | None:
-    """Return the version of NVIDIA's driver, as nvidia-smi says it."""
+    """Return the version of NVIDIA's driver, as reported by nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.split()[0]
@@ -72,7 +72,7 @@ def driver() -> str | None:
 
 
 def lacking(settings: Settings, machine: Machine) -> str | None:
-    """Return a sentence about what the settings want and this machine has not."""
+    """Return a sentence about what the settings require and this machine lacks; None if it lacks nothing."""
     if settings.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         return (
             "type: QLoRA needs bitsandbytes, which a CPU environment lacks: set type: LoRA in olive-config.yaml, "
@@ -85,33 +85,33 @@ def lacking(settings: Settings, machine: Machine) -> str | None:
         )
     if settings.gpu and settings.torch_dtype == "bfloat16" and not machine.bf16:
         return (
-            f"The {machine.gpu} does not compute in bfloat16: set torch_dtype and compute_dtype, where it stands, to "
+            f"The {machine.gpu} does not compute in bfloat16: set torch_dtype and compute_dtype, if present, to "
             "float16 in olive-config.yaml."
         )
     return None
 
 
 def refuse(settings: Settings) -> None:
-    """Refuse a run for which this machine lacks something, before anything is read. Raises ConfigError."""
+    """Raise ConfigError if this machine lacks something that the run requires, before anything is read."""
     if missing := lacking(settings, look()):
         raise ConfigError(missing)
 
 
 def speed(shape: Shape, settings: Settings) -> float:
-    """Measure operations a second on a matrix product as wide as the model's, for a fraction of a second."""
+    """Measure operations per second of a matrix product as wide as the model's; takes a fraction of a second."""
     import torch
 
     if shape.hidden < 256:
-        torch.set_num_threads(1)  # as evaluate.py does for models so small
+        torch.set_num_threads(1)  # as evaluate.py does for models this small
     device, dtype = ("cuda", settings.torch_dtype) if settings.gpu else ("cpu", "float32")
     rows = torch.ones(4096 if settings.gpu else 512, shape.hidden, dtype=getattr(torch, dtype), device=device)
     weight = torch.ones(shape.hidden, min(shape.intermediate, 8192), dtype=rows.dtype, device=device)
-    rows @ weight  # the first one loads and plans
+    rows @ weight  # warm-up
     fastest, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < 0.2:
         begun = time.perf_counter()
         rows @ weight
         if settings.gpu:
             torch.cuda.synchronize()
-        fastest = min(fastest, time.perf_counter() - begun)  # the others waited for something else
+        fastest = min(fastest, time.perf_counter() - begun)  # slower ones waited for something else
     return 2 * rows.shape[0] * weight.numel() / fastest

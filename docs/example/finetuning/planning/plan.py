@@ -1,4 +1,4 @@
-"""The plan of a run, before it starts: what it will do and need, part by part, as --check shows it."""
+"""The plan of a run: what it will do and need, part by part, as --check shows it."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from preparing.workspace import MODELS, ROOT
 from settings.run_settings import METHODS, Settings
 from settings.validation import validate
 
-LONG = 3600  # seconds: from here on, a rented GPU is shown as well
+LONG = 3600  # seconds: for longer runs, a rented GPU is shown as well
 
 Rows = dict[str, list[Any]]  # train and held_out: their conversations
 
 
 def plan(settings: Settings, show: Callable[[str, Any], None]) -> Plan:
-    """Find out everything, and pass each part to `show` as soon as it is known.
+    """Collect all parts, and pass each one to `show` as soon as it is known.
 
     Returns all parts as one dict, with `problem`: why the run cannot work, or None. Raises ConfigError and DataError
-    for settings and data that cannot be read at all.
+    if settings or data cannot be read at all.
     """
     report: Plan = {"run": run_facts(settings)}
     show("run", report["run"])
     here = hardware.look()
     report["machine"] = cast("MachineFacts", asdict(here))
     show("machine", report["machine"])
-    validate(settings)  # imports what is heavy
+    validate(settings)  # heavy imports
     rows = read_rows(settings)
     model = find(settings)
     report["model"] = model_facts(model, settings)
@@ -79,7 +79,7 @@ def read_rows(settings: Settings) -> Rows:
 
 
 def run_facts(settings: Settings) -> RunFacts:
-    """Return what stands in the settings."""
+    """Return the main settings of the run."""
     return {
         "model": settings.model_path,
         "method": METHODS[settings.method],
@@ -103,7 +103,7 @@ def model_facts(model: Model, settings: Settings) -> ModelFacts:
 
 
 def row_facts(settings: Settings, rows: Rows, trained: int) -> RowFacts:
-    """Return how many rows there are, and how many steps it takes to go through those that are trained on."""
+    """Return how many rows there are, and how many steps the training takes."""
     steps, of_epochs = settings.steps(trained)
     return {
         "rows": {part: len(rows[part]) for part in rows},
@@ -118,7 +118,7 @@ def row_facts(settings: Settings, rows: Rows, trained: int) -> RowFacts:
 
 
 def data_facts(settings: Settings, rows: Rows, train: Tokens) -> DataFacts:
-    """Return what there is to learn from."""
+    """Return rows, tokens, and what max_seq_len cuts."""
     ordered, total = sorted(train.tokens), sum(train.tokens)
     cut = Lengths(train.tokens, train.labels).cut(settings.max_seq_len)
     kept = sum(labels > 0 for labels in cut.labels)
@@ -152,7 +152,7 @@ def estimate_facts(
     here: hardware.Machine,
     azure: AzureGpus,
 ) -> EstimateFacts:
-    """Return memory and disk in bytes, and the time in seconds with where it comes from."""
+    """Return memory and disk in bytes, and the time in seconds with its source."""
     assert model.shape
     needed, room = memory(model.shape, settings, lengths["train"], lengths["held_out"]), limit(settings, here, azure)
     disk = cost.disk(model.shape, settings, model.download)
@@ -174,12 +174,12 @@ def estimate_facts(
 
 
 def azure_facts(shape: Shape, settings: Settings, lengths: dict[str, Lengths], azure: AzureGpus) -> list[AzureGpuFacts]:
-    """Return for each GPU of Azure whose price is known, and for the chosen one, whether it fits, hours and dollars."""
+    """Return whether it fits, hours and dollars for the chosen Azure GPU and each one with a known price."""
     found: list[AzureGpuFacts] = []
     for gpu in azure["gpus"]:
         if not gpu["price"] and gpu["id"] != azure["gpu"]:
             continue
-        dtype = settings.torch_dtype if settings.gpu else "bfloat16"  # as a workspace for a GPU has it
+        dtype = settings.torch_dtype if settings.gpu else "bfloat16"  # the default of a GPU workspace
         dtype = "float16" if dtype == "bfloat16" and not gpu["bf16"] else dtype
         there = replace(settings, device="gpu", torch_dtype=dtype)
         seconds = cost.seconds(shape, there, lengths["train"], lengths["held_out"], gpu["tflops"] * 1e12)
@@ -200,14 +200,12 @@ def azure_facts(shape: Shape, settings: Settings, lengths: dict[str, Lengths], a
 
 
 def repeated_rows(rows: Rows) -> list[str]:
-    """Return a line for rows that stand twice, and one for held-out rows that are trained on too."""
+    """Return a warning about duplicate rows, and one about held-out rows that are also trained on."""
     train, held_out = ([json.dumps(row, sort_keys=True) for row in rows[part]] for part in ("train", "held_out"))
     twice, shared = len(train) - len(set(train)), len(set(held_out) & set(train))
     lines = []
     if twice:
-        lines.append(
-            f"warning: {twice} of {len(train)} rows to train on stand there more than once and count as often."
-        )
+        lines.append(f"warning: {twice} of {len(train)} rows to train on are duplicates and count more than once.")
     if shared:
-        lines.append(f"warning: {shared} held-out rows are trained on too: the figures after the run will flatter it.")
+        lines.append(f"warning: {shared} held-out rows are trained on too: the figures after the run will be too good.")
     return lines

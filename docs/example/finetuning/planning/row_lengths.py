@@ -1,4 +1,4 @@
-"""How long rows are, and how large the batches that they make. Lengths are in tokens."""
+"""The lengths of rows, and the sizes of their batches. Lengths are in tokens."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens and labels (the tokens that are learnt) of each row, as max_seq_len leaves them."""
+    """Tokens and labels (the tokens that count for the loss) of each row, after the cut at max_seq_len."""
 
     tokens: Sequence[int]
     labels: Sequence[int]
 
     def cut(self, longest: int) -> Lengths:
-        """Cut all rows at a length; the answers, at the end, lose what is cut."""
+        """Cut all rows at a length; the answers are at the end, so they lose what is cut."""
         pairs = list(zip(self.tokens, self.labels, strict=True))
         return Lengths([min(t, longest) for t, _ in pairs], [max(n - max(t - longest, 0), 0) for t, n in pairs])
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The largest batch of a run in each respect, and the average one."""
+    """The largest batch of a run by each measure, and the average one."""
 
     tokens: int  # padding included
     logits: int  # positions at which logits are computed
@@ -32,11 +32,11 @@ class Batch:
 
 
 def batches(lengths: Lengths, size: int, packing: bool, epochs: float = 1) -> Batch:
-    """Deal the rows into batches as the Trainer does, at random, and take the largest.
+    """Distribute the rows into batches at random, as the Trainer does, and take the largest.
 
-    The order is another one than the run's, so that the largest batch is one that may be expected, not the very one.
-    A packed batch is as long as its rows together and needs no mask. A padded one is as long as its longest row, times
-    its rows, and has logits in every column in which some row has an answer, taken to stand at the row's end.
+    The order differs from the run's: the largest batch is the one to expect, not the actual one. A packed batch is as
+    long as its rows together and needs no mask. A padded batch has as many tokens as its longest row times its rows,
+    and logits in every column in which some row has an answer; answers are assumed to be at the end of a row.
     """
     order, draw = list(range(len(lengths.tokens))), random.Random(0)
     tokens = logits = masked = total = count = 0

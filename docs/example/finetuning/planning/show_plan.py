@@ -59,7 +59,7 @@ def show(part: str, facts: Any) -> None:
 
 
 def verdict(report: Plan) -> None:
-    """Say that the run can work, and what comes first."""
+    """Print that the run can work, and the next command."""
     model = report["model"]
     if model["folder"] is None and model["name"] != "models/demo":
         print("This run fits. Next: python setup/get_model.py")
@@ -75,7 +75,7 @@ def size(number: float) -> str:
 
 
 def run_lines(facts: RunFacts) -> Lines:
-    """Return what stands in the settings."""
+    """Return the main settings of the run."""
     return [("model", facts["model"]), ("method", f"{facts['method']}, rank {facts['rank']}, {facts['dtype']}")]
 
 
@@ -108,7 +108,7 @@ def model_lines(facts: ModelFacts) -> Lines:
         share = f"{trained / facts['parameters']:.2%}"
         lines.append(("adapter", f"{number(trained)} parameters, {share} of the base"))
     if not facts["own_template"]:
-        lines.append(("template", "the model brings no chat template: the one in setup/model.yaml is used"))
+        lines.append(("template", "the model has no chat template: the one in setup/model.yaml is used"))
     return lines
 
 
@@ -139,13 +139,13 @@ def data_lines(facts: DataFacts) -> Lines:
             f"{guess}{sample}",
         ),
         ("", f"{tokens['min']} {bars} {tokens['max']}"),
-        ("answers", f"{facts['answer_share']:.0%} of the tokens are learnt"),
+        ("answers", f"{facts['answer_share']:.0%} of the tokens are trained on"),
         ("cut", cut),
     ]
 
 
 def row_lines(facts: RowFacts) -> Lines:
-    """Return rows and steps, and what is odd about the rows."""
+    """Return rows and steps, and warnings about the rows."""
     rows, steps, batch, epochs = facts["rows"], facts["steps"], facts["rows_a_step"], facts["epochs"]
     length = f"{steps} steps of {batch} rows: {epochs} epochs"
     if facts["max_steps"] >= steps and facts["decided_by"] == "epochs":
@@ -179,7 +179,7 @@ def estimate_lines(facts: EstimateFacts) -> Lines:
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds as people say them."""
+    """Return seconds in readable form."""
     if seconds is None:
         return ""
     if seconds < 100:
@@ -188,7 +188,7 @@ def duration(seconds: float | None) -> str:
 
 
 def azure_lines(facts: AzureFacts) -> Lines:
-    """Return what the run would take and cost on the GPUs of Azure, where that is of interest."""
+    """Return the time and cost of the run on Azure GPUs, if relevant."""
     lines = []
     for gpu in facts["gpus"]:
         text = f"{gpu['name']}: "

@@ -12,9 +12,9 @@ from preparing.formats import Message
 from preparing.rows import DataError
 from preparing.workspace import MODEL_FACTS
 
-# a variable of the chat template: models that can think aloud (Qwen3, SmolLM3) learn and give the answer alone
+# a variable of the chat template: reasoning models (Qwen3, SmolLM3) train on and give only the answer
 NO_THINKING = {"enable_thinking": False}
-IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+IGNORED = -100  # the label that PyTorch's cross entropy ignores
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -24,20 +24,20 @@ def load_tokenizer(folder: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not tokenizer.chat_template:
         tokenizer.chat_template = yaml.safe_load(MODEL_FACTS.read_text(encoding="utf-8"))["chat_template"]
-    if tokenizer.pad_token_id is None:  # padding is masked, so that any token serves
+    if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def with_system(messages: list[Message], system_prompt: str | None) -> list[Message]:
-    """Put the system prompt first, unless the conversation brings its own."""
+    """Add the system prompt at the start, unless the conversation has its own."""
     if not system_prompt or messages[0]["role"] == "system":
         return messages
     return Conversation([{"role": "system", "content": system_prompt}, *messages], place(messages))
 
 
 def place(messages: list[Message]) -> str:
-    """Say where a conversation stands in the data."""
+    """Return a conversation's place in the data."""
     return getattr(messages, "place", "a row")
 
 
@@ -48,7 +48,7 @@ def tokenise(tokenizer: Any, messages: list[Message], train_on: str) -> dict[str
         spans = answer_spans(tokenizer, messages, text) if train_on != "all" else []
     except DataError as error:
         raise DataError(f"{place(messages)}: {error}") from None
-    except Exception as error:  # a template is a program that comes with the model, and refuses in its own words
+    except Exception as error:  # a template is code that comes with the model, with its own errors
         raise DataError(
             f"{place(messages)}: the model's chat template does not take this row ({error}): change or drop the row."
         ) from error
@@ -62,7 +62,7 @@ def tokenise(tokenizer: Any, messages: list[Message], train_on: str) -> dict[str
         offsets = encoded["offset_mapping"]
         for start, end in spans:
             after = next((i for i, (left, _) in enumerate(offsets) if left >= end), len(ids))
-            # the token that ends the turn is learnt too, with a blank that a template may put before it
+            # the token that ends the turn is a label too, with a space that a template may put before it
             while after < len(ids) and ids[after] not in special and not text[slice(*offsets[after])].strip():
                 after += 1
             ends_turn = after < len(ids) and ids[after] in special
@@ -73,7 +73,7 @@ def tokenise(tokenizer: Any, messages: list[Message], train_on: str) -> dict[str
 
 
 def answer_spans(tokenizer: Any, messages: list[Message], text: str) -> list[tuple[int, int]]:
-    """Find where each assistant turn stands in the rendered text: (first, last + 1) in characters."""
+    """Return the span of each assistant turn in the rendered text: (first, last + 1) in characters."""
     spans = []
     for i, turn in enumerate(messages):
         if turn["role"] != "assistant":
@@ -83,7 +83,7 @@ def answer_spans(tokenizer: Any, messages: list[Message], text: str) -> list[tup
         content = turn["content"].strip()
         start = len(os.path.commonprefix([text, prompt]))  # noqa: RUF071 - of any texts, not of paths
         found = text.find(content, start)
-        # a template may shorten earlier turns (Qwen3 drops their empty thoughts), but must not change the rest
+        # a template may shorten earlier turns (Qwen3 drops empty reasoning), but must not change the rest
         if found < 0 or (start < len(prompt) and text[start:found].strip()):
             raise DataError(
                 "the chat template changes earlier turns, so that the answers cannot be found: set train_on: all."

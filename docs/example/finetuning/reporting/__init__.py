@@ -1,4 +1,4 @@
-"""What a run was worth: evaluation, the run record (models/run.json), the report and the model card.
+"""The results of a run: evaluation, the run record (models/run.json), the report and the model card.
 
-What enters measures a trained model or writes down results.
+Belongs here: code that measures a trained model or writes results.
 """

@@ -1,4 +1,4 @@
-"""Evaluation on held-out rows: the loss of the expected answers, and the answers that the model really gives."""
+"""Evaluation on held-out rows: the loss on the expected answers, and the answers that the model generates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training import batches
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures, and the questions and answers behind the accuracy."""
+    """The metrics, and the questions and answers of the accuracy."""
 
     metrics: dict[str, float]  # eval_loss in nats per answer token, perplexity, accuracy from 0 to 1
     questions: list[list[Message]]
@@ -37,8 +37,8 @@ def evaluate(
     """Evaluate the base model in `folder`, with the adapter when there is one, on held-out rows.
 
     `examples` are the rows' tokens and labels, as chat_tokens returns them.
-    eval_loss is the mean over all answer tokens, accuracy the share of the first ANSWERS rows whose last turn is
-    generated exactly as it stands in the row, greedily.
+    eval_loss is the mean over all answer tokens; accuracy is the share of the first ANSWERS rows whose last turn is
+    generated exactly as in the row, by greedy decoding.
     """
     started = time.monotonic()
     model = load_model(folder, adapter, settings)
@@ -58,7 +58,7 @@ def evaluate(
 
 
 def load_model(folder: str, adapter: Path | None, settings: Settings) -> Any:
-    """Load the base model in the precision of the training, with the adapter on top when there is one."""
+    """Load the base model in the precision of the training, with the adapter if there is one."""
     from transformers import BitsAndBytesConfig
 
     quantization = None
@@ -78,20 +78,20 @@ def load_model(folder: str, adapter: Path | None, settings: Settings) -> Any:
 
 
 def load_base(folder: str, dtype: str, quantization: Any = None) -> Any:
-    """Load the model of a folder onto the GPUs, or the CPU where there is none."""
+    """Load a model from a folder onto the GPUs, or onto the CPU if there is none."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
-        # over all GPUs where there are several: the model may not fit one of them
+        # over all GPUs if there are several: the model may not fit on one
         device_map="auto" if torch.cuda.device_count() > 1 else "cuda" if torch.cuda.is_available() else "cpu",
         quantization_config=quantization,
         local_files_only=True,
-        trust_remote_code=False,  # or transformers asks in a terminal whether to run code that comes with the model
+        trust_remote_code=False,  # otherwise transformers asks in a terminal whether to run the model's code
     )
     if model.config.hidden_size < 256:
-        torch.set_num_threads(1)  # for matrices as small as the demo's a second thread only waits for the first
+        torch.set_num_threads(1)  # for matrices as small as the demo's, more threads are slower
     return model.eval()
 
 
@@ -99,7 +99,7 @@ def load_base(folder: str, dtype: str, quantization: Any = None) -> Any:
 def held_out_loss(model: Any, tokenizer: Any, examples: list[batches.Row], batch_size: int) -> float:
     """Return the mean cross entropy in nats over all labels that are not IGNORED."""
     loss = labels = 0.0
-    examples = sorted(examples, key=lambda row: len(row["input_ids"]))  # rows of like length need little padding
+    examples = sorted(examples, key=lambda row: len(row["input_ids"]))  # rows of similar length need little padding
     for start in range(0, len(examples), batch_size):
         batch = batches.pad(examples[start : start + batch_size], tokenizer.pad_token_id, model.device)
         loss += batches.answer_loss(model, batch).item()
@@ -117,14 +117,14 @@ def generate(
     prompts = [tokenizer.apply_chat_template(row[:-1], **options) for row in conversations]
     expected = [tokenizer(row[-1]["content"], add_special_tokens=False)["input_ids"] for row in conversations]
     longest = max(map(len, expected), default=0)
-    # not the model's own settings: they may draw at random, or punish repetition
+    # not the model's own settings: they may sample, or penalise repetition
     settings = GenerationConfig(
-        max_new_tokens=longest + 8,  # an answer that runs on is wrong, however long it gets
+        max_new_tokens=longest + 8,  # a longer answer is wrong anyway
         do_sample=False,
         eos_token_id=stop,
         pad_token_id=tokenizer.pad_token_id,
     )
-    # PEFT hands it on to the base model for LoRA, and forgets it for LoHa and LoKr
+    # PEFT passes it on to the base model for LoRA, but not for LoHa and LoKr
     for one in (model, getattr(model, "get_base_model", lambda: model)()):
         one.generation_config = settings
     answers: list[str] = []

@@ -1,4 +1,4 @@
-"""olive-config.yaml, read once into one frozen object; what may stand in it, and why the rest may not.
+"""olive-config.yaml, read once into one frozen object; which settings are allowed, and why others are refused.
 
-What enters reads, checks or hands on settings. Every room above takes the Settings object, never the file.
+Belongs here: code that reads, checks or passes on settings. The packages above take the Settings object, not the file.
 """

@@ -1,4 +1,4 @@
-"""olive-config.yaml as a file: how it is read, on which line a setting stands, and the error that names it."""
+"""olive-config.yaml as a file: reading it, finding the line of a setting, and the error that names it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from preparing.workspace import ROOT
 
 CONFIG = ROOT / "finetuning" / "olive-config.yaml"
 RESTORE = "`git checkout` or `copier recopy --trust --vcs-ref :current:` brings it back"
-# what the steps read themselves, and what has no default in Olive
+# settings that the steps read themselves and that have no default in Olive
 NEEDED = {
     "": ("input_model", "data_configs", "passes", "systems"),
     "input_model": ("model_path", "load_kwargs"),
@@ -28,7 +28,7 @@ NEEDED_BY_QLORA = ("compute_dtype", "quant_type", "double_quant")
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's loader, which also reads 2e-4 as a number: YAML 1.1 wants 2.0e-4 and makes it a text."""
+    """PyYAML's loader that also reads 2e-4 as a number: YAML 1.1 requires 2.0e-4 and takes the other for text."""
 
 
 Loader.add_implicit_resolver(
@@ -41,7 +41,7 @@ class ConfigError(Exception):
 
 
 def read_file(path: Path = CONFIG) -> dict[str, Any]:
-    """Return what the file holds. Raises ConfigError when it is missing, torn or without a setting the steps need."""
+    """Return the file's content. Raises ConfigError if it is missing, damaged or lacks a needed setting."""
     name = path.name
     if not path.is_file():
         raise ConfigError(
@@ -64,15 +64,15 @@ def read_file(path: Path = CONFIG) -> dict[str, Any]:
 
 
 def check_sections(config: Mapping[str, Any]) -> None:
-    """Raise ConfigError for the first section or setting that is missing although the steps need it."""
+    """Raise ConfigError for the first missing section or setting that the steps need."""
     for name, section in sections(config):
-        need(section, f"{name}." if name else "", NEEDED.get(name, ()))
+        check_present(section, f"{name}." if name else "", NEEDED.get(name, ()))
         if name == "passes.*" and str(section["type"]).lower() == "qlora":
-            need(section, "passes.*.", NEEDED_BY_QLORA)
+            check_present(section, "passes.*.", NEEDED_BY_QLORA)
 
 
 def sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield each section of the file: its name in messages, and its settings. Raises ConfigError where one is none."""
+    """Yield each section of the file: its name in messages, and its settings. Raises ConfigError if one is none."""
     yield "", config
     model = inner(config, "input_model")
     yield "input_model", model
@@ -93,8 +93,8 @@ def sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]
 
 
 def inner(section: Mapping[str, Any], key: str, where: str = "") -> dict[str, Any]:
-    """Return the settings below a key. Raises ConfigError when it is missing or has none."""
-    need(section, where, (key,))
+    """Return the settings below a key. Raises ConfigError if it is missing or has none."""
+    check_present(section, where, (key,))
     found = section[key]
     if not isinstance(found, dict):
         raise ConfigError(f"{CONFIG.name}: {where}{key} is {found!r}: its settings stand below it, indented.")
@@ -102,15 +102,15 @@ def inner(section: Mapping[str, Any], key: str, where: str = "") -> dict[str, An
 
 
 def entries(section: Mapping[str, Any], key: str, where: str = "") -> list[dict[str, Any]]:
-    """Return the entries of a list of sections. Raises ConfigError when it is missing, empty or something else."""
-    need(section, where, (key,))
+    """Return the entries of a list of sections. Raises ConfigError if it is missing, empty or not such a list."""
+    check_present(section, where, (key,))
     found = section[key]
     if not isinstance(found, list) or not found or not all(isinstance(entry, dict) for entry in found):
         raise ConfigError(f"{CONFIG.name}: {where}{key} is {found!r}: each of its entries begins with a dash.")
     return found
 
 
-def need(section: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> None:
+def check_present(section: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> None:
     """Raise ConfigError for a setting that the steps read themselves and that has no default in Olive."""
     for key in keys:
         if section.get(key) is None:
@@ -128,7 +128,7 @@ def the_pass(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def line_of(path: Path, key: str, value: Any = "") -> int:
-    """Return the first line with a key and this value, or with the key; 1 when it stands on no line of its own."""
+    """Return the first line with a key and this value, or with the key; 1 if no line starts with the key."""
     pattern = re.compile(rf"\s*(- )?{re.escape(str(key))}\s*:")
     lines = [*enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)]
     found = [(str(value) not in line, number) for number, line in lines if pattern.match(line)]

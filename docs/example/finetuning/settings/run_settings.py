@@ -1,6 +1,6 @@
 """The settings of a run as one frozen object. Names are those of olive-config.yaml, except `method` for a pass's type.
 
-`read_settings` reads the file once; `olive_config` writes the dict that Olive takes, with what the steps have changed.
+`read_settings` reads the file once; `olive_config` returns the dict for Olive, with the changes of the steps.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class PartSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is to do. A step that changes something makes another object with `dataclasses.replace`."""
+    """The settings of a run. A step that changes something makes a new object with `dataclasses.replace`."""
 
     # input_model and its load_kwargs
     model_path: str  # a hub id, or a folder relative to the workspace
@@ -73,17 +73,17 @@ class Settings:
     method: str  # lora, qlora, dora, loha or lokr
     torch_dtype: str
     r: int
-    lora_dropout: int | float  # 0 with LoHa and LoKr, which drop whole ranks
+    lora_dropout: int | float  # 0 for LoHa and LoKr, which drop whole ranks
     target_modules: tuple[str, ...] | str | None  # None: every linear layer
     packing: bool
     early_stopping_patience: int
-    quant_type: str | None  # with compute_dtype and double_quant: QLoRA alone
+    quant_type: str | None  # like compute_dtype and double_quant, only for QLoRA
     compute_dtype: str | None
     double_quant: bool
     # training_args
     seed: int
     num_train_epochs: int | float
-    max_steps: int  # 0 or less: the epochs decide
+    max_steps: int  # 0 or less: determined by the epochs
     per_device_train_batch_size: int
     per_device_eval_batch_size: int
     gradient_accumulation_steps: int
@@ -98,10 +98,10 @@ class Settings:
     device: str  # cpu or gpu
     # data_configs
     data: Mapping[str, PartSettings]  # train and held_out
-    # of accelerate launch or torchrun
-    processes: int = 1  # that share the rows
+    # set by accelerate launch or torchrun
+    processes: int = 1  # processes that share the rows
     sharded: bool = False  # FSDP: they share the weights too
-    file: Mapping[str, Any] = field(default_factory=dict, repr=False)  # all that the file holds
+    file: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the whole file
 
     @property
     def gpu(self) -> bool:
@@ -110,22 +110,22 @@ class Settings:
 
     @property
     def max_seq_len(self) -> int:
-        """Tokens at which a row to train on is cut."""
+        """Tokens at which a training row is cut."""
         return self.data["train"].tokens.max_seq_len
 
     @property
     def rows_a_step(self) -> int:
-        """Rows that one step learns from."""
+        """Rows per optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.processes
 
     def steps(self, rows: int) -> tuple[int, int]:
-        """Return the steps of a run on so many rows, and those that its epochs alone would give."""
+        """Return the steps of a run on this many rows, and the steps of its epochs without max_steps."""
         epochs = math.ceil(math.ceil(rows / self.rows_a_step) * self.num_train_epochs)
         return (min(self.max_steps, epochs) if self.max_steps > 0 else epochs), epochs
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:
-        """Take the content of olive-config.yaml, with Olive's defaults for what it leaves out. Raises ConfigError."""
+        """Read the content of olive-config.yaml, with Olive's defaults for missing settings. Raises ConfigError."""
         model, olive_pass = config["input_model"], the_pass(config)
         arguments = olive_pass["training_args"]
         method = str(olive_pass["type"]).lower()
@@ -169,12 +169,12 @@ class Settings:
 
 
 def read_settings(path: Path = CONFIG) -> Settings:
-    """Read olive-config.yaml. Raises ConfigError with the first thing that is wrong and its line."""
+    """Read olive-config.yaml. Raises ConfigError with the first problem and its line."""
     return Settings.of(read_file(path))
 
 
 def part_settings(config: Mapping[str, Any], part: str) -> PartSettings:
-    """Return what the file says about `train` or `held_out`, with the defaults of chat_rows and chat_tokens."""
+    """Return the settings of `train` or `held_out`, with the defaults of chat_rows and chat_tokens."""
     for data_config in config["data_configs"]:
         if data_config.get("name") == part:
             rows = arguments_of(chat_rows, data_config["load_dataset_config"], {"part"})
@@ -185,18 +185,18 @@ def part_settings(config: Mapping[str, Any], part: str) -> PartSettings:
 
 
 def arguments_of(function: Any, given: Mapping[str, Any], others: set[str]) -> dict[str, Any]:
-    """Return a function's arguments, as given or by default, without `others`."""
+    """Return a function's arguments, as given or their defaults, without `others`."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: given.get(p.name, p.default) for p in parameters if p.name not in others}
 
 
 def frozen(value: Any) -> Any:
-    """Return a list as a tuple, anything else as it is."""
+    """Return a list as a tuple, any other value unchanged."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def check_types(settings: Settings) -> Settings:
-    """Raise ConfigError for the first value of the wrong type; return the settings else."""
+    """Raise ConfigError for the first value of the wrong type; otherwise return the settings."""
     parts = [group for part in settings.data.values() for group in (part.rows, part.tokens)]
     for group in (settings, *parts):
         for name, kind in get_type_hints(type(group)).items():
@@ -210,7 +210,7 @@ def check_types(settings: Settings) -> Settings:
 
 
 def olive_config(settings: Settings) -> dict[str, Any]:
-    """Return the dict that Olive takes: what the file holds, with what the steps have changed since."""
+    """Return the dict for Olive: the file's content with the changes of the steps."""
     config = deepcopy(dict(settings.file))
     olive_pass = the_pass(config)
     before = Settings.of(config)
@@ -227,7 +227,7 @@ def olive_config(settings: Settings) -> dict[str, Any]:
     if settings.method != "qlora":
         for name in ("quant_type", "compute_dtype", "double_quant"):
             olive_pass.pop(name, None)
-    if settings.gradient_checkpointing is None:  # Olive takes no null
+    if settings.gradient_checkpointing is None:  # Olive does not accept null
         olive_pass["training_args"].pop("gradient_checkpointing", None)
     for data_config in config["data_configs"]:
         part = settings.data[data_config["name"]]

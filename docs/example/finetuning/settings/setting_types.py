@@ -1,6 +1,6 @@
-"""The type of every setting: what validation.py holds a file against, and what editors are told in the JSON schema.
+"""The type of every setting: validation.py checks the file with it, and the JSON schema gives it to editors.
 
-Types are read from the code that will use the settings; here stands what that code does not say of them.
+Types are read from the code that uses the settings; this file adds what that code does not specify.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHOICES = {
     "quant_type": ("nf4", "fp4"),
     "attn_implementation": ("sdpa", "eager", "flash_attention_2"),
     "device": ("cpu", "gpu"),
-    # what transformers would refuse in the middle of a run, or take for something else
+    # values that transformers would refuse in the middle of a run, or misinterpret
     **dict.fromkeys(
         ("log_level", "log_level_replica"), ("detail", "debug", "info", "warning", "error", "critical", "passive")
     ),
@@ -30,12 +30,12 @@ CHOICES = {
 }
 TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 STEPS = Annotated[int, Ge(1)] | Annotated[float, Gt(0), Lt(1)]  # a number of steps, or a share of them
-# types that the libraries do not name, or name too widely
+# types that the libraries do not declare, or declare too broadly
 TYPES: dict[str, Any] = {
     "report_to": Literal[("none", *TRACKERS)] | list[Literal[TRACKERS]],  # type: ignore[valid-type]
     "debug": Literal["", "underflow_overflow"] | list[Literal["underflow_overflow"]],
     "dataloader_multiprocessing_context": Literal["fork", "spawn", "forkserver"] | None,
-    "deepspeed": bool | str | dict[str, Any] | None,  # Olive takes true for settings of its own
+    "deepspeed": bool | str | dict[str, Any] | None,  # true: Olive's own settings
     "fsdp": bool | str | list[str] | None,
     "trackio_static_space_id": str | bool | None,
     "evaluators": dict[str, dict[str, Any]],
@@ -45,9 +45,9 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("save_steps", "logging_steps"), STEPS),
     "eval_steps": STEPS | None,
 }
-# Olive's level that the file goes without, its search (each setting has one value), and what the functions are handed
+# Olive's level that the file omits, its search (each setting has one value), and arguments passed to the functions
 NO_SETTINGS = ("engine", "search_strategy", "rows", "return")
-# outside of these, a run would break off, or learn nothing, or lose rows without a word
+# outside of these limits, a run would fail, learn nothing, or silently lose rows
 LIMITS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("r", "max_rows", "max_seq_len", "gradient_accumulation_steps"), (Ge(1),)),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (Ge(1),)),
@@ -63,9 +63,9 @@ LIMITS: dict[str, tuple[Any, ...]] = {
 
 @cache
 def setting_types(method: str) -> dict[str, dict[str, Any]]:
-    """Return, for each section of olive-config.yaml, the settings that it may have, and the type of each.
+    """Return, for each section of olive-config.yaml, its possible settings and the type of each.
 
-    Those that allowed.py refuses are among them. Imports Olive and transformers, which takes seconds.
+    This includes settings that allowed.py refuses. Imports Olive and transformers, which takes seconds.
     """
     from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
     from olive.passes.pytorch.lora import HFTrainingArguments
@@ -77,7 +77,7 @@ def setting_types(method: str) -> dict[str, dict[str, Any]]:
     passes = pass_class(method)._default_config(DEFAULT_CPU_ACCELERATOR)
     types = {
         "": types_of(RunConfig) | types_of(RunEngineConfig),
-        # of Olive's own settings for these, the evaluation before and after the training would know nothing
+        # the evaluation before and after the training does not know Olive's own settings for these
         "input_model": {"type": str, "model_path": str, "load_kwargs": dict},
         "load_kwargs": {"revision": str | None, "attn_implementation": str},
         "data_configs": dict.fromkeys(("name", "user_script", "script_dir"), str)
@@ -102,12 +102,12 @@ def types_of(model: Any) -> dict[str, Any]:
 
 
 def type_of(parameter: Any) -> Any:
-    """Return the type of a parameter of Olive's pass; null is for those that have no other default."""
+    """Return the type of a parameter of Olive's pass; null is allowed if it is the default."""
     return parameter.type_ | None if parameter.type_ and parameter.default_value is None else parameter.type_
 
 
 def narrowed(key: str, kind: Any) -> Any:
-    """Return the type of a setting with what the library does not say of it."""
+    """Return the type of a setting, narrowed by what the library does not specify."""
     if key in CHOICES:
         return Literal[CHOICES[key]]
     return within(TYPES.get(key) or as_yaml(kind), LIMITS.get(key, ()))

@@ -1,4 +1,4 @@
-"""What each command does first: quiet libraries; and what it does last: one sentence for an error."""
+"""What each command does at its start and end: silence libraries, and report an error in one sentence."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from unittest.mock import MagicMock
 
 def explain(error: Exception) -> str:
     """Return what is wrong and what to do, in one sentence."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # by name, as importing their files takes long
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # by name, since importing their modules is slow
     if kinds & {"ConfigError", "DataError", "ModelError"}:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed in {sys.prefix}: run `python setup/create_env.py`, then use its Python."
     if "Timeout" in kinds:
-        return "Another run is under way in this workspace: wait for its end, or stop it, then run this again."
+        return "Another run is in progress in this workspace: wait for it or stop it, then run this again."
     reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".: ")
-    return f"Unforeseen: {reason}. Nothing that was there is lost; --debug shows where it happened."
+    return f"Unexpected error: {reason}. No existing result is lost; --debug shows the traceback."
 
 
 def quiet() -> None:
-    """Keep every library from calling home and from talking over the run. Olive sends nothing where CI is set."""
+    """Disable telemetry and output of the libraries. Olive sends nothing if CI is set."""
     os.environ.update(
         OLIVE_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_TELEMETRY="1", ORT_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1"
     )
-    os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # `datasets` counts every file that it reads, also a local one
+    os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # `datasets` reports every file that it reads, even a local one
     for name, value in (
         ("CI", "1"),
         ("TOKENIZERS_PARALLELISM", "false"),
@@ -43,8 +43,8 @@ def quiet() -> None:
 
 
 def leave_out(package: str) -> None:
-    """Let a stand-in take the place of a package that is imported and not used: a second less before the first step.
+    """Replace a package that is imported but not used with a stub: saves a second before the first step.
 
-    Olive imports torchmetrics for its evaluators, and scipy and matplotlib with it; evaluate.py evaluates here.
+    Olive imports torchmetrics for its evaluators, and with it scipy and matplotlib; here evaluate.py evaluates.
     """
     sys.modules.setdefault(package, MagicMock(__spec__=importlib.util.find_spec(package)))

@@ -1,4 +1,4 @@
 """Olive's pass with packing, early stopping and progress; batches and their loss, checkpoints, tiny models.
 
-What enters changes weights or is needed while weights change. It measures nothing and prints only progress.
+Belongs here: code that changes weights or is needed meanwhile. It measures nothing and prints only progress.
 """

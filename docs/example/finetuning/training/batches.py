@@ -1,6 +1,6 @@
-"""Rows of tokens → batches → the loss of their answers, for the training and for the evaluation alike.
+"""Rows of tokens → batches → the loss of their answers, for training and evaluation.
 
-A packed batch lays its rows end to end in one long row, hidden from each other: nothing is spent on padding.
+A packed batch concatenates its rows into one long row, masked from each other: no time is spent on padding.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Batch = dict[str, Any]
 
 
 def pack(rows: list[Row], device: Any = None) -> Batch:
-    """Lay rows end to end: input_ids, labels and position_ids of shape (1, tokens), and where each row ends.
+    """Concatenate rows: input_ids, labels and position_ids of shape (1, tokens), and where each row ends.
 
-    There is no attention_mask: with one, the model would not tell the rows apart. position_ids start anew with each.
+    There is no attention_mask: with one, the model would not separate the rows. position_ids restart with each row.
     """
     lengths = [len(row["input_ids"]) for row in rows]
-    # the first token of a row is nothing that the row before it could answer
+    # the first token of a row must not be predicted from the row before it
     labels = [[IGNORED, *row["labels"][1:]] for row in rows]
     return {
         "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]], device=device),
@@ -41,7 +41,7 @@ def pack(rows: list[Row], device: Any = None) -> Batch:
 
 
 def pad(rows: list[Row], filler: int, device: Any = None) -> Batch:
-    """Stack rows to input_ids, attention_mask and labels of shape (rows, longest row)."""
+    """Stack rows into input_ids, attention_mask and labels of shape (rows, longest row)."""
     return {
         "input_ids": stack([row["input_ids"] for row in rows], filler).to(device),
         "attention_mask": stack([[1] * len(row["input_ids"]) for row in rows], 0).to(device),
@@ -51,14 +51,14 @@ def pad(rows: list[Row], filler: int, device: Any = None) -> Batch:
 
 
 def stack(rows: list[list[int]], filler: int, side: str = "right") -> torch.Tensor:
-    """Stack rows of numbers to one tensor (rows, longest row)."""
+    """Stack rows of numbers into one tensor (rows, longest row)."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler, padding_side=side)
 
 
 def answer_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Return the cross entropy in nats, summed over all labels that are not IGNORED.
 
-    The logits are computed only where an answer is: with a vocabulary of 100,000 they are most of a step's memory.
+    Logits are computed only for answers: with a vocabulary of 100,000 they take most of a step's memory.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     following = batch["labels"][:, 1:]  # each token predicts the one after it
@@ -73,7 +73,7 @@ def answer_loss(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def takes_columns(model: Any) -> bool:
-    """Tell whether a model, under whatever wraps it, can compute the logits of some columns only."""
+    """Return whether a model, under any wrappers, can compute the logits of some columns only."""
     model = getattr(model, "module", model)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -81,17 +81,17 @@ def takes_columns(model: Any) -> bool:
 
 @torch.inference_mode()
 def keeps_apart(model: Any, rows: list[Row]) -> bool:
-    """Tell whether what stands in a packed row leaves the rows behind it as they are, by trying it on two rows.
+    """Return whether the rows of a packed batch do not affect later rows, by a test with two rows.
 
-    Attention does; a layer that reads one token after the other (Mamba, convolutions) knows nothing of rows.
+    Attention separates them; a layer that reads tokens in sequence (Mamba, convolutions) does not.
     """
     if "position_ids" not in inspect.signature(model.get_base_model().forward).parameters:
         return False
     model.eval()
     first, second = (row["input_ids"][:32] for row in (rows[0], rows[-1]))
-    learnt = {"input_ids": second, "labels": second}
+    labelled = {"input_ids": second, "labels": second}
     losses = [
-        answer_loss(model, pack([{"input_ids": ids, "labels": [IGNORED] * len(ids)}, learnt], model.device))
+        answer_loss(model, pack([{"input_ids": ids, "labels": [IGNORED] * len(ids)}, labelled], model.device))
         for ids in (first, first[::-1])
     ]
     return bool(torch.isclose(*losses, rtol=1e-4))

@@ -1,4 +1,4 @@
-"""The progress of a training: a bar in a terminal, lines in a log, and how long everything took."""
+"""The progress of the training: a bar in a terminal, lines in a log, and timings."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Progress(transformers.TrainerCallback):
         self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the newest losses, and the speed: tokens of questions and answers, evaluations' time included."""
+        """Show the newest losses and the speed: tokens of questions and answers, including the time of evaluations."""
         new = {key: logs[key] for key in ("loss", "eval_loss") if key in (logs or {})}
         self.values |= new
         if not new:
@@ -62,12 +62,12 @@ class Progress(transformers.TrainerCallback):
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the bar on the screen."""
+        """Stop the bar and leave it visible."""
         self.ended = time.time()
         self.bar.stop()
 
     def timings(self) -> dict[str, float]:
-        """Return the seconds from the process's start to the first step and of the training, and its speed."""
+        """Return the seconds from process start to the first step and of the training, and its speed."""
         process_start = psutil.Process(os.getpid()).create_time()
         return {
             "start_to_first_step": round(self.first_step - process_start, 2),

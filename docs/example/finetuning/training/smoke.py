@@ -17,16 +17,16 @@ STEPS = 10
 
 
 def shrink(settings: Settings, results: Path) -> Settings:
-    """Build the replica in results/base and return the settings of a short run on it, on the CPU.
+    """Build the replica in results/base and return the settings of a short run with it on the CPU.
 
-    The data is the configured file, or the sample where that would need a download.
+    The data is the configured file, or the sample if that would need a download.
     """
     if settings.data["train"].rows.dataset_name:
-        print("The smoke run takes the sample in place of the Hugging Face dataset: it needs no network.")
+        print("The smoke run uses the sample instead of the Hugging Face dataset: it needs no network.")
     if settings.method == "qlora":
-        print("The smoke run trains with LoRA in place of QLoRA: four-bit weights need the GPU.")
+        print("The smoke run trains with LoRA instead of QLoRA: 4-bit weights need the GPU.")
     if settings.report_to != "none":
-        print("The smoke run reports to models/smoke/report alone: it needs no network.")
+        print("The smoke run reports only to models/smoke/report: it needs no network.")
     short = replace(
         settings,
         model_path=(results / "base").relative_to(ROOT).as_posix(),
@@ -49,9 +49,9 @@ def shrink(settings: Settings, results: Path) -> Settings:
 
 
 def shrink_part(part: PartSettings) -> PartSettings:
-    """Take the first rows, of the sample where the data is on the hub."""
+    """Use only the first rows, and the sample if the data is on the hub."""
     rows = replace(part.rows, max_rows=ROWS)
     if rows.dataset_name:
         rows = replace(rows, dataset_name=None, train_file=str(SAMPLE), held_out_file=None, dataset_format="messages")
-    # the replica's tokenizer spends more tokens on a row than the model's: what it cuts says nothing
+    # the replica's tokenizer needs more tokens per row than the model's: its cuts mean nothing
     return PartSettings(rows, replace(part.tokens, max_bad_rows=1))

@@ -1,14 +1,16 @@
-"""Tiny models, built on the spot without any download: the demo model, and the replica behind `--smoke`.
+"""Tiny models, built locally without a download: the demo model, and the replica of `--smoke`.
 
-python finetuning/tiny_model.py builds the demo model in models/demo, unless it is there.
+python -m training.tiny_model, in finetuning/, builds the demo model in models/demo, unless it is there.
 
 Both have the architecture, the chat template and the layer names of the model in setup/model.yaml, two layers and a
-vocabulary of about a thousand tokens. The base is taught the *form* of the answers on shuffled ones, so that it
-answers in the right words at random: what fine-tuning adds can then be seen.
+vocabulary of about a thousand tokens. The base is trained on shuffled answers, so it knows their *form* and answers
+with the right words at random: this makes the effect of fine-tuning visible.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import sys
 import tempfile
@@ -20,7 +22,7 @@ import yaml
 
 from preparing.dataset import chat_rows
 from preparing.tokens import tokenise
-from preparing.workspace import DEMO, MODEL_FACTS, ROOT, SAMPLE
+from preparing.workspace import DEMO, MODEL_FACTS, ROOT, SAMPLE, ModelMissingError, find_model
 from training.whole_files import replace_folder
 
 VOCABULARY = 1024
@@ -34,17 +36,17 @@ def build(
 ) -> None:
     """Build a tiny model of the architecture in `facts` (setup/model.yaml) from conversations, and save it to `folder`.
 
-    The folder appears when it is complete. Raises ValueError for an architecture that transformers does not know.
+    The folder appears only when complete. Raises ValueError for an architecture that transformers does not know.
     """
     import torch
     import transformers
 
-    torch.set_num_threads(1)  # for matrices this small a second thread only waits for the first
+    torch.set_num_threads(1)  # for matrices this small, more threads are slower
     transformers.set_seed(seed)
     tokenizer = build_tokenizer(facts, rows)
     config = tiny_config(facts, tokenizer)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    # rare words must be told apart from the start: fine-tuning does not move the embeddings
+    # rare words must be distinguishable from the start: fine-tuning does not change the embeddings
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.2)
     teach_form(model, tokenizer, rows, steps, seed)
 
@@ -98,9 +100,9 @@ def tiny_config(facts: dict[str, Any], tokenizer: Any) -> Any:
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=16,
-        initializer_range=0.05,  # the usual 0.02 is meant for widths of a thousand and more
+        initializer_range=0.05,  # the usual 0.02 is for widths of a thousand and more
         max_position_embeddings=512,
-        original_max_position_embeddings=512,  # another number than the one above means LongRoPE to Phi-3's tools
+        original_max_position_embeddings=512,  # a number other than the one above means LongRoPE to Phi-3's tools
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -109,9 +111,9 @@ def tiny_config(facts: dict[str, Any], tokenizer: Any) -> Any:
 
 
 def teach_form(model: Any, tokenizer: Any, rows: list[list[dict[str, str]]], steps: int, seed: int) -> None:
-    """Train all weights on conversations whose answers were shuffled among them: the form is learnt, the task is not.
+    """Train all weights on conversations with shuffled answers: this teaches the form, not the task.
 
-    The loss is that of every token: a base model has read its language, and its embeddings mean something.
+    The loss covers every token: a base model knows its language, and its embeddings are trained.
     """
     import random
 
@@ -147,7 +149,11 @@ def build_demo() -> None:
 
 
 def main() -> int:
-    """Build the demo model in a process of its own, for setup/get_model.py."""
+    """Build models/demo unless it exists, in a separate process, for setup/get_model.py."""
+    argparse.ArgumentParser(description="Build the demo model in models/demo, without any download.").parse_args()
+    with contextlib.suppress(ModelMissingError):
+        print(f"The demo model is there: {find_model(DEMO, None, ROOT).folder}")
+        return 0
     started = time.monotonic()
     build_demo()
     print(f"Built the demo model in {time.monotonic() - started:.0f} s: {ROOT / DEMO}")

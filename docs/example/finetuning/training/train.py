@@ -1,8 +1,8 @@
-"""Training: Olive's pass for the chosen method, with the three things that it lacks.
+"""Training: Olive's pass for the chosen method, with three features that it lacks.
 
-Olive's LoRA family builds the adapters and runs the Trainer, but lets nobody reach it. The subclass made here keeps
-everything else of the pass and adds packing, early stopping and progress. This is the only file that depends on
-Olive's inside, and its imports are heavy: invoke_olive.py imports it when training starts.
+Olive's LoRA passes build the adapters and run the Trainer, but give no access to it. The subclass made here keeps
+the rest of the pass and adds packing, early stopping and progress. This is the only file that depends on Olive's
+internals, and its imports are heavy: invoke_olive.py imports it when training starts.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ def train(
     """Run the pass of olive-config.yaml and return the adapter's folder, timings and the losses.
 
     `tokens` are the rows of both parts, `train` and `held_out`, as chat_tokens returns them. Checkpoints go to
-    run_folder/checkpoints, and the newest one there is gone on from; the adapter goes to run_folder/output/adapter. The
+    run_folder/checkpoints, and training resumes from the newest one; the adapter goes to run_folder/output/adapter. The
     timings are `start_to_first_step` (seconds from the start of the process), `training` (seconds) and
-    `tokens_per_second`; the losses are the Trainer's log: a dict with `step` and `loss` or `eval_loss` for each report.
+    `tokens_per_second`; the losses are the Trainer's log: a dict with `step` and `loss` or `eval_loss` per entry.
     """
     dataset.register()
     config = olive_config(settings)
     for data_config in config["data_configs"]:
-        for key in ("user_script", "script_dir"):  # its functions are registered: Olive would import them again
+        for key in ("user_script", "script_dir"):  # its functions are registered already; Olive would import them again
             data_config.pop(key, None)
     run_config = RunConfig.model_validate(config)
     ((chosen,),) = run_config.passes.values()
     arguments = chosen.config["training_args"]
     arguments |= {
         "output_dir": str(run_folder / "checkpoints"),
-        "overwrite_output_dir": True,  # Olive must not look for checkpoints: the loop below does
+        "overwrite_output_dir": True,  # the loop below looks for checkpoints, not Olive
         "metric_for_best_model": "eval_loss",
         "ddp_find_unused_parameters": False,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting where it was
+        "restore_callback_states_from_checkpoint": True,  # early stopping continues counting where it stopped
         "include_num_input_tokens_seen": "non_padding",
     }
     if torch.distributed.is_initialized():  # each process has the model on its own GPU; with FSDP, a part of it
         spread = settings.sharded or not torch.cuda.is_available()
         chosen.config["device_map"] = None if spread else "current_device"
-    transformers.set_seed(settings.seed)  # adapters are initialised before the Trainer sets its seed
+    transformers.set_seed(settings.seed)  # adapters are initialised before the Trainer sets the seed
     kind = pass_class(settings.method, Training)
     olive_pass = create_pass_from_dict(kind, chosen.config, True, DEFAULT_CPU_ACCELERATOR)
     olive_pass.tokens = tokens
@@ -68,17 +68,17 @@ def train(
 
 
 class Training(ExtraSettings):
-    """What the five methods share: the loop around transformers.Trainer."""
+    """The part that the five methods share: the loop around transformers.Trainer."""
 
     @staticmethod
     def get_target_modules(model: Any) -> str:
-        """Take every linear layer where target_modules is null: Olive's own choice knows some architectures only."""
+        """Take every linear layer if target_modules is null: Olive's own choice covers only some architectures."""
         return "all-linear"
 
     def train_and_save_new_model(
         self, model: Any, tokenizer: Any, config: Any, output_model: Any, output_model_path: str
     ) -> Any:
-        """Train `model`, a PEFT model, and return `output_model`, Olive's handle of it, with the adapter's folder."""
+        """Train `model`, a PEFT model, and return `output_model`, Olive's handle, with the adapter's folder."""
         train_rows, held_out_rows = self.tokens["train"], [*self.tokens["held_out"]]
         if config.torch_dtype == "float16":
             config.training_args.extra_args["fp16"] = True
@@ -95,14 +95,14 @@ class Training(ExtraSettings):
             data_collator=batches.pack if pack else partial(batches.pad, filler=tokenizer.pad_token_id),
             callbacks=[shown, checkpoints],
         )
-        # the bar of transformers mixes with what is printed; ours shows the same on one line
+        # the bar of transformers mixes with other output; ours shows the same on one line
         trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         if config.early_stopping_patience:
             trainer.add_callback(transformers.EarlyStoppingCallback(config.early_stopping_patience))
         steps_an_epoch = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
         if trainer.args.max_steps > steps_an_epoch * trainer.args.num_train_epochs:
-            trainer.args.max_steps = -1  # it may end a run before its epochs, never lengthen it
+            trainer.args.max_steps = -1  # it can end a run before its epochs, but never extend it
         with checkpoints:
             trainer.train(resume_from_checkpoint=newest_checkpoint(Path(trainer.args.output_dir)))
         if checkpoints.stopped_by:
@@ -115,13 +115,13 @@ class Training(ExtraSettings):
         if trainer.is_world_process_zero():
             # the embeddings are the base model's: only what was trained is saved
             model.save_pretrained(adapter, state_dict=weights, save_embedding_layers=False)
-        share()  # it is there for all
+        share()  # the adapter is on disk before any process continues
         output_model.set_resource("adapter_path", adapter)
         return output_model
 
 
 class AnswerTrainer(transformers.Trainer):
-    """The Trainer with the loss of batches.py: each answer token counts the same, in whichever batch it is."""
+    """The Trainer with the loss of batches.py: each answer token counts the same in every batch."""
 
     control: Any
 
@@ -133,11 +133,11 @@ class AnswerTrainer(transformers.Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Return this batch's part of the mean loss over the labels of a step, in nats."""
-        # the gradients of several processes are averaged, and what is wanted is their sum
+        # the gradients of several processes are averaged, but their sum is needed
         return batches.answer_loss(model, inputs) / num_items_in_batch * self.accelerator.num_processes
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """Log eval_loss, the mean over all labels of the held-out rows, and return it."""
+        """Log and return eval_loss, the mean over all labels of the held-out rows."""
         self.model_wrapped.eval()
         totals = torch.zeros(2, device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -153,7 +153,7 @@ class AnswerTrainer(transformers.Trainer):
 
 
 def can_pack(model: Any, rows: list[batches.Row]) -> bool:
-    """Prepare a PEFT model for packed batches; return False, and say so, where its layers would mix the rows."""
+    """Prepare a PEFT model for packed batches; print a notice and return False if its layers would mix the rows."""
     base_model = model.get_base_model()
     attention = base_model.config._attn_implementation
     pack_attention(base_model)
@@ -165,12 +165,12 @@ def can_pack(model: Any, rows: list[batches.Row]) -> bool:
 
 
 def pack_attention(model: Any) -> None:
-    """Let PyTorch's attention see where the packed rows end. Others (eager, flash) find that in position_ids."""
+    """Give PyTorch's attention the ends of the packed rows. Others (eager, flash) derive them from position_ids."""
     if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(batches.PACKED_SDPA)
 
 
 def fill_up(rows: list[batches.Row], batch_size: int) -> None:
-    """Add rows without labels until all batches are full: several processes would see some rows twice to fill them."""
+    """Add rows without labels until all batches are full: otherwise several processes would repeat rows."""
     blank = rows[0] | {"labels": [IGNORED] * len(rows[0]["labels"])}
     rows += [blank] * (-len(rows) % batch_size)

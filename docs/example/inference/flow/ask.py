@@ -1,4 +1,4 @@
-"""The flow's one step: a question and what was said before → the answer of the served model."""
+"""The flow's only step: a question and the chat history → the answer of the served model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from promptflow.core import tool
 
 
 class AskError(Exception):
-    """Why there is no answer, and what to do."""
+    """Why the request failed, and what to do."""
 
 
 @tool
 def ask(question: str, chat_history: list[dict[str, Any]], api: str, max_tokens: int, temperature: float) -> str:
-    """Ask the API that `python inference/gradio_chat.py` serves, with the key in CHAT_API_KEY if it wants one.
+    """Ask the API that `python inference/gradio_chat.py` serves, with the key in CHAT_API_KEY if it requires one.
 
-    `api` is its address with /v1. The system prompt of the training is added by the server. Raises AskError.
+    `api` is its address with /v1. The server adds the system prompt of the training. Raises AskError.
     """
     messages: list[Any] = []
     for turn in chat_history:
@@ -26,7 +26,7 @@ def ask(question: str, chat_history: list[dict[str, Any]], api: str, max_tokens:
     messages.append({"role": "user", "content": question})
     client = OpenAI(base_url=api, api_key=os.environ.get("CHAT_API_KEY") or "none", max_retries=0)
     try:
-        (model, *_) = client.models.list().data  # the tuned one first
+        (model, *_) = client.models.list().data  # the tuned one comes first
         answer = client.chat.completions.create(
             model=model.id, messages=messages, max_tokens=max_tokens, temperature=temperature
         )
