@@ -20,7 +20,7 @@ UNTYPED = {
     "planning": 4,
     "preparing": 8,
     "reporting": 2,
-    "settings": 7,
+    "settings": 13,
     "training": 3,
     ".": 2,
 }
