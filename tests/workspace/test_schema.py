@@ -229,14 +229,14 @@ def test_both_take(verdicts: Verdicts, change: Callable[[Config], None]) -> None
 @pytest.mark.parametrize(
     ("section", "key", "value", "words"),
     [
-        ("passes.*", "r", "many", ": r is 'many': write a whole number."),
+        ("passes.*", "r", "many", ": passes.*.r is 'many': write a whole number from 1."),
         ("passes.*", "r", 0, ": passes.*.r is 0: write a whole number from 1."),
         ("passes.*", "alpha", "32", ": passes.*.alpha is '32': write a number above 0."),
         ("passes.*", "lora_dropout", 1, ": passes.*.lora_dropout is 1: write a number from 0 below 1."),
-        ("passes.*", "target_modules", 3, "write a list of values, each text, text or null."),
+        ("passes.*", "target_modules", 3, ": passes.*.target_modules is 3: write a list of values, each text or null."),
         ("load_dataset_config", "max_rows", -1, "max_rows is -1: write a whole number from 1 or null."),
         ("load_kwargs", "attn_implementation", None, "choose one of sdpa, eager, flash_attention_2."),
-        ("load_kwargs", "revision", 2024, ": revision is 2024: write text or null."),
+        ("load_kwargs", "revision", 2024, ": load_kwargs.revision is 2024: write text or null."),
         ("training_args", "load_best_model_at_end", "false", "is 'false': write true or false."),
         ("training_args", "lr_scheduler_type", "linnear", "is 'linnear': choose one of linear, cosine,"),
         ("training_args", "logging_steps", 1.5, "write a whole number from 1 or a number above 0 below 1."),

@@ -7,7 +7,7 @@ import importlib.util
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from settings.allowed import fixed_values, reasons
 from settings.config_file import CONFIG, ConfigError, line_of, sections
@@ -35,6 +35,7 @@ def validate(settings: Settings, path: Path = CONFIG) -> None:
             if keys.get(key) != value:
                 where = f"{path.name}, line {line_of(path, key, keys.get(key))}: {section}.{key}"
                 raise ConfigError(f"{where} is {keys.get(key)!r}: write {written(value)}, which the steps rely on.")
+    check_types(settings, path)
     validate_values(settings, path)
 
 
@@ -62,6 +63,16 @@ def check_report_to(settings: Settings, path: Path) -> None:
         if name != "none" and importlib.util.find_spec(name) is None:
             install = f"{shlex.quote(sys.executable)} -m pip install {name}"
             raise ConfigError(f"{where} needs {name}, which is not installed: run `{install}`, or set report_to: none.")
+
+
+def check_types(settings: Settings, path: Path) -> None:
+    """Refuse the first value whose type differs from the settings object's. Raises ConfigError."""
+    parts = [group for part in settings.data.values() for group in (part.rows, part.tokens)]
+    for group in (settings, *parts):
+        for name, kind in get_type_hints(type(group)).items():
+            value = getattr(group, name)
+            if name not in ("data", "file") and (wrong := complaint(kind, value)):
+                raise ConfigError(f"{path.name}, line {line_of(path, name, value)}: {name} is {value!r}: {wrong}.")
 
 
 def validate_values(settings: Settings, path: Path) -> None:

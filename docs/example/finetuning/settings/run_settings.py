@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from preparing.dataset import chat_rows, chat_tokens
 from settings.config_file import CONFIG, RESTORE, ConfigError, line_of, read_file, the_pass
-from settings.value_types import complaint
 
 METHODS = {name.lower(): name for name in ("LoRA", "QLoRA", "DoRA", "LoHa", "LoKr")}
+PARTS = ("train", "held_out")  # the names of the data_configs
 METHODS_OF_LORA = ("lora", "qlora", "dora")
 TRAINING_ARGS = {  # that a step may change
     *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "optim"),
@@ -125,7 +125,10 @@ class Settings:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:
-        """Read the content of olive-config.yaml, with Olive's defaults for missing settings. Raises ConfigError."""
+        """Read the content of olive-config.yaml, with Olive's defaults for missing settings. Raises ConfigError.
+
+        The values are not checked here: validation.py does that.
+        """
         model, olive_pass = config["input_model"], the_pass(config)
         arguments = olive_pass["training_args"]
         method = str(olive_pass["type"]).lower()
@@ -133,7 +136,7 @@ class Settings:
             raise ConfigError(
                 f"{CONFIG.name}: passes.*.type {olive_pass['type']!r} is none of {', '.join(METHODS.values())}."
             )
-        settings = cls(
+        return cls(
             model_path=model["model_path"],
             revision=model["load_kwargs"].get("revision"),
             method=method,
@@ -160,12 +163,11 @@ class Settings:
             save_total_limit=arguments.get("save_total_limit") or EVALUATIONS,
             report_to=frozen(arguments.get("report_to", "none")),
             device=config["systems"]["local_system"]["accelerators"][0]["device"],
-            data={part: part_settings(config, part) for part in ("train", "held_out")},
+            data={part: part_settings(config, part) for part in PARTS},
             processes=int(os.environ.get("WORLD_SIZE", "1")),
             sharded=os.environ.get("ACCELERATE_USE_FSDP") == "true",
             file=config,
         )
-        return check_types(settings)
 
 
 def read_settings(path: Path = CONFIG) -> Settings:
@@ -176,7 +178,10 @@ def read_settings(path: Path = CONFIG) -> Settings:
 def part_settings(config: Mapping[str, Any], part: str) -> PartSettings:
     """Return the settings of `train` or `held_out`, with the defaults of chat_rows and chat_tokens."""
     for data_config in config["data_configs"]:
-        if data_config.get("name") == part:
+        if (name := data_config["name"]) not in PARTS:
+            where = f"{CONFIG.name}, line {line_of(CONFIG, 'name', name)}: data_configs.name"
+            raise ConfigError(f"{where} is {name!r}: choose one of {', '.join(PARTS)}.")
+        if name == part:
             rows = arguments_of(chat_rows, data_config["load_dataset_config"], {"part"})
             others = {"rows", "model_path", "revision"}
             tokens = arguments_of(chat_tokens, data_config["pre_process_data_config"], others)
@@ -193,20 +198,6 @@ def arguments_of(function: Any, given: Mapping[str, Any], others: set[str]) -> d
 def frozen(value: Any) -> Any:
     """Return a list as a tuple, any other value unchanged."""
     return tuple(value) if isinstance(value, list) else value
-
-
-def check_types(settings: Settings) -> Settings:
-    """Raise ConfigError for the first value of the wrong type; otherwise return the settings."""
-    parts = [group for part in settings.data.values() for group in (part.rows, part.tokens)]
-    for group in (settings, *parts):
-        for name, kind in get_type_hints(type(group)).items():
-            if name in ("data", "file", "report_to"):  # check_report_to knows what report_to may be
-                continue
-            value = getattr(group, name)
-            if wrong := complaint(kind, value):
-                where = f"{CONFIG.name}, line {line_of(CONFIG, name, value)}: {name}"
-                raise ConfigError(f"{where} is {value!r}: {wrong}.")
-    return settings
 
 
 def olive_config(settings: Settings) -> dict[str, Any]:
