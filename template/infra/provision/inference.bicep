@@ -53,7 +53,7 @@ param ipSecurityRestrictions array
 
 // `az containerapp secret show --secret-name chat-api-key` shows it.
 @secure()
-@description('The app's key: password of the page, bearer token of the API. If not given, Azure generates one.')
+@description('The key of the app: password of the page, bearer token of the API. If not given, Azure generates one.')
 param chatApiKey string = newGuid()
 
 // It must use Azure RBAC and have the secrets hf-token and chat-api-key.
