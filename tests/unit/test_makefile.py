@@ -53,7 +53,9 @@ def installed(folder: Path) -> Path:
     for name in ("template/inference/flow/requirements.txt", "tests/real/make_models.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    caches = ("azure-cli", "bicep-tools", "bitsandbytes", "openai", "playwright", "rattler", "smollm2", "tensorboard")
+    (folder / "locks/site.txt").touch()
+    caches = ["azure-cli", "bicep-tools", "bitsandbytes", "fastjsonschema", "openai", "playwright", "rattler", "site"]
+    caches += ["smollm2", "tensorboard"]
     for name in ("workspace/.venv", "workspace/.venv-promptflow", *caches):
         (folder / ".cache" / name).mkdir(parents=True)
         (folder / ".cache" / name / "ready").touch()
@@ -62,6 +64,9 @@ def installed(folder: Path) -> Path:
         (folder / ".venv/bin" / name).chmod(0o755)
     (folder / ".cache/workspace/.venv/bin").mkdir()
     shutil.copy(folder / ".venv/bin/pytest", folder / ".cache/workspace/.venv/bin/python")
+    (folder / ".cache/site/bin").mkdir()
+    (folder / ".cache/site/bin/python").write_text("#!/bin/sh\n")
+    (folder / ".cache/site/bin/python").chmod(0o755)
     return folder
 
 
