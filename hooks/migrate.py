@@ -300,7 +300,7 @@ class Update:
                 edited, entry = outcome.entry != read(new, target), outcome.entry
                 outcome = merge(target, None, own, entry)
                 if edited and not outcome.conflict and not own.same(entry):
-                    self.write(name, mine)
+                    self.write(name, read(folder / "mine", name))
                     self.write(target, own)
                     said.append(f"{name} is {target} now, and you have a file of that name: yours are both kept.")
                     continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 
 import yaml
@@ -12,11 +14,25 @@ from .user import Edit, setting
 START, MIDDLE, END = b"<<<<<<< before updating", b"=======", b">>>>>>> after updating"
 
 
+BOM = b"\xef\xbb\xbf"
+
+
 def losses(
-    edits: dict[str, Edit], old: Tree, new: Tree, renames: dict[str, str], mine: Tree, result: Tree, unmerged: set[str]
+    edits: dict[str, Edit],
+    old: Tree,
+    new: Tree,
+    renames: dict[str, str],
+    mine: Tree,
+    result: Tree,
+    unmerged: set[str],
+    splits: Mapping[str, Sequence[str]],
 ) -> list[str]:
-    """Return what of the user's is not there, what of the new release is not there, and what nobody wrote."""
+    """Return what of the user's is not there, what of the new release is not there, and what nobody wrote.
+
+    `splits` are files and the others that took a part of them: an edit may be in any.
+    """
     found = []
+    taken = {part: name for name, parts in splits.items() if name in edits for part in parts if part not in old}
     marked = {name for name, entry in result.items() if not entry.link and START in lines(entry.data)}
     found += [f"{name}: a conflict that git does not show" for name in sorted(marked - unmerged)]
     found += [f"{name}: git shows a conflict that is not there" for name in sorted(unmerged - marked)]
@@ -29,6 +45,18 @@ def losses(
         if beside and not (own and beside == mine.get(name) != old.get(name)):
             found.append(f"{name}: stays beside {target}")
         edit = edits.get(name, Edit())
+        if name in taken and name not in mine and name in new and name in result:
+            own = edits[taken[name]]
+            if without(own, lines(result[name].data)) != without(own, lines(new[name].data)):
+                found.append(f"{name}: nobody wrote this, nor {taken[name]}")
+            continue
+        moved = {
+            part
+            for part in edit.parts
+            for other in splits.get(name, ())
+            if other in taken and other in result and part in result[other].data
+        }
+        edit = replace(edit, parts=[part for part in edit.parts if part not in moved])
         entries = (old.get(name), mine.get(name), new.get(target), result.get(target))
         if own:
             other = edits.get(target, Edit())
@@ -44,6 +72,10 @@ Entries = tuple[Entry | None, Entry | None, Entry | None, Entry | None]
 def wrong(name: str, edit: Edit, entries: Entries, unmerged: bool) -> list[str]:
     """Return what is wrong with one file."""
     old, mine, new, result = entries
+    if mine and new and result and mine.data.startswith(BOM) and is_text(mine.data) and not mine.link:
+        plain = [entry and entry._replace(data=entry.data.removeprefix(BOM)) for entry in entries]
+        said = wrong(name, edit, (plain[0], plain[1], plain[2], plain[3]), unmerged)
+        return said if result.data.startswith(BOM) else [*said, "lost its mark"]
     if name == ANSWERS:
         same = result and new and answers(result.data) == answers(new.data)
         return [] if same else ["not the answers of the new release"]
@@ -87,14 +119,7 @@ def wrong_text(edit: Edit, old: Entry | None, mine: Entry, new: Entry, result: E
         found += [f"came back: {line!r}" for line in sorted(once) if line in got and line not in lines(mine.data)]
 
     def rest(text: list[bytes]) -> list[bytes]:
-        keys = {key.strip() for key in edit.keys}
-        return [
-            line
-            for line in text
-            if line not in edit.removed
-            and not any(part in line for part in edit.parts)
-            and (setting(line) or b"").strip() not in keys | {b"-"}
-        ]
+        return without(edit, text)
 
     if rest(theirs) != rest(want):
         lost = [line for line in rest(want) if line not in theirs]
@@ -104,6 +129,18 @@ def wrong_text(edit: Edit, old: Entry | None, mine: Entry, new: Entry, result: E
     if last and not unmerged and mine.data[-1:] != b"\n" and edit.parts + list(edit.removed) == []:
         found += ["got a newline at its end"] if result.data.endswith(b"\n") else []
     return found
+
+
+def without(edit: Edit, text: list[bytes]) -> list[bytes]:
+    """Return the lines that are not the user's, nor what they took out."""
+    keys = {key.strip() for key in edit.keys}
+    return [
+        line
+        for line in text
+        if line not in edit.removed
+        and not any(part in line for part in edit.parts)
+        and (setting(line) or b"").strip() not in keys | {b"-"}
+    ]
 
 
 def wrong_both(edit: Edit, other: Edit, entries: Entries, own: Entry, beside: Entry | None) -> list[str]:

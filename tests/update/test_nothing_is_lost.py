@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from copier import run_copy
 
-from .conftest import NEXT, NOW, OPTIONS, RELEASES, ROOT, commit, contents, git, known
+from .conftest import NEXT, NOW, OPTIONS, ROOT, commit, contents, git, known
 
 Copy = Callable[..., Path]
 CONFIG = "finetuning/olive-config.yaml"
@@ -401,7 +401,7 @@ def test_a_default_that_was_only_confirmed_follows_the_model_and_a_chosen_value_
     assert "learning_rate: 0.0002" in text and "num_train_epochs: 5" in text and "type: QLoRA" in text
 
 
-@pytest.mark.parametrize("tag", RELEASES)
+@pytest.mark.parametrize("tag", ["v0.1.0", "v0.1.1"])
 def test_a_default_that_an_early_release_recorded_follows_the_model_and_a_chosen_value_stays(
     tag: str, copy: Copy, update: Copy, releases: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -283,7 +283,7 @@ def judged(
         counts["kills"] += 1
     if outcome.status == 0:
         unmerged = {line.partition("\t")[2] for line in after.index if line.partition("\t")[0][-1:] in "123" and line}
-        found = oracle.losses(user.edits, *renders, before.workspace, after.workspace, unmerged)
+        found = oracle.losses(user.edits, *renders, before.workspace, after.workspace, unmerged, KNOWN["SPLIT_FILES"])
         counts["conflicts"] += len(unmerged)
         found += different(before.outside, after.outside, "outside: ")
         found += [f"index of others: {line!r}" for line in set(before.others) ^ set(after.others)]

@@ -143,9 +143,6 @@ class User:
         path = self.workspace / name
         data = path.read_bytes()
         path.write_bytes(b"\xef\xbb\xbf" + data)
-        edit = self.edits.setdefault(name, Edit())
-        edit.parts.append(b"\xef\xbb\xbf" + data.split(b"\n")[0])
-        edit.removed.add(data.split(b"\n")[0])
         return f"BOM in {name}"
 
     def crlf(self) -> str:
