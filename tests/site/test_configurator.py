@@ -226,7 +226,7 @@ def test_every_field_has_a_name_and_says_its_help(page: Page) -> None:
         re.compile("How often the training goes through all examples")
     )
     expect(page.get_by_role("group", name="device")).to_have_accessible_description(
-        re.compile("What the model trains on")
+        re.compile("The device to train on")
     )
 
 
