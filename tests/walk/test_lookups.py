@@ -28,13 +28,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[
     folders = [str(root / name) for name in ("setup", "finetuning", "inference")]
     sys.path[:0] = folders
     try:
+        import engine
         import get_model
         import load_engine
         from exporting import tuned_model
         from planning import model_facts
         from preparing import dataset
 
-        steps = (dataset, get_model, load_engine, model_facts, tuned_model)
+        steps = (dataset, engine, get_model, load_engine, model_facts, tuned_model)
         yield SimpleNamespace(root=root, **{step.__name__.rpartition(".")[2]: step for step in steps})
     finally:
         sys.path[:] = [path for path in sys.path if path not in folders]
@@ -118,7 +119,7 @@ def folders(workspace: SimpleNamespace, settings: Any, named: Named) -> dict[str
     for chat, revision in (("base chat", named.revision), ("tuned chat", named.commit)):
         source = workspace.engine.Source(named.model, revision, None, "lora", "float32", "")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(workspace.engine, "base_source", lambda root, source=source: source)
+            patch.setattr(workspace.load_engine, "base_source", lambda root, source=source: source)
             loaded = workspace.load_engine.load(baseonly=True, engine="torch", root=workspace.root)
         found[chat] = Path(loaded.backend.model.config._name_or_path)
     return found
