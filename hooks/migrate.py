@@ -16,10 +16,8 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -32,16 +30,13 @@ import yaml
 sys.dont_write_bytecode = True  # new files in the template's folder would make it count as uncommitted
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from merging import Entry, ended_as, follow, lf, merge, read  # noqa: E402 - Copier runs this file with -I
+from refusals import Refusal, first_line, refuse, try_git  # noqa: E402
 from renames import RENAMED_FILES, RENAMED_SETTINGS, SPLIT_FILES  # noqa: E402
+from repository import TAB, Repository  # noqa: E402
 
 OWNED = ("dataset/*.jsonl",)  # the user's from the first day, as `_skip_if_exists` of copier.yml says
 KEPT = 3  # safety copies
-TAB = "\t"  # before the name in git's listing of the index: mode, hash, stage
 UNDO = "setup/undo_update.py"
-
-
-class Refusal(Exception):  # noqa: N818 - not an error
-    """Why the update does not begin, and what to do, in one sentence."""
 
 
 def main() -> int:
@@ -50,7 +45,8 @@ def main() -> int:
     update = Update(Path.cwd(), answers_file, Path(template))
     try:
         if stage == "before":
-            update.refuse()
+            interrupted = update.pending.exists() and update.has_begun()
+            refuse(update.repository, answers_file, update.names_of_template(), update.undo if interrupted else None)
             update.save()
         else:
             update.finish(given.split())
@@ -69,11 +65,10 @@ class Update:
 
     def __init__(self, workspace: Path, answers_file: str, template: Path) -> None:
         self.workspace, self.answers_file, self.template = workspace, answers_file, template
-        self.prefix = git(workspace, "rev-parse", "--show-prefix").decode().strip()
-        folder = git(workspace, "rev-parse", "--absolute-git-dir").decode().strip()
+        self.repository = Repository(workspace)
         # a repository may hold several workspaces
-        name = self.prefix.strip("/").replace("/", "!") or "workspace"
-        self.copies = Path(folder) / "copier-finetune" / name
+        name = self.repository.prefix.strip("/").replace("/", "!") or "workspace"
+        self.copies = Path(self.repository.path("--absolute-git-dir")) / "copier-finetune" / name
         self.pending = self.copies / "pending"
 
     @property
@@ -89,50 +84,6 @@ class Update:
         return Path(UNDO)
 
     # ---- before
-
-    def refuse(self) -> None:
-        """Raise Refusal if the update would lose something or could not finish."""
-        if not git(self.workspace, "ls-files", "--", self.answers_file):
-            raise Refusal(
-                f"git does not know {self.answers_file}, so it could not bring anything back: run `git init` in the "
-                "workspace unless it is a part of a larger repository, then `git add -A` and `git commit`."
-            )
-        if not git(self.workspace, "rev-parse", "--verify", "--quiet", "HEAD"):
-            raise Refusal("the repository has no commit yet: run `git add -A` and `git commit`.")
-        if self.pending.exists() and self.has_begun():
-            raise Refusal(
-                f"an update before this one was interrupted: take it back with `python {self.undo}`, then try again."
-            )
-        hidden = [line[2:] for line in self.listed("ls-files", "-v", "-z") if line.startswith("S ")]
-        if hidden:
-            raise Refusal(f"the checkout is sparse ({hidden[0]} is not here): run `git sparse-checkout disable`.")
-        top = Path(git(self.workspace, "rev-parse", "--show-toplevel").decode().rstrip("\n"))
-        for line in split(git(top, "status", "--porcelain", "--ignored", "-z")):
-            if line.startswith(("?? ", "!! ")) and line.endswith(".rej"):
-                raise Refusal(
-                    f"Copier would take {line[3:]} for a patch of its own, reset the file beside it and delete it: "
-                    "move it out of the repository, or delete it."
-                )
-        lock = self.workspace / git(self.workspace, "rev-parse", "--git-path", "index.lock").decode().rstrip("\n")
-        for _ in range(20):  # an editor may hold it for a moment
-            if not lock.exists():
-                break
-            time.sleep(0.25)
-        else:
-            raise Refusal(f"another program works with the repository: end it, or delete {lock} when there is none.")
-        for name in sorted(self.names_of_template()):
-            path = self.workspace / name
-            if path.is_dir() and not path.is_symlink():
-                raise Refusal(f"{name} is a folder, and the template has a file of that name: rename yours.")
-            for parent in list(Path(name).parents)[:-1]:
-                path = self.workspace / parent
-                if path.is_symlink():
-                    raise Refusal(
-                        f"{parent} is a link, and Copier writes through none: put the folder itself there, and a link "
-                        "to it where it is now."
-                    )
-                if path.exists() and not path.is_dir():
-                    raise Refusal(f"{parent} is a file, and the template has a folder of that name: rename yours.")
 
     def has_begun(self) -> bool:
         """Return whether the recorded update changed anything: it may have failed at a question, before any change."""
@@ -155,12 +106,11 @@ class Update:
             if source.is_symlink() or source.is_file():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target, follow_symlinks=False)
-        top = Path(git(self.workspace, "rev-parse", "--show-toplevel").decode().rstrip("\n"))
         state = {
-            "prefix": self.prefix,
+            "prefix": self.repository.prefix,
             "names": sorted(names),
-            "index": self.listed("ls-files", "--stage", "-z"),
-            "gone": split(git(top, "ls-files", "--deleted", "-z")),
+            "index": self.repository.listed("ls-files", "--stage", "-z"),
+            "gone": Repository(self.repository.top).listed("ls-files", "--deleted", "-z"),
             "defaults": defaults,
         }
         (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -182,7 +132,7 @@ class Update:
         answers = self.answers()
         for folder in sorted(Path(tempfile.gettempdir()).glob("*old_copy.*")):
             with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-                rendered = folder / self.prefix
+                rendered = folder / self.repository.prefix
                 text = (rendered / self.answers_file).read_text(encoding="utf-8")
                 if yaml.safe_load(text) == answers and not (folder / ".git").exists():
                     return rendered
@@ -225,15 +175,15 @@ class Update:
         answers = self.answers()
         stale = {name: old for name, old in state["defaults"].items() if answers.get(name) == old and name not in given}
         if stale or self.is_edited(folder, state):  # otherwise there is nothing to merge, and Copier's result is right
-            release = git(self.template, "rev-parse", "HEAD").decode().strip()
+            release = Repository(self.template).path("HEAD")
             # Copier's own render is deleted by now
             answers = self.render(str(self.template), release, folder / "new", without=stale)
-            self.restore_index(state["index"])
+            self.repository.restore_index(state["index"])
             said, conflicts = self.merge_files(folder, state, folder / "new")
         changed = [f"{name} {old} -> {answers[name]}" for name, old in stale.items() if answers[name] != old]
         if changed:
             said.append(f"What you never chose follows the new answers: {', '.join(changed)}.")
-        self.put_back_others(state)
+        self.repository.put_back_others(state)
         for line in said:
             print(line, file=sys.stderr)
         (folder / "done").touch()
@@ -310,7 +260,7 @@ class Update:
             said += outcome.notes
             if outcome.conflict:
                 conflicts.append(target)
-                self.mark_conflict(target, outcome.conflict)
+                self.repository.mark_conflict(target, outcome.conflict)
         return said, conflicts
 
     @staticmethod
@@ -320,11 +270,11 @@ class Update:
         edited: dict[str, Entry] = {}
         for name in sorted(files(folder / "old")):
             old, mine = read(folder / "old", name), read(folder / "mine", name)
-            others = (renames.get(name, name), *(other for other in SPLIT_FILES.get(name, ()) if other != name))
-            taken = {other: edited.get(other) or read(new, other) for other in others}
-            texts = {other: lf(entry) for other, entry in taken.items() if entry and entry.is_text}
             if not (name.endswith(".py") and old and mine and old.is_text and mine.is_text) or mine.same(old):
                 continue
+            others = (renames.get(name, name), *SPLIT_FILES.get(name, ()))
+            taken = {other: edited.get(other) or read(new, other) for other in others}
+            texts = {other: lf(entry) for other, entry in taken.items() if entry and entry.is_text}
             rest, texts = follow(lf(old), lf(mine), texts)
             left[name] = ended_as(mine, replace(mine, data=rest))
             edited |= {
@@ -363,81 +313,6 @@ class Update:
             unfinished.chmod(mode | (mode >> 2 & 0o111 if entry.executable else 0))
         unfinished.replace(path)
 
-    # ---- git
-
-    def listed(self, *arguments: str) -> list[str]:
-        """Run git in the workspace, and return its NUL-separated output."""
-        return split(git(self.workspace, *arguments))
-
-    def restore_index(self, lines: list[str]) -> None:
-        """Restore the index from before the update: Copier may have recorded its own conflicts."""
-        now = self.listed("ls-files", "--stage", "-z")
-        changed = [f"0 {'0' * 40}\t{self.prefix}{line.partition(TAB)[2]}" for line in now if line not in lines]
-        for line in lines:
-            facts, _, name = line.partition(TAB)
-            if line not in now:
-                changed.append(f"{facts}\t{self.prefix}{name}")
-        self.update_index(changed)
-
-    def mark_conflict(self, name: str, sides: tuple[bytes | None, bytes, bytes]) -> None:
-        """Record a conflict in the index, so git shows it."""
-        lines = [f"0 {'0' * 40}\t{self.prefix}{name}"]
-        for stage, data in enumerate(sides, start=1):
-            if data is not None:
-                digest = git(self.workspace, "hash-object", "-w", "--stdin", given=data).decode().strip()
-                lines.append(f"100644 {digest} {stage}\t{self.prefix}{name}")
-        self.update_index(lines)
-
-    def update_index(self, lines: list[str]) -> None:
-        """Change entries of the index; an editor may hold its lock for a moment."""
-        given = "".join(f"{line}\0" for line in lines).encode(errors="surrogateescape")
-        for _ in range(40):
-            command = ["git", "update-index", "-z", "--index-info"]
-            done = subprocess.run(command, cwd=self.workspace, input=given, capture_output=True, check=False)
-            if done.returncode == 0:
-                return
-            time.sleep(0.25)
-        raise OSError(done.stderr.decode(errors="replace").strip())
-
-    def put_back_others(self, state: dict[str, Any]) -> None:
-        """Restore files that are not part of the template: Copier may have written or restored them."""
-        names = set(state["names"])
-        lines = [line.partition("\t")[2] for line in state["index"]]
-        ours = [name for name in lines if name not in names]
-        for name in self.listed("ls-files", "--modified", "--deleted", "-z"):
-            if name in ours:
-                git(self.workspace, "checkout-index", "--force", "--", name)
-        top = Path(git(self.workspace, "rev-parse", "--show-toplevel").decode().rstrip("\n"))
-        for name in state["gone"]:
-            if not name.startswith(self.prefix) or name[len(self.prefix) :] not in names:
-                (top / name).unlink(missing_ok=True)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".:")
-
-
-def try_git(rendered: Path) -> None:
-    """Commit a render in another folder, as Copier does next. Raises Refusal if a setting or a hook prevents it."""
-    who = {f"GIT_{role}_{fact}": "copier" for role in ("AUTHOR", "COMMITTER") for fact in ("NAME", "EMAIL")}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        copy = shutil.copytree(rendered, Path(folder) / "copy", symlinks=True)
-        for command, to_do in (
-            ("init --quiet", "see what init.templateDir of git's settings names."),
-            ("add .", "run `git config --global core.safecrlf warn`, and try again."),
-            (
-                "commit --quiet --message=Rendered --no-gpg-sign --no-verify",
-                "a hook from git's core.hooksPath or init.templateDir forbids it; let it pass, and try again.",
-            ),
-        ):
-            done = subprocess.run(
-                ["git", *command.split()], cwd=copy, env=os.environ | who, capture_output=True, check=False
-            )
-            if done.returncode != 0:
-                reason = first_line(OSError(done.stderr.decode(errors="replace")))
-                raise Refusal(f"`git {command.split()[0]}` fails in Copier's temporary folder ({reason}): {to_do}")
-
 
 def entries(answers: str) -> dict[str, str]:
     """Return the text of each answer by its name; the text above them counts as one, too."""
@@ -453,17 +328,6 @@ def files(folder: Path) -> set[str]:
         links = [name for name in folders if (Path(parent) / name).is_symlink()]
         found |= {(Path(parent) / name).relative_to(folder).as_posix() for name in [*names, *links]}
     return found
-
-
-def split(output: bytes) -> list[str]:
-    """Split git's NUL-separated output."""
-    return [part for part in output.decode(errors="surrogateescape").split("\0") if part]
-
-
-def git(folder: Path, *arguments: str, given: bytes = b"") -> bytes:
-    """Run git in a folder, and return its output; empty if it fails."""
-    command = ["git", "-c", "core.quotePath=false", *arguments]
-    return subprocess.run(command, cwd=folder, input=given, capture_output=True, check=False).stdout
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ def undo(workspace: Path) -> None:
 
 def copies_of(workspace: Path) -> Path:
     """Return the folder with the copies made by the updates of this workspace. Raises UndoError."""
-    folder = git(workspace, "rev-parse", "--absolute-git-dir").strip()
-    prefix = git(workspace, "rev-parse", "--show-prefix").strip()
+    folder = git(workspace, "rev-parse", "--absolute-git-dir").rstrip("\n")
+    prefix = git(workspace, "rev-parse", "--show-prefix").rstrip("\n")
     return Path(folder) / "copier-finetune" / (prefix.strip("/").replace("/", "!") or "workspace")
 
 

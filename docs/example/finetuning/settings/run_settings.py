@@ -20,7 +20,7 @@ from settings.config_file import CONFIG, RESTORE, ConfigError, line_of, read_fil
 METHODS = {name.lower(): name for name in ("LoRA", "QLoRA", "DoRA", "LoHa", "LoKr")}
 PARTS = ("train", "held_out")  # the names of the data_configs
 METHODS_OF_LORA = ("lora", "qlora", "dora")
-TRAINING_ARGS = {  # that a step may change
+CHANGED_BY_STEPS = {  # of the training_args
     *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "optim"),
     *("eval_steps", "save_steps", "report_to"),
 }
@@ -213,7 +213,7 @@ def olive_config(settings: Settings) -> dict[str, Any]:
         config["systems"]["local_system"]["accelerators"] = [{"device": settings.device}]
     for name in changed & {"torch_dtype", "quant_type", "compute_dtype", "double_quant"}:
         olive_pass[name] = getattr(settings, name)
-    for name in changed & TRAINING_ARGS:
+    for name in changed & CHANGED_BY_STEPS:
         olive_pass["training_args"][name] = getattr(settings, name)
     if settings.method != "qlora":
         for name in ("quant_type", "compute_dtype", "double_quant"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from enum import Enum
 from functools import cache, reduce
@@ -9,6 +10,8 @@ from operator import or_
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
 
 WORDS = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}
 WORDS |= {"object": "settings of its own, indented below it", "null": "null"}
@@ -89,5 +92,8 @@ def options(schema: dict[str, Any]) -> list[str]:
 
 
 def written(value: Any) -> str:
-    """Return a value as YAML writes it."""
-    return value if isinstance(value, str) and value else json.dumps(value)
+    """Return a value as YAML writes it: a text like no, which YAML reads as another value, in quotes."""
+    with contextlib.suppress(yaml.YAMLError):
+        if isinstance(value, str) and yaml.safe_load(value) == value:
+            return value
+    return json.dumps(value)
