@@ -74,7 +74,8 @@ def merge(
         return Outcome(new if untouched else None)
     if new is None:
         kept = Outcome(mine)
-        if old and mine.same(old) and mine.executable == old.executable:
+        same_mark = old and mine.data.startswith(BOM_UTF8) == old.data.startswith(BOM_UTF8)
+        if old and mine.same(old) and same_mark and mine.executable == old.executable:
             kept.entry = None  # only line ends differ: not an edit
         elif old:
             kept.notes.append(f"{name} is not a part of the workspace any more; yours is kept.")

@@ -127,15 +127,18 @@ class Update:
         """Return the workspace as rendered by the old release. Raises Refusal if that is impossible.
 
         Copier renders it before this runs, into the folder for temporary files, but does not pass the path: it is the
-        folder with the same answers that is not a repository yet.
+        folder with the same answers that is not a repository yet. If there are several, one may be what a killed update
+        left, incomplete: the old release is rendered again then.
         """
-        answers = self.answers()
-        for folder in sorted(Path(tempfile.gettempdir()).glob("*old_copy.*")):
+        answers, found = self.answers(), []
+        for folder in Path(tempfile.gettempdir()).glob("*old_copy.*"):
             with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
                 rendered = folder / self.repository.prefix
                 text = (rendered / self.answers_file).read_text(encoding="utf-8")
                 if yaml.safe_load(text) == answers and not (folder / ".git").exists():
-                    return rendered
+                    found.append(rendered)
+        if len(found) == 1:
+            return found[0]
         self.render_old()
         return self.copies / "old"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -183,6 +184,19 @@ def test_the_copy_of_another_update_is_never_taken(
     (tmp_path / "old_copy.later/.git").mkdir()
     update = migrate.Update(workspace, ".copier-answers.yml", ROOT)
     assert update.old_render() == tmp_path / "old_copy.mine"
+
+
+def test_an_incomplete_copy_that_a_killed_update_left_is_never_taken(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    migrate = hook()
+    monkeypatch.setattr(migrate.tempfile, "gettempdir", lambda: str(tmp_path))
+    for name in ("left", "mine"):
+        (tmp_path / f"old_copy.{name}").mkdir()
+        shutil.copy2(workspace / ".copier-answers.yml", tmp_path / f"old_copy.{name}")
+    shutil.copytree(workspace, tmp_path / "old_copy.mine", dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git"))
+    rendered = contents(migrate.Update(workspace, ".copier-answers.yml", ROOT).old_render())
+    assert {name: rendered.get(name) for name in contents(workspace)} == contents(workspace)
 
 
 def hook() -> ModuleType:

@@ -78,6 +78,8 @@ class User:
 
     def new_name(self) -> str:
         folder = self.rng.choice(["", "finetuning/", "mine/", "Über uns/", "infra/", ".github/", "later/"])
+        if (self.workspace / folder.rstrip("/")).is_file():  # the user has put a file in place of a folder
+            folder = ""
         word = self.rng.choice(["my notes", "größe", "it's", "-x", "#1", "a[1]", "mine", "a\nb"])
         return f"{folder}{word}-{self.token()}.txt{self.rng.choice(['', '', '', ' '])}"
 
