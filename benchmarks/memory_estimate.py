@@ -139,7 +139,7 @@ def build(workspace: Path, name: str) -> None:
         for _ in range(count):
             row = [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]
             length, share = draw.randint(SHORTEST, longest), draw.uniform(0.2, 0.6)
-            while len(tokenise(tokenizer, row, "all")["input_ids"]) < length:
+            while len(tokenise(tokenizer, row, "all")[0]["input_ids"]) < length:
                 row[draw.random() < share]["content"] += f" {draw.choice(words)}"
             lines.append(json.dumps({"messages": row}) + "\n")
         (place / file).write_text("".join(lines))

@@ -91,7 +91,7 @@ def prepare(options: argparse.Namespace) -> dict[str, int]:
         share = draw.uniform(0.2, 0.8)
         row = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
         while True:  # until it has the length
-            example = tokenise(tokenizer, row, "responses")
+            (example,) = tokenise(tokenizer, row)
             if len(example["input_ids"]) >= length:
                 break
             learnt = sum(label != IGNORED for label in example["labels"])

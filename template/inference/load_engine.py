@@ -31,7 +31,7 @@ def load(baseonly: bool = False, engine: str = "auto", root: Path = ROOT) -> Eng
         if folder:
             from onnx_backend import OnnxBackend
 
-            backend = OnnxBackend(folder, root)
+            backend = OnnxBackend(source, folder, root)
         else:
             base = find_model(source.base, source.revision, root).folder
             from torch_backend import TorchBackend

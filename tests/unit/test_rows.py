@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "template" / "finet
 from preparing.conversations import Conversation
 from preparing.conversations import read as read_file
 from preparing.formats import to_messages
-from preparing.rows import DataError
+from preparing.problems import DataError
 
 INPUTS = 5200
 ASKED, ANSWERED = {"role": "user", "content": "Phrase: Hooray!"}, {"role": "assistant", "content": "joy"}

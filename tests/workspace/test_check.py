@@ -93,7 +93,7 @@ def test_json_is_one_object_and_agrees_with_the_rows(invoke: Invoke, workspace: 
     tokenizer = token_counts.demo_tokenizer()
     if (workspace / "models" / "demo").is_dir():
         tokenizer = load_tokenizer(str(workspace / "models" / "demo"))
-    labels = [tokenise(tokenizer, row, "responses")["labels"] for row in rows]
+    labels = [one["labels"] for row in rows for one in tokenise(tokenizer, row)]
     lengths = sorted(map(len, labels))
     data = report["data"]
     assert data["rows"] == {"train": 800, "held_out": 160}
@@ -198,20 +198,21 @@ def test_gradient_checkpointing_that_nobody_set_is_switched_on_when_memory_is_sh
     workspace: Path, settings: Any, machine_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from planning import fit
+    from preparing.dataset import Tokenised
 
     monkeypatch.chdir(workspace)
     row = {"input_ids": [7] * 30, "labels": [-100] * 20 + [7] * 10}
-    tokens = {"train": [row] * 64, "held_out": [row] * 8}
+    found = {part: Tokenised([[]] * count, [[row]] * count, 256) for part, count in (("train", 64), ("held_out", 8))}
 
     def decided(**facts: Any) -> tuple[Any, str]:
         machine_of(**facts)
-        settled, _, line = fit.settle(settings, tokens)
+        settled, _, line = fit.settle(settings, found)
         return settled.gradient_checkpointing, line
 
     assert settings.gradient_checkpointing is None
     at_ease, line = decided(ram_free=2**40)
     assert at_ease is False and "off, not needed" in line
-    lengths = {part: fit.lengths_of(rows) for part, rows in tokens.items()}
+    lengths = {part: fit.lengths_of(rows.examples) for part, rows in found.items()}
     shape = fit.find(settings).shape
     assert shape
     needed = fit.memory(shape, settings, lengths["train"], lengths["held_out"]).total

@@ -81,7 +81,7 @@ def test_the_labels_are_the_answers_with_their_end_of_turn(tokens: Any, sample: 
 
     facts = FAMILIES[family]
     tokenizer = tiny_model.build_tokenizer({**facts, "chat_template": facts["template"]}, sample)
-    example = tokens.tokenise(tokenizer, CONVERSATION, "responses")
+    (example,) = tokens.tokenise(tokenizer, CONVERSATION, "responses")
     spans: list[list[int]] = [[]]
     for token, label in zip(example["input_ids"], example["labels"], strict=True):
         assert label in (token, tokens.IGNORED)
@@ -93,7 +93,7 @@ def test_the_labels_are_the_answers_with_their_end_of_turn(tokens: Any, sample: 
     end = facts["end_of_turn"]
     assert [text.removesuffix(end).strip() for text in learnt] == ["I am glad.", "joy\n\nmore  of it"]
     assert all(text.endswith(end) for text in learnt)
-    everything = tokens.tokenise(tokenizer, CONVERSATION, "all")
+    (everything,) = tokens.tokenise(tokenizer, CONVERSATION, "all")
     assert everything["labels"] == everything["input_ids"]
 
 
@@ -104,7 +104,7 @@ def test_what_is_asked_later_is_tokenised_as_what_was_trained(tokens: Any, sampl
     facts = FAMILIES[family]
     tokenizer = tiny_model.build_tokenizer({**facts, "chat_template": facts["template"]}, sample)
     asked = tokenizer.apply_chat_template(CONVERSATION[:-1], add_generation_prompt=True, return_dict=False)
-    assert tokens.tokenise(tokenizer, CONVERSATION, "responses")["input_ids"][: len(asked)] == asked
+    assert tokens.tokenise(tokenizer, CONVERSATION, "responses")[0]["input_ids"][: len(asked)] == asked
 
 
 def test_a_model_that_thinks_learns_the_answer_alone_in_every_turn(tokens: Any, sample: Any) -> None:
@@ -125,9 +125,15 @@ def test_a_model_that_thinks_learns_the_answer_alone_in_every_turn(tokens: Any, 
 {% endif %}{% endif %}"""
     facts = {**FAMILIES["chatml"], "chat_template": template}
     tokenizer = tiny_model.build_tokenizer(facts, sample)
-    labels = tokens.tokenise(tokenizer, CONVERSATION, "responses")["labels"]
-    learnt = tokenizer.decode([label for label in labels if label != tokens.IGNORED])
-    assert learnt == "I am glad.<|im_end|>joy\n\nmore  of it<|im_end|>"
+    examples = tokens.tokenise(tokenizer, CONVERSATION, "responses")
+    learnt = [tokenizer.decode([label for label in one["labels"] if label != tokens.IGNORED]) for one in examples]
+    # the first answer too is learnt after the empty thought, as it is asked, and so in an example of its own
+    assert learnt == ["I am glad.<|im_end|>", "joy\n\nmore  of it<|im_end|>"]
+    for example, last in zip(examples, (2, 4), strict=True):
+        options = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": False}
+        asked = tokenizer.apply_chat_template(CONVERSATION[:last], **options)
+        assert example["input_ids"][: len(asked)] == asked
+        assert set(example["labels"][: len(asked)]) == {tokens.IGNORED}
 
 
 def test_rows_that_are_too_long_are_cut_and_counted(
@@ -162,7 +168,7 @@ def test_a_row_that_the_chat_template_refuses_is_named(tokens: Any, sample: Any)
     template = """{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}
 {{ raise_exception('Conversation roles must alternate') }}{% endif %}{{ message.content }}{% endfor %}"""
     tokenizer = tiny_model.build_tokenizer({**FAMILIES["chatml"], "chat_template": template}, sample)
-    row = type(sample[0])([TONE[0], *TONE], "rows.jsonl, line 7")
+    row = type(sample[0])([TONE[0], *TONE], "rows.jsonl", 7)
     for refused in (row, tokens.with_system(row, "Be kind.")):
         with pytest.raises(tokens.DataError, match=r"^rows\.jsonl, line 7: .* take this row \(Conversation roles must"):
             tokens.tokenise(tokenizer, refused, "responses")

@@ -283,8 +283,11 @@ class Recorded:
     def __init__(self, says: bytes) -> None:
         self.says = says
 
-    def encode(self, messages: list[dict[str, str]]) -> list[int]:
-        return list("".join(f"[{turn['role']}]{turn['content']}" for turn in messages).encode())
+    def render(self, messages: list[dict[str, str]]) -> str:
+        return "".join(f"[{turn['role']}]{turn['content']}" for turn in messages)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
 
     def decode(self, tokens: list[int]) -> str:
         return bytes(tokens).decode(errors="replace").removeprefix(" ")

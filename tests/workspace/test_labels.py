@@ -52,12 +52,18 @@ def serving(workspace: Path) -> Any:
     finally:
         sys.path.pop(0)
 
-    def make(tokenizer: Any, system_prompt: str) -> Any:
+    def make(tokenizer: Any, system_prompt: str, thinking: bool = False) -> Any:
         backend: Any = object.__new__(torch_backend.TorchBackend)
-        backend.tokenizer, backend.context = tokenizer, 4096
+        backend.tokenizer, backend.context, backend.thinking = tokenizer, 4096, thinking
         return engine.Engine(SimpleNamespace(system_prompt=system_prompt), backend)
 
     return make
+
+
+def only(examples: list[dict[str, list[int]]]) -> dict[str, list[int]]:
+    """The single example of a conversation whose turns the template writes the same everywhere."""
+    (example,) = examples
+    return example
 
 
 def learnt(example: dict[str, list[int]], ignored: int) -> list[list[int]]:
@@ -77,7 +83,7 @@ def test_what_is_asked_in_a_chat_is_tokenised_as_the_same_turns_were_trained(
     tokens: Any, tokenizers: dict[str, Any], serving: Any, family: str, system_prompt: str
 ) -> None:
     tokenizer = tokenizers[family]
-    trained = tokens.tokenise(tokenizer, tokens.with_system(TURNS, system_prompt or None), "responses")
+    trained = only(tokens.tokenise(tokenizer, tokens.with_system(TURNS, system_prompt or None), "responses"))
     engine = serving(tokenizer, system_prompt)
     # the first question, and the second with the first answer before it
     for turns, answer in zip((TURNS[:1], TURNS[:3]), learnt(trained, tokens.IGNORED), strict=True):
@@ -92,7 +98,7 @@ def test_a_chat_stops_at_the_token_that_was_learnt_as_the_end(
     tokens: Any, tokenizers: dict[str, Any], serving: Any, family: str
 ) -> None:
     tokenizer = tokenizers[family]
-    trained = tokens.tokenise(tokenizer, TURNS, "responses")
+    trained = only(tokens.tokenise(tokenizer, TURNS, "responses"))
     stops = serving(tokenizer, "").backend.end_of_answer(tokenizer.eos_token_id)
     for answer in learnt(trained, tokens.IGNORED):
         assert answer[-1] in stops
@@ -102,7 +108,7 @@ def test_a_chat_stops_at_the_token_that_was_learnt_as_the_end(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_system_text_is_read_and_never_learnt(tokens: Any, tokenizers: dict[str, Any], family: str) -> None:
     tokenizer = tokenizers[family]
-    without, with_it = (tokens.tokenise(tokenizer, turns, "responses") for turns in (TURNS, [SYSTEM, *TURNS]))
+    without, with_it = (only(tokens.tokenise(tokenizer, turns, "responses")) for turns in (TURNS, [SYSTEM, *TURNS]))
     assert "Be kind." in tokenizer.decode(with_it["input_ids"])
     assert learnt(with_it, tokens.IGNORED) == learnt(without, tokens.IGNORED)
 
@@ -111,7 +117,7 @@ def test_a_system_text_is_read_and_never_learnt(tokens: Any, tokenizers: dict[st
 def test_what_a_tool_says_is_never_learnt(tokens: Any, tokenizers: dict[str, Any], family: str) -> None:
     tokenizer = tokenizers[family]
     turns = [*TURNS[:2], TOOL, TURNS[3]]
-    example = tokens.tokenise(tokenizer, turns, "responses")
+    example = only(tokens.tokenise(tokenizer, turns, "responses"))
     texts = [tokenizer.decode(run) for run in learnt(example, tokens.IGNORED)]
     assert "17 degrees" in tokenizer.decode(example["input_ids"])
     assert "17 degrees" not in "".join(texts)
@@ -123,7 +129,7 @@ def test_with_train_on_all_every_token_is_learnt_the_ends_of_turns_too(
     tokens: Any, tokenizers: dict[str, Any], family: str
 ) -> None:
     tokenizer = tokenizers[family]
-    example = tokens.tokenise(tokenizer, [SYSTEM, *TURNS], "all")
+    example = only(tokens.tokenise(tokenizer, [SYSTEM, *TURNS], "all"))
     assert example["labels"] == example["input_ids"]
     end = tokenizer.convert_tokens_to_ids(FAMILIES[family]["end_of_turn"])
     assert example["labels"].count(end) >= 2

@@ -221,8 +221,8 @@ def settings_with(**tokens: Any) -> Any:
 
 
 def test_the_facts_of_the_data_are_those_of_the_tokens_that_are_trained_on(workspace: Path, demo_model: str) -> None:
-    from preparing.dataset import chat_tokens
-    from preparing.tokens import IGNORED
+    from preparing.dataset import chat_tokens, tokenise_rows
+    from preparing.tokens import IGNORED, load_tokenizer
     from reporting.run_record import data_facts
 
     def row(question: str, answer: str) -> list[dict[str, str]]:
@@ -230,7 +230,9 @@ def test_the_facts_of_the_data_are_those_of_the_tokens_that_are_trained_on(works
 
     train = [row("We won!", "joy")] * 3 + [row("Boo!", "fear"), row("Boo! " * 40, "fear"), row("Oh?", "surprise " * 40)]
     rows = {"train": train, "held_out": [train[0], row("No.", "anger")]}
-    facts = data_facts(settings_with(max_seq_len=40), rows, demo_model)
+    tokenizer = load_tokenizer(demo_model)
+    found = tokenise_rows(tokenizer, train, max_seq_len=40)
+    facts = data_facts(settings_with(max_seq_len=40), rows, found, tokenizer)
     uncut = sorted(len(example["input_ids"]) for example in chat_tokens(train, demo_model, max_seq_len=1000))
     kept = chat_tokens(train, demo_model, max_seq_len=40, max_bad_rows=1)
     assert len(kept) == 5  # one question fills the row, so that no answer is left
@@ -245,6 +247,7 @@ def test_the_facts_of_the_data_are_those_of_the_tokens_that_are_trained_on(works
         "tokens_per_row": {"min": uncut[0], "median": uncut[2], "p95": uncut[5], "max": uncut[5]},
         "cut_rows": 2,
         "left_out_rows": 1,
+        "set_aside_rows": 0,
         "duplicate_rows": 2,
         "held_out_rows_trained_on": 1,
         "end_of_answer": ["<|endoftext|>", "<|end|>"],

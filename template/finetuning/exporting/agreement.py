@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from preparing.tokens import NO_THINKING, load_tokenizer, tokenise
+from preparing.dataset import tokenise_rows
+from preparing.tokens import last_answer, load_tokenizer, tokenise
 from settings.config_file import ConfigError
 
 COMPARED_TOKENS = 64  # per answer; more takes longer and barely changes the figures
 
 
-def compare(merged: Path, folder: Path, rows: list[Any], dtype: str) -> dict[str, Any]:
+def compare(merged: Path, folder: Path, rows: list[Any], dtype: str, thinking: bool) -> dict[str, Any]:
     """Generate answers to held-out rows greedily with the ONNX model, and check whether torch chooses the same tokens.
 
     Returns `rows`; `answers`, the share of answers (up to COMPARED_TOKENS) that torch gives token for token; `tokens`,
@@ -31,8 +32,8 @@ def compare(merged: Path, folder: Path, rows: list[Any], dtype: str) -> dict[str
     context = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["context_length"]
     alike: list[Any] = []
     differences = []
-    for row in rows:
-        prompt = prompt_of(tokenizer, row)[-(context - COMPARED_TOKENS) :]
+    for row in tokenise_rows(tokenizer, rows, max_bad_rows=1, thinking="on" if thinking else "off").rows:
+        prompt = prompt_of(tokenizer, row, thinking)[-(context - COMPARED_TOKENS) :]
         tokens, logits = answer_greedily(onnx, prompt)
         with torch.inference_mode():
             ids = torch.tensor([prompt + tokens], device=model.device)
@@ -61,12 +62,12 @@ def load_onnx(folder: Path) -> Any:
         ) from error
 
 
-def prompt_of(tokenizer: Any, row: list[Any]) -> list[int]:
+def prompt_of(tokenizer: Any, row: list[Any], thinking: bool) -> list[int]:
     """Return the tokens before the last answer of a conversation; for plain text, its first half."""
-    if len(row) > 1 and row[-1]["role"] == "assistant":
-        options = {"add_generation_prompt": True, "return_dict": False, **NO_THINKING}
-        return list(tokenizer.apply_chat_template(list(row[:-1]), **options))
-    tokens: list[int] = tokenise(tokenizer, row, "all")["input_ids"]
+    _, answer = last_answer(tokenizer, row, thinking)
+    if answer:
+        return answer.ids[: answer.start]
+    tokens: list[int] = tokenise(tokenizer, row, "all")[0]["input_ids"]
     return tokens[: (len(tokens) + 1) // 2]
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from exporting.exported_folder import MERGED, MadeFrom, put_in_place
-from exporting.tuned_model import held_out_rows
-from preparing.tokens import load_tokenizer, tokenise
+from preparing.chat_template import ends_of_answer
+from preparing.tokens import load_tokenizer
 from preparing.workspace import ROOT
-from reporting.evaluate import end_of_turn
 from reporting.run_record import RunRecord
 from settings.config_file import ConfigError
 from training.whole_files import new_folder
@@ -42,7 +40,9 @@ def merge(run: RunRecord, base: Path, made_from: MadeFrom) -> None:
             "`python finetuning/invoke_olive.py --fresh`."
         ) from error
     settings = model.generation_config
-    settings.eos_token_id = ends_of_answer(run, tokenizer, settings.eos_token_id)
+    known = settings.eos_token_id
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    settings.eos_token_id = sorted({*known, *ends_of_answer(tokenizer)})
     settings.pad_token_id = tokenizer.pad_token_id
     try:
         settings.validate(strict=True)
@@ -52,10 +52,3 @@ def merge(run: RunRecord, base: Path, made_from: MadeFrom) -> None:
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     put_in_place(unfinished, MERGED, made_from)
-
-
-def ends_of_answer(run: RunRecord, tokenizer: Any, end_of_text: int | list[int] | None) -> list[int]:
-    """Return the tokens that end an answer: the base model's, the tokenizer's, and the template's end of turn."""
-    examples = [tokenise(tokenizer, row, "responses") for row in held_out_rows(run)]
-    known = end_of_text if isinstance(end_of_text, list) else [] if end_of_text is None else [end_of_text]
-    return sorted({*known, *end_of_turn(tokenizer, examples)})

@@ -46,6 +46,11 @@ class Model:
     own_template: bool = True  # whether its tokenizer has a chat template, as far as known
 
     @property
+    def context(self) -> int | None:
+        """How many tokens it reads, as far as known."""
+        return self.shape.context if self.shape else None
+
+    @property
     def is_demo(self) -> bool:
         """Whether the run builds it."""
         return self.name == DEMO

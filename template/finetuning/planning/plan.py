@@ -30,6 +30,8 @@ from planning.model_facts import Model, find
 from planning.row_lengths import Lengths
 from planning.token_counts import Tokens, count
 from preparing.dataset import chat_rows
+from preparing.thoughts import has_thought
+from preparing.turns import Message
 from preparing.workspace import MODELS, ROOT
 from settings.run_settings import METHODS, Settings
 from settings.validation import validate
@@ -52,6 +54,7 @@ def plan(settings: Settings, show: Callable[[str, Any], None]) -> Plan:
     show("machine", report["machine"])
     validate(settings)  # heavy imports
     rows = read_rows(settings)
+    settings = with_thinking(settings, rows["train"])
     model = find(settings)
     report["model"] = model_facts(model, settings)
     show("model", report["model"])
@@ -76,6 +79,18 @@ def read_rows(settings: Settings) -> Rows:
     rows = {part: chat_rows(part, **vars(data.rows)) for part, data in settings.data.items()}
     check_count(rows)
     return rows
+
+
+def with_thinking(settings: Settings, rows: list[list[Message]]) -> Settings:
+    """Decide on `thinking: auto`, for both parts and for the chat: on if the rows to train on have thoughts."""
+    thinks = any(map(has_thought, rows))
+    data = {
+        name: replace(part, tokens=replace(part.tokens, thinking="on" if thinks else "off"))
+        if part.tokens.thinking == "auto"
+        else part
+        for name, part in settings.data.items()
+    }
+    return replace(settings, data=data)
 
 
 def run_facts(settings: Settings) -> RunFacts:
@@ -120,14 +135,12 @@ def row_facts(settings: Settings, rows: Rows, trained: int) -> RowFacts:
 def data_facts(settings: Settings, rows: Rows, train: Tokens) -> DataFacts:
     """Return rows, tokens, and what max_seq_len cuts."""
     ordered, total = sorted(train.tokens), sum(train.tokens)
-    cut = Lengths(train.tokens, train.labels).cut(settings.max_seq_len)
-    kept = sum(labels > 0 for labels in cut.labels)
-    scale = train.rows / max(len(ordered), 1)
+    kept = sum(start <= settings.max_seq_len for start in train.first_labels)
     width = max(1, -(-(ordered[-1] - ordered[0] + 1) // 12))
     return {
-        **row_facts(settings, rows, round(kept * scale)),
+        **row_facts(settings, rows, train.examples(kept)),
         "tokens_estimated": train.estimated,
-        "rows_counted": len(ordered),
+        "rows_counted": train.sampled,
         "tokens": {
             "min": ordered[0],
             "median": ordered[len(ordered) // 2],
@@ -140,8 +153,8 @@ def data_facts(settings: Settings, rows: Rows, train: Tokens) -> DataFacts:
         },
         "answer_share": round(sum(train.labels) / max(total, 1), 4),
         "max_seq_len": settings.max_seq_len,
-        "truncated": round(scale * sum(tokens > settings.max_seq_len for tokens in ordered)),
-        "without_answer": round(scale * (len(ordered) - kept)),
+        "truncated": train.examples(sum(tokens > settings.max_seq_len for tokens in ordered)),
+        "without_answer": train.examples(len(ordered) - kept),
     }
 
 

@@ -31,8 +31,8 @@ EVALUATIONS = 10  # checkpoints of a run, as eval_steps and save_steps of 0.1 ma
 class RowSettings:
     """Where the rows of a part are, how a row is read, and which rows are held out: arguments of chat_rows."""
 
-    train_file: str | None
-    held_out_file: str | None
+    train_file: str | list[str] | None
+    held_out_file: str | list[str] | None
     dataset_name: str | None
     dataset_split: str
     dataset_format: str
@@ -42,6 +42,7 @@ class RowSettings:
     data_seed: int
     max_rows: int | None
     max_bad_rows: int | float
+    encoding: str | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class TokenSettings:
     max_seq_len: int
     train_on: str
     max_bad_rows: int | float
+    thinking: str  # auto, on or off
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def part_settings(config: Mapping[str, Any], part: str) -> PartSettings:
             rows = arguments_of(chat_rows, data_config["load_dataset_config"], {"part"})
             others = {"rows", "model_path", "revision"}
             tokens = arguments_of(chat_tokens, data_config["pre_process_data_config"], others)
+            tokens["thinking"] = {True: "on", False: "off"}.get(tokens["thinking"], tokens["thinking"])
             return PartSettings(RowSettings(**rows), TokenSettings(**tokens))
     raise ConfigError(f"{CONFIG.name}: data_configs has no entry named {part}. {RESTORE}.")
 

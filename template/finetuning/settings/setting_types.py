@@ -16,6 +16,7 @@ from settings.value_types import as_yaml, within
 CHOICES = {
     "name": ("train", "held_out"),
     "train_on": ("responses", "all"),
+    "thinking": ("auto", "on", "off", True, False),  # YAML 1.1 reads on and off as true and false
     "dataset_format": ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "columns", "text"),
     "torch_dtype": ("float32", "bfloat16", "float16"),
     "compute_dtype": ("float32", "bfloat16", "float16"),
