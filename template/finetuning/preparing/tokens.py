@@ -70,16 +70,16 @@ def tokenise(
     If it does not (Qwen3 drops the thoughts of earlier turns), an answer gets an example that ends with it.
     """
     try:
-        messages = as_written(tokenizer, messages, thinking)
-        refuse_dropped(tokenizer, messages, [divided(turn)[1] for turn in messages], thinking)
-        answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
-        learnt = [answer(tokenizer, messages, i, thinking) for i in answers if messages[i].get("learn", True)]
+        written = as_written(tokenizer, messages, thinking)
+        refuse_dropped(tokenizer, written, [divided(turn)[1] for turn in written], thinking)
+        answers = [i for i, turn in enumerate(written) if turn["role"] == "assistant"]
+        learnt = [answer(tokenizer, written, i, thinking) for i in answers if written[i].get("learn", True)]
         examples: list[Example] = []
         if train_on == "all":
-            ids = encode(tokenizer, render(tokenizer, messages, thinking))
+            ids = encode(tokenizer, render(tokenizer, written, thinking))
             examples = [example(ids, [(0, len(ids))])]
-            for i in (i for i in answers if not messages[i].get("learn", True)):
-                read = answer(tokenizer, messages, i, thinking)
+            for i in (i for i in answers if not written[i].get("learn", True)):
+                read = answer(tokenizer, written, i, thinking)
                 if ids[: read.end] != read.ids[: read.end]:
                     raise DataError(f"turn {i + 1} is marked as not to be learnt, which needs train_on: responses.")
                 examples[0]["labels"][read.start : read.end] = [IGNORED] * (read.end - read.start)
