@@ -129,7 +129,7 @@ def tune(settings: Settings, rows: dict[str, list[Any]], results: Path, fresh: b
     from planning.fit import settle
     from planning.model_facts import base_model
     from planning.plan import row_facts
-    from preparing.dataset import list_refused, tokenise_rows
+    from preparing.tokenised import list_refused, tokenise_rows
     from preparing.tokens import load_tokenizer
     from reporting.evaluate import evaluate
     from reporting.model_card import write_model_card

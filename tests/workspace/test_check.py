@@ -198,7 +198,7 @@ def test_gradient_checkpointing_that_nobody_set_is_switched_on_when_memory_is_sh
     workspace: Path, settings: Any, machine_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from planning import fit
-    from preparing.dataset import Tokenised
+    from preparing.tokenised import Tokenised
 
     monkeypatch.chdir(workspace)
     row = {"input_ids": [7] * 30, "labels": [-100] * 20 + [7] * 10}

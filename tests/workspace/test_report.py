@@ -221,7 +221,8 @@ def settings_with(**tokens: Any) -> Any:
 
 
 def test_the_facts_of_the_data_are_those_of_the_tokens_that_are_trained_on(workspace: Path, demo_model: str) -> None:
-    from preparing.dataset import chat_tokens, tokenise_rows
+    from preparing.dataset import chat_tokens
+    from preparing.tokenised import tokenise_rows
     from preparing.tokens import IGNORED, load_tokenizer
     from reporting.run_record import data_facts
 
@@ -261,7 +262,7 @@ def test_the_settings_in_use_are_recorded_with_their_defaults_and_without_plumbi
     settings = read_settings()
     used = settings_in_use(settings, olive_config(settings))
     assert used["rows"]["dataset_split"] == "train"
-    assert used["tokens"] == {"system_prompt": None, "max_seq_len": 256, "train_on": "responses"}
+    assert used["tokens"] == {"system_prompt": None, "max_seq_len": 256, "train_on": "responses", "thinking": "auto"}
     assert (used["adapter"]["r"], used["training"]["learning_rate"]) == (16, 0.004)
     assert used["model"]["model_path"] == "models/demo"
     assert not any(isinstance(value, dict) for group in used.values() for value in group.values())

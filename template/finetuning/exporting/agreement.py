@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from preparing.dataset import tokenise_rows
+from preparing.tokenised import tokenise_rows
 from preparing.tokens import last_answer, load_tokenizer, tokenise
 from settings.config_file import ConfigError
 

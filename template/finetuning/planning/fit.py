@@ -15,7 +15,7 @@ from planning.memory import GIB, memory
 from planning.model_facts import Model, find
 from planning.row_lengths import Lengths
 from planning.token_counts import Tokens, lengths_of, tokens_of
-from preparing.dataset import Tokenised
+from preparing.tokenised import Tokenised
 from preparing.workspace import ROOT
 from settings.config_file import ConfigError
 from settings.run_settings import Settings

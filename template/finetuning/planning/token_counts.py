@@ -9,7 +9,8 @@ import yaml
 
 from planning.model_facts import Model
 from planning.row_lengths import Lengths
-from preparing.dataset import Tokenised, chat_rows, tokenise_rows
+from preparing.dataset import chat_rows
+from preparing.tokenised import Tokenised, tokenise_rows
 from preparing.tokens import IGNORED, Example, load_tokenizer, with_system
 from preparing.turns import Message
 from preparing.workspace import MODEL_FACTS, SAMPLE

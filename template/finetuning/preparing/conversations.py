@@ -118,7 +118,7 @@ def all_rows(
 
 def unit(source: str, is_from_hub: bool) -> str:
     """Return how the rows of a source are counted."""
-    return "line" if not is_from_hub and Path(source).is_file() and not source.lower().endswith(".parquet") else "row"
+    return "row" if is_from_hub or source.lower().endswith(".parquet") or Path(source).is_dir() else "line"
 
 
 @cache

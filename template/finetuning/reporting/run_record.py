@@ -18,8 +18,8 @@ from typing import Any, TypedDict
 
 from preparing.chat_template import ends_of_answer
 from preparing.conversations import Conversation
-from preparing.dataset import Tokenised
 from preparing.rejected import count_rejected
+from preparing.tokenised import Tokenised
 from preparing.tokens import IGNORED, load_tokenizer
 from preparing.turns import Message
 from preparing.workspace import ROOT
