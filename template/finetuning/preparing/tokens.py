@@ -120,8 +120,8 @@ def answer(tokenizer: Any, messages: list[Message], i: int, thinking: bool) -> A
     if any(turn["role"] != "assistant" for turn in messages[:i]):
         prompt = render(tokenizer, messages[:i], thinking, ask=True)
     else:  # nobody asks for it: learn the content, not what the template writes before it
-        other = [*messages[:i], messages[i] | {"content": "b" if messages[i]["content"].strip()[:1] == "a" else "a"}]
-        prompt = os.path.commonprefix([whole, render(tokenizer, other, thinking)])  # noqa: RUF071 - not paths
+        other: Message = {"role": "assistant", "content": "b" if messages[i]["content"].strip()[:1] == "a" else "a"}
+        prompt = os.path.commonprefix([whole, render(tokenizer, [*messages[:i], other], thinking)])  # noqa: RUF071 - not paths
     if not whole.startswith(prompt):
         same = len(os.path.commonprefix([whole, prompt]))  # noqa: RUF071
         raise DataError(
