@@ -17,6 +17,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -143,7 +144,7 @@ def draw(rng: random.Random) -> list[Turn]:
                 turn.thought, turn.inline = said(rng).strip(), rng.random() < 0.5
             elif rng.random() < 0.1:
                 turn.says = rng.choice(["", turn.says])
-                turn.call = {"name": "weather", "arguments": {"city": said(rng), "days": [1, {"a": None or 2}]}}
+                turn.call = {"name": "weather", "arguments": {"city": said(rng), "days": [1, {"a": 2}]}}
         turns.append(turn)
     return turns
 
@@ -223,6 +224,12 @@ def lost(turns: list[Turn], family: str) -> bool:
     return pending
 
 
+def unlike(turns: list[Turn], family: str) -> bool:
+    """Say whether the family's template may write an answer in another way than it asks for it."""
+    twice = any(one.role == other.role == "assistant" for one, other in pairwise(turns))
+    return (family == "thinks" and twice) or (family == "opens" and any(turn.role != "assistant" for turn in turns))
+
+
 def expected(turn: Turn, family: str, thinking: bool, asked: bool) -> str:
     """Return what must be learnt of a turn: what the family's template writes for it when it is the last.
 
@@ -291,8 +298,7 @@ def judged(turns: list[Turn], row: Any, family: str, tokenizer: Any, ask: Callab
         examples = tokenise(tokenizer, Conversation(messages, "rows.jsonl", 7), "responses", thinking)
     except DataError as error:
         named = str(error).startswith("rows.jsonl, line 7: ")
-        asked = any(turn.role != "assistant" for turn in turns)
-        return "rejected" if named and (lost(turns, family) or (family == "opens" and asked)) else f"rejected: {error}"
+        return "rejected" if named and (lost(turns, family) or unlike(turns, family)) else f"rejected: {error}"
     if lost(turns, family):
         return "learnt, though a turn is lost"
     found = []
