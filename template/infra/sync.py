@@ -113,14 +113,21 @@ def dataset_files(root: Path) -> Iterator[str]:
         )
     for part in config["data_configs"]:
         rows = part["load_dataset_config"]
-        for file in [rows.get("train_file"), rows.get("held_out_file")] if not rows.get("dataset_name") else []:
-            if not file:
-                continue
-            path = (root / file).resolve()
-            if not path.is_relative_to(root.resolve()):
-                raise AzureError(f"{file} in olive-config.yaml is outside of the workspace: `cp` it to dataset/.")
-            if path.is_file():
-                yield path.relative_to(root.resolve()).as_posix()
+        for named in [rows.get("train_file"), rows.get("held_out_file")] if not rows.get("dataset_name") else []:
+            for file in filter(None, named if isinstance(named, list) else [named]):
+                if not (root / file).resolve().is_relative_to(root.resolve()):
+                    raise AzureError(f"{file} in olive-config.yaml is outside of the workspace: `cp` it to dataset/.")
+                for path in files_of(root, file):
+                    yield path.relative_to(root).as_posix()
+
+
+def files_of(root: Path, named: str) -> list[Path]:
+    """Return the files that a path, a folder or a pattern names; what exists is never taken for a pattern."""
+    path = root / named
+    if path.is_dir():
+        return [file for file in sorted(path.rglob("*")) if file.is_file()]
+    start = next(parent for parent in [path, *path.parents] if parent.exists())
+    return [start] if start.is_file() else [*start.glob(str(path.relative_to(start)))] if start != path else []
 
 
 def fingerprint(path: Path) -> str:

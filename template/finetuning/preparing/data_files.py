@@ -29,8 +29,7 @@ def data_files(named: str | list[str]) -> list[str]:
     if path.is_file() or is_saved(path):
         return [named]
     if path.is_dir():
-        found = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
-        if not (files := [file.as_posix() for file in found if is_data(file)]):
+        if not (files := [file.as_posix() for file in sorted(path.iterdir()) if file.is_file() and is_data(file)]):
             raise DataError(f"The folder {named} has no file that ends in {', '.join(ENDINGS)}: name another one.")
         return files
     if any(mark in named for mark in PATTERN):
@@ -49,7 +48,7 @@ def matching(pattern: Path) -> list[Path]:
 def is_data(file: Path) -> bool:
     """Return whether a file in a folder holds rows."""
     name = file.name.lower()
-    return name.removesuffix(".gz").endswith(ENDINGS) and not name.endswith(REJECTED)
+    return name.removesuffix(".gz").endswith(ENDINGS) and not name.endswith(REJECTED) and not name.startswith(".")
 
 
 def is_saved(folder: Path) -> bool:

@@ -19,6 +19,8 @@ from preparing.tokens import Example, load_tokenizer, place
 from preparing.turns import Message
 from preparing.workspace import ROOT, find_model
 
+ALWAYS = 8  # a run needs as many rows (LEAST_ROWS in planning/fit.py)
+
 
 def chat_rows(
     part: str,
@@ -60,8 +62,8 @@ def chat_rows(
 def held_out_positions(conversations: Sequence[list[Message]], eval_split: float, data_seed: int) -> set[int]:
     """Choose the held-out rows by a hash of seed and content: a share if below 1, otherwise a number of rows.
 
-    Of the first rows, as many as have one held-out row among them on average, the one with the lowest hash is always
-    held out: a short file has one too, and it stays when rows are appended.
+    Of the first ALWAYS rows, the one with the lowest hash is always held out: a short file has one too, and it stays
+    when rows are appended.
     """
     digests = [
         hashlib.sha256(f"{data_seed}:{json.dumps(row, sort_keys=True)}".encode()).hexdigest() for row in conversations
@@ -71,7 +73,7 @@ def held_out_positions(conversations: Sequence[list[Message]], eval_split: float
         return set(by_digest[: int(eval_split)])
     if not eval_split or not digests:
         return set()
-    lowest = min(digests[: max(round(1 / eval_split), 1)])
+    lowest = min(digests[:ALWAYS])
     return {i for i, digest in enumerate(digests) if digest == lowest or int(digest[:8], 16) < eval_split * 2**32}
 
 
