@@ -219,8 +219,8 @@ def test_the_advised_length_is_enough_for_both_parts_and_within_what_the_model_r
     assert said(605, 4096) is None
     assert said(604, None) is not None
     assert said(256, 512) == (
-        f"{cut}the model reads 512 tokens, and 20 rows have no answer before that: shorten or drop these rows, or raise "
-        "max_bad_rows in olive-config.yaml."
+        f"{cut}the model reads 512 tokens, and 20 rows have no answer before that: shorten or drop these rows, or "
+        "raise max_bad_rows in olive-config.yaml."
     )
     assert said(517, 512) == (
         "max_seq_len 517 is more than the 512 tokens that the model reads: set max_seq_len: 512 in olive-config.yaml."
