@@ -152,3 +152,10 @@ def test_a_turn_that_a_template_refuses_is_one_sentence_in_training_and_in_a_cha
         tokens.tokenise(tokenizer, [SYSTEM, *TURNS], "responses")
     with pytest.raises(engine.ChatError, match="does not take this conversation: Only user and assistant"):
         serving(tokenizer, "Be kind.").fit(TURNS[:1], 64, pytest.fail)
+    # and one that a template leaves out
+    tokenizer.chat_template = (
+        "{% for message in messages if message.role != 'system' %}{{ message.content }}<|im_end|>{% endfor %}"
+    )
+    with pytest.raises(engine.ChatError, match="chat template leaves out the system prompt, so the model would not"):
+        serving(tokenizer, "Be kind.").fit(TURNS[:1], 64, pytest.fail)
+    assert serving(tokenizer, "").fit(TURNS, 64, pytest.fail)
