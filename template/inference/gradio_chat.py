@@ -18,8 +18,6 @@ from load_engine import load, not_installed
 if TYPE_CHECKING:
     from request_queue import RequestQueue
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported, later
-
 # The browser loads nothing from other sites, not even an image in an answer.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
