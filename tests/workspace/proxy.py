@@ -37,7 +37,9 @@ def proxying(location: Location) -> Iterator[Location]:
                 return
             first, *rest = head.decode("latin-1").rstrip("\r\n").split("\r\n")
             method, target, _ = first.split(" ")
-            assert target.startswith(location.path), target
+            if not target.startswith(location.path):
+                self.wfile.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                return
             if not location.keep:
                 target = "/" + target.removeprefix(location.path)
             given = {name.lower(): value for name, value in (line.split(": ", 1) for line in rest)}

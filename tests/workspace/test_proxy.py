@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from conftest import REPOSITORY, inference_of
 from proxy import Location, proxying
 from served import served, serving
-from test_api import HELLO, KEY, Echo, client_of, fetch
+from test_api import HELLO, KEY, Echo, client_of, fetch, openai
 
 sys.path.append(str(REPOSITORY / ".cache" / "playwright"))  # at the end: what a workspace has comes first
 from playwright.sync_api import Browser, expect, sync_playwright
@@ -84,18 +83,17 @@ def test_page_and_api_answer_behind_a_proxy(setting: str, browser: Browser) -> N
         page = browser.new_page()
         failed: list[str] = []
         page.on("pageerror", lambda error: failed.append(str(error)))
-        page.on("requestfailed", lambda request: failed.append(request.url))
+        # the page itself breaks off a stream of events that has ended
+        page.on("requestfailed", lambda request: "ABORTED" in request.failure or failed.append(request.url))
         page.on("response", lambda response: response.status >= 400 and failed.append(response.url))
         page.goto(address)
         page.get_by_label("Your message").fill("Hello there")
         page.get_by_label("Your message").press("Enter")
         expect(page.locator(".bot.message")).to_contain_text("[user]Hello there", timeout=30_000)
         expect(page.get_by_role("button", name="Stop", exact=True)).to_be_disabled(timeout=30_000)
-        said = page.evaluate(
-            """async path => (await (await fetch(path + "v1/chat/completions", {method: "POST", body: JSON.stringify(
-            {model: "base", messages: [{role: "user", content: "from a page"}]})})).json()).choices[0].message.content""",
-            location.path,
-        )
+        body = json.dumps({"model": "base", "messages": [{"role": "user", "content": "from a page"}]})
+        ask = "async ([path, body]) => (await (await fetch(path, {method: 'POST', body})).json()).choices[0].message"
+        said = page.evaluate(ask, [f"{location.path}v1/chat/completions", body])["content"]
         assert said == "[user]from a page"
         assert [url for url in failed if "favicon" not in url] == []
         page.close()
