@@ -23,6 +23,7 @@ from engine import ChatError, TooLongError, Usage
 from request_queue import RequestQueue, Ticket
 
 READ = ["GET", "HEAD"]
+AT_ONCE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold a stream back until its end
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -96,7 +97,8 @@ async def complete(
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": wanted.model}
     pieces = ticket.stream(messages, generation, lambda _: None, usage)  # finish_reason says that the answer was cut
     if wanted.stream:
-        return EventSourceResponse(events(head, pieces, usage, wanted.stream_options.include_usage))
+        stream = events(head, pieces, usage, wanted.stream_options.include_usage)
+        return EventSourceResponse(stream, headers=AT_ONCE)
     text = await unless_gone(request, whole(pieces))
     choice = {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None}
     choice["finish_reason"] = usage.finish_reason

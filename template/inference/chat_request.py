@@ -9,7 +9,7 @@ import json
 from typing import Annotated, Any, Literal, NoReturn
 
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
 
@@ -21,6 +21,7 @@ IGNORED = {"metadata", "name", "parallel_tool_calls", "prompt_cache_key", "safet
 IGNORED |= {"tool_choice", "user"}  # without tools, tool_choice has no effect
 NEUTRAL: dict[str, Any] = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "top_logprobs": 0}
 NEUTRAL |= {"response_format": {"type": "text"}, "modalities": ["text"]}
+COLDEST = 0.01
 NO_TOOLS = ", as the model knows no tools: leave out the turns that call one, and those with its result"
 WHY = {"tool_calls": NO_TOOLS, "function_call": NO_TOOLS}
 WHY["chat_template_kwargs"] = ": the chat template gets the same values as in the training"
@@ -63,6 +64,13 @@ def joined(content: Any) -> Any:
     return "\n".join(part["text"] for part in content)
 
 
+def not_too_cold(temperature: float) -> float:
+    """Refuse temperatures so low that probabilities become infinite, which ends ONNX Runtime's whole process."""
+    if 0 < temperature < COLDEST:
+        raise PydanticCustomError("too_cold", "must be 0, or at least {coldest}", {"coldest": COLDEST})
+    return temperature
+
+
 def listed(stop: Any) -> Any:
     """Return one stop text, or several, as a list."""
     return (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else stop
@@ -98,10 +106,10 @@ class ChatRequest(Fields):
     stream_options: StreamOptions = StreamOptions()
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = Generation.temperature
+    temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(not_too_cold)] = Generation.temperature
     top_p: Annotated[float, Field(gt=0, le=1)] = Generation.top_p
     top_k: Annotated[int, Field(ge=0)] = Generation.top_k
-    repetition_penalty: Annotated[float, Field(gt=0)] = Generation.repetition_penalty
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = Generation.repetition_penalty
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=4), BeforeValidator(listed)] = ()
 

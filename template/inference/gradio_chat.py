@@ -69,8 +69,8 @@ def serve(options: argparse.Namespace) -> None:
         from server import create_app, create_server, listen
     except ModuleNotFoundError as error:
         raise not_installed(error) from error
+    check_root_path(options.root_path)
     root_path = options.root_path.rstrip("/")
-    check_root_path(root_path)
     listener = listen(options.host, options.port, options.api_key)
     port = listener.getsockname()[1]
     if options.port not in (0, port):

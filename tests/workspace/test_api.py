@@ -142,6 +142,7 @@ def test_a_stream_is_made_of_events_and_says_when_it_is_done(address: str) -> No
     body = json.dumps({"model": "base", "messages": HELLO, "stream": True}).encode()
     status, headers, text = fetch(address, "/v1/chat/completions", body, Content_Type="application/json")
     assert (status, headers["content-type"].partition(";")[0]) == (200, "text/event-stream")
+    assert (headers["cache-control"], headers["x-accel-buffering"]) == ("no-cache", "no")
     *events, done, nothing = text.split("\n\n")
     assert (done, nothing) == ("data: [DONE]", "")
     assert all(json.loads(event.removeprefix("data: "))["choices"] for event in events)
@@ -359,6 +360,9 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
         ({"logprobs": True}, "logprobs", "only false is"),
         ({"extra_body": {"temprature": 1}}, "temprature", "not supported here"),
         ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
+        ({"temperature": 1e-40}, "temperature", "temperature: must be 0, or at least 0.01."),
+        ({"extra_body": {"repetition_penalty": 1e-40}}, "repetition_penalty", "greater than or equal to 0.1"),
+        ({"extra_body": {"repetition_penalty": 1e40}}, "repetition_penalty", "less than or equal to 10"),
         ({"temperature": "hot"}, "temperature", "valid number"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
