@@ -9,8 +9,9 @@ from engine import ENGINES, Backend, ChatError, Engine
 from sources import base_source, check_adapter, choose, tuned_source
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "setup"))
-from model_folder import ModelError, find_model  # noqa: E402 - one file for setup/, finetuning/ and this folder
+sys.path.append(str(ROOT / "setup"))  # two files for setup/, finetuning/ and this folder
+import no_telemetry  # noqa: E402, F401 - before any library
+from model_folder import ModelError, find_model  # noqa: E402
 
 
 def load(baseonly: bool = False, engine: str = "auto", root: Path = ROOT) -> Engine:

@@ -22,11 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Before anything imports the hub's library.
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "setup"))
+import no_telemetry  # noqa: E402, F401 - before any library
 from model_folder import (  # noqa: E402 - shared with finetuning/ and inference/
     DEMO,
     Found,

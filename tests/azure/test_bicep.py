@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import copier
 import pytest
@@ -469,6 +471,18 @@ def test_a_secret_stands_where_secrets_are_kept_and_nowhere_else(purpose: str, m
     containers = [*template["containers"], *template.get("initContainers", [])]
     referred = {one["secretRef"]: one["name"] for each in containers for one in each["env"] if "secretRef" in one}
     assert referred == {"hf-token": "HF_TOKEN"} | ({"chat-api-key": "CHAT_API_KEY"} if key else {})
+
+
+@for_both
+def test_each_container_has_every_switch_of_telemetry(purpose: str, make: Make) -> None:
+    with patch.dict(os.environ):
+        switches = runpy.run_path(str(REPOSITORY / "template" / "setup" / "no_telemetry.py"))
+    wanted = [{"name": name, "value": value} for name, value in (switches["OFF"] | switches["OFF_BY_DEFAULT"]).items()]
+    (runs,) = make(purpose)["jobs" if purpose == "finetuning" else "containerApps"]
+    template = runs["properties"]["template"]
+    for container in [*template["containers"], *template.get("initContainers", [])]:
+        first = container["env"].index(wanted[0])
+        assert container["env"][first : first + len(wanted)] == wanted, container["name"]
 
 
 @for_both

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import logging
 import re
 import shutil
 import socket
@@ -27,6 +28,7 @@ sys.path.append(str(REPOSITORY / ".cache" / "openai"))  # at the end: what a wor
 import openai
 
 KEY = "a key of the test's"
+COMPLETIONS = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "She grinned at the market."}]
 PAGE = (REPOSITORY / "docs" / "how-to" / "api.md").read_text(encoding="utf-8")
 
@@ -68,13 +70,15 @@ def ask(client: openai.OpenAI, messages: Any = HELLO, **fields: Any) -> Any:
     return client.chat.completions.create(model="base", messages=messages, **fields)
 
 
-def fetch(address: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, dict[str, str], str]:
+def fetch(
+    address: str, path: str, body: bytes | None = None, method: str = "", **headers: str
+) -> tuple[int, dict[str, str], str]:
     """Return status, headers (with small letters) and body, whatever the status."""
     host = address.removeprefix("http://").rstrip("/")
     connection = http.client.HTTPConnection(host, timeout=60)
     with contextlib.closing(connection):
         names = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request("GET" if body is None else "POST", path, body, names)
+        connection.request(method or ("GET" if body is None else "POST"), path, body, names)
         response = connection.getresponse()
         return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read().decode()
 
@@ -138,6 +142,7 @@ def test_a_stream_is_made_of_events_and_says_when_it_is_done(address: str) -> No
     body = json.dumps({"model": "base", "messages": HELLO, "stream": True}).encode()
     status, headers, text = fetch(address, "/v1/chat/completions", body, Content_Type="application/json")
     assert (status, headers["content-type"].partition(";")[0]) == (200, "text/event-stream")
+    assert (headers["cache-control"], headers["x-accel-buffering"]) == ("no-cache", "no")
     *events, done, nothing = text.split("\n\n")
     assert (done, nothing) == ("data: [DONE]", "")
     assert all(json.loads(event.removeprefix("data: "))["choices"] for event in events)
@@ -358,6 +363,9 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
         ({"logprobs": True}, "logprobs", "only false is"),
         ({"extra_body": {"temprature": 1}}, "temprature", "not supported here"),
         ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
+        ({"temperature": 1e-40}, "temperature", "temperature: must be 0, or at least 0.01."),
+        ({"extra_body": {"repetition_penalty": 1e-40}}, "repetition_penalty", "greater than or equal to 0.1"),
+        ({"extra_body": {"repetition_penalty": 1e40}}, "repetition_penalty", "less than or equal to 10"),
         ({"temperature": "hot"}, "temperature", "valid number"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
@@ -365,13 +373,27 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
         ({"stop": ["a", ""]}, "stop[1]", "at least 1 character"),
         ({"stop": list("abcde")}, "stop", "at most 4 items"),
         ({"messages": []}, "messages", "at least 1 item"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'system', 'developer', 'user'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "tool is not supported here, as the"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role", "'system', 'developer', 'user'"),
+        ({"messages": ["hi"]}, "messages[0]", "messages[0]: must be an object."),
+        ({"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}, "chat_template_kwargs", "not supported"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "required"),
         ({"messages": [{"role": "user", "content": IMAGE}]}, "messages[0].content", "every part must be a text"),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [TOOL]}]},
             "messages[0].tool_calls",
             "not supported",
+        ),
+        # as OpenAI's client keeps the history of a chat with tools: the null is not what is wrong
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [TOOL]}]},
+            "messages[0].tool_calls",
+            "not supported here, as the model knows no tools: leave out the turns that call one",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": ""}}]},
+            "messages[0].function_call",
+            "as the model knows no tools",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
@@ -384,6 +406,173 @@ def test_what_cannot_be_done_is_refused_by_its_name(
     assert caught.value.param == param
     assert caught.value.type == "invalid_request_error"
     assert echo.asked == []
+
+
+@pytest.mark.usefixtures("echo")
+def test_an_assistants_turn_without_text_is_taken(parrot: openai.OpenAI) -> None:
+    user = {"role": "user", "content": "hi"}
+    for silent in ({"content": None}, {"content": None, "tool_calls": []}, {"content": ""}, {}):
+        history = [user, {"role": "assistant", **silent}, user]
+        assert said(parrot, history) == "[system]Rule[user]hi[assistant][user]hi"
+
+
+@pytest.mark.usefixtures("echo")
+@pytest.mark.parametrize(
+    "kind", ["", "application/json", "application/x-www-form-urlencoded", "text/plain", "application/json; charset=x"]
+)
+def test_a_body_is_read_as_json_whatever_its_content_type(echo_server: Any, kind: str) -> None:
+    body = json.dumps({"model": "base", "messages": [{"role": "user", "content": "é"}]}, ensure_ascii=False).encode()
+    status, _, text = fetch(echo_server[1], COMPLETIONS, body, **({"Content_Type": kind} if kind else {}))
+    assert (status, "[user]é" in text) == (200, True), text
+
+
+LATIN = '{"model": "base", "messages": [{"role": "user", "content": "é"}]}'.encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "sentence"),
+    [
+        (b"", {}, 400, "The body is empty: send a JSON object with the fields model and messages."),
+        (b" \n", {}, 400, "The body is empty"),
+        (b"[]", {}, 400, "The body is JSON, but not an object with the fields model and messages."),
+        (b'"hi"', {}, 400, "The body is JSON, but not an object"),
+        (b"null", {}, 400, "The body is JSON, but not an object"),
+        (b"{model: 1}", {}, 400, "The body is not JSON: Expecting property name enclosed in double quotes (line 1,"),
+        (b"model=base", {"Content_Type": "application/x-www-form-urlencoded"}, 400, "The body is a form, as its"),
+        (LATIN, {}, 400, "The body is not UTF-8, from byte 60 on: send it as UTF-8."),
+        (LATIN, {"Content_Type": "application/json; charset=iso-8859-1"}, 400, "The body is not UTF-8"),
+        (b"[" * 100_000, {}, 400, "The body is nested too deeply to be read."),
+        (b'{"model": ' + b"9" * 5000 + b"}", {}, 400, "The body contains a number that is too long"),
+        (b'{"temperature": NaN}', {}, 400, "The body contains a number that is too long, NaN or infinite."),
+        (b'{"model": "\\ud83d"}', {}, 400, "The body contains half a character (\\ud83d)"),
+        (b'{"model": "base", "messages": [1], "\\ud83d": 1}', {}, 400, "The body contains half a character"),
+        (b"\x1f\x8b", {"Content_Encoding": "gzip"}, 415, "The body is compressed (gzip): send it without the header"),
+    ],
+    ids=lambda value: value[:60] if isinstance(value, str) else "",
+)
+def test_a_body_that_cannot_be_read_is_refused_in_a_true_sentence(
+    echo_server: Any, body: bytes, headers: dict[str, str], status: int, sentence: str
+) -> None:
+    given, _, text = fetch(echo_server[1], COMPLETIONS, body, **({"Content_Type": "application/json"} | headers))
+    error = json.loads(text)["error"]
+    assert (given, error["type"]) == (status, "invalid_request_error")
+    assert error["message"].startswith(sentence)
+
+
+def test_a_client_that_goes_while_it_sends_its_body_is_no_error_of_the_server(echo_server: Any) -> None:
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("uvicorn.error").addHandler(handler)
+    host, port = echo_server[1].removeprefix("http://").rstrip("/").split(":")
+    with socket.create_connection((host, int(port))) as half:
+        half.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 50\r\n\r\n{{".encode())
+    for _ in range(20):  # requests after it, which give the server time to see it
+        assert fetch(echo_server[1], "/health")[0] == 200
+    logging.getLogger("uvicorn.error").removeHandler(handler)
+    assert logged == []
+
+
+# ---- methods and addresses
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", COMPLETIONS, "POST"),
+        ("HEAD", COMPLETIONS, "POST"),
+        ("PUT", COMPLETIONS, "POST"),
+        ("DELETE", "/v1/models/base", "GET, HEAD"),
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("POST", "/health", "GET, HEAD"),
+        ("BREW", "/v1/models", "GET, HEAD"),
+    ],
+)
+def test_another_method_is_refused_with_those_that_are_allowed(
+    address: str, method: str, path: str, allowed: str
+) -> None:
+    status, headers, text = fetch(address, path, method=method)
+    assert (status, headers["allow"]) == (405, allowed)
+    if method == "HEAD":
+        assert text == ""
+        return
+    error = json.loads(text)["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "method_not_allowed")
+    assert error["message"] == f"{path} takes {allowed.replace(', ', ' or ')}, not {method}."
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/base", "/"])
+def test_head_is_get_without_the_body(address: str, path: str) -> None:
+    status, headers, text = fetch(address, path, method="HEAD")
+    assert (status, text) == (200, "")
+    assert headers["content-type"] == fetch(address, path)[1]["content-type"]
+    assert fetch(address, "/v1/models/gpt-5", method="HEAD")[0] == 404
+
+
+def test_options_say_what_is_allowed_and_other_sites_get_no_permission(address: str) -> None:
+    asks = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "content-type"}
+    for headers in ({}, {"Origin": address.rstrip("/"), **asks}):
+        status, given, text = fetch(address, COMPLETIONS, method="OPTIONS", **headers)
+        assert (status, given["allow"], text) == (204, "OPTIONS, POST", "")
+    status, given, _ = fetch(address, COMPLETIONS, method="OPTIONS", Origin="https://other.example", **asks)
+    assert status == 403
+    assert not [name for name in given if name.startswith("access-control")]
+
+
+def test_a_client_whose_base_url_lacks_v1_is_told_so(address: str, echo_server: Any) -> None:
+    for server in (address, echo_server[1]):  # with the page, and without it
+        client = openai.OpenAI(base_url=server, api_key="none", max_retries=0)
+        for ask_it in (
+            lambda c: ask(c),
+            lambda c: c.models.list(),
+            lambda c: c.embeddings.create(model="m", input="x"),
+        ):
+            with pytest.raises(openai.NotFoundError, match=r"the API is at /v1, so a client's base_url ends in /v1\."):
+                ask_it(client)
+    twice = openai.OpenAI(base_url=f"{address}v1/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.NotFoundError, match="the API has /v1/models and /v1/chat/completions"):
+        ask(twice)
+
+
+@pytest.mark.parametrize("path", ["/v1/models/", "//v1/models", "/v1//models", "/health/", "//health"])
+def test_an_address_with_a_slash_too_many_is_the_one_without(address: str, path: str) -> None:
+    plain = re.sub("/+", "/", path).rstrip("/")
+    assert fetch(address, path)[::2] == fetch(address, plain)[::2]
+    assert fetch(address, plain)[0] == 200
+
+
+def test_a_slash_too_many_does_not_lead_past_the_key(locked: str) -> None:
+    for path in ("/v1/models", "//v1/models", "/v1//models/", "/v1", "/v1/"):
+        assert fetch(locked, path)[0] == 401
+    assert fetch(locked, "/v1/models", Authorization=f"Bearer {KEY}")[0] == 200
+    assert ask(client_of(f"{locked}/", KEY)).choices  # base_url …//v1
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "Content-Length: 5\r\nContent-Length: 6",
+        "Content-Length: five",
+        "Content-Length: -1",
+        "Content-Length: ²",
+        "Content-Length: 99999999999999999999999",
+        "Transfer-Encoding: chunked",  # the body is none
+        "Host: another",
+        "no header",
+    ],
+)
+def test_what_is_no_http_is_refused_in_the_same_format(address: str, head: str) -> None:
+    host, port = address.removeprefix("http://").rstrip("/").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        start = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: {host}:{port}\r\n{head}\r\n\r\nwrong\r\n"
+        connection.sendall(start.encode("latin-1"))
+        response = b""
+        while piece := connection.recv(4096):
+            response += piece
+    status, _, body = response.decode().partition("\r\n")[0], *response.decode().partition("\r\n\r\n")[1:]
+    assert status == "HTTP/1.1 400 Bad Request"
+    assert json.loads(body)["error"]["message"].startswith("This is no valid HTTP/1.1 request: ")
+    assert fetch(address, "/health")[0] == 200
 
 
 def test_a_conversation_that_is_too_long_is_refused_and_never_shortened(parrot: openai.OpenAI, echo: Echo) -> None:
@@ -412,7 +601,6 @@ def test_other_mistakes_have_their_status_in_openais_shape(parrot: openai.OpenAI
         (b"{", {"Content_Type": "application/json"}),
         (b"[]", {"Content_Type": "application/json"}),
         (b'{"model": "base"}', {"Content_Type": "application/json"}),
-        (json.dumps({"model": "base", "messages": HELLO}).encode(), {"Content_Type": "text/plain"}),
     ):
         status, _, text = fetch(address, "/v1/chat/completions", body, **headers)
         assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")

@@ -15,7 +15,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,8 @@ record("{WATCHED}")
 """
 STEPS = ("setup/get_model.py", "finetuning/invoke_olive.py --check", "finetuning/invoke_olive.py")
 CONSOLE, PAGE = "inference/console_chat.py", "inference/gradio_chat.py"
+EXPORT, SMOKE, TINY = "finetuning/export.py", "finetuning/invoke_olive.py --smoke", "finetuning/training/tiny_model.py"
+SERVED = 30  # seconds; ONNX Runtime reports for the first time 4 to 15 seconds after a model is loaded
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ class Demo:
     folder: Path
     done: dict[str, subprocess.CompletedProcess[str]] = field(default_factory=dict)
     watches: dict[str, Watch] = field(default_factory=dict)
+    server: subprocess.Popen[str] | None = None
+    ready: float = 0  # when its model was loaded
     after_check: list[str] = field(default_factory=list)
     run_json: dict[str, Any] = field(default_factory=dict)
     page_says: Any = None
@@ -145,14 +151,32 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     return demo
 
 
-def start(demo: Demo, step: str, *arguments: str) -> None:
-    """Run a command of the workspace to its end, from another folder."""
+@pytest.fixture(scope="module")
+def exported(demo: Demo) -> Iterator[Demo]:
+    """Run the other commands in a copy of the workspace, and serve its int4 model while the tests below run."""
+    folder = demo.folder.parent / "exported"
+    folder.mkdir()
+    exported = Demo(folder / "workspace", example=demo.example)
+    shutil.copytree(demo.folder, exported.folder)
+    for step in (EXPORT, SMOKE):
+        start(exported, step)
+    shutil.rmtree(exported.folder / "models" / "demo")
+    start(exported, TINY, path=exported.folder / "finetuning")
+    start(exported, CONSOLE, "--engine", "onnx", "--prompt", demo.example["question"])
+    with serving(exported, "--engine", "onnx") as address:
+        exported.page_says = ask(address, demo.example["question"])
+        yield exported
+
+
+def start(demo: Demo, step: str, *arguments: str, path: Path | None = None) -> None:
+    """Run a command of the workspace to its end, from another folder; `path` is where it also imports from."""
     script, *options = step.split()
     watch = demo.watches[step] = watched(demo.folder.parent / re.sub(r"\W", "-", step))
+    more = {"PYTHONPATH": f"{watch.folder}{os.pathsep}{path}"} if path else {}
     demo.done[step] = subprocess.run(
         [*watch.command, str(demo.folder / script), *options, *arguments],
         cwd=watch.folder,
-        env=watch.environment,
+        env=watch.environment | more,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
@@ -163,11 +187,18 @@ def start(demo: Demo, step: str, *arguments: str) -> None:
 
 def ask_the_page(demo: Demo) -> None:
     """Serve the page, ask it the example's question, and end it as a user does."""
+    with serving(demo) as address:
+        demo.page_says = ask(address, demo.example["question"])
+        end(demo)
+
+
+@contextlib.contextmanager
+def serving(demo: Demo, *options: str) -> Iterator[str]:
+    """Serve the page; yield its address when it answers."""
     watch = demo.watches[PAGE] = watched(demo.folder.parent / "page")
-    command = [*watch.command, str(demo.folder / PAGE), "--port", "0"]
-    with (watch.folder / "stderr").open("w+", encoding="utf-8") as errors:
-        server = subprocess.Popen(
-            command,
+    with (watch.folder / "stderr").open("w", encoding="utf-8") as errors:
+        server = demo.server = subprocess.Popen(
+            [*watch.command, str(demo.folder / PAGE), "--port", "0", *options],
             cwd=watch.folder,
             env=watch.environment,
             stdin=subprocess.DEVNULL,
@@ -178,21 +209,31 @@ def ask_the_page(demo: Demo) -> None:
             # a shell's background jobs ignore it, and so would their children
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
+    try:
         assert server.stdout
-        try:
-            said = ""
-            for line in server.stdout:
-                said += line
-                if address := re.match(r"Chat at (http\S+)", line):
-                    demo.page_says = ask(address[1], demo.example["question"])
-                    os.killpg(server.pid, signal.SIGINT)
-            status = server.wait(timeout=60)
-        finally:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait()
-        errors.seek(0)
-        demo.done[PAGE] = subprocess.CompletedProcess(command, status, said, errors.read())
+        said, address = "", None
+        for line in server.stdout:
+            said += line
+            if address := re.match(r"Chat at (http\S+)", line):
+                break
+        demo.ready = time.monotonic()
+        demo.done[PAGE] = subprocess.CompletedProcess(server.args, -1, said)
+        assert address, (watch.folder / "stderr").read_text(encoding="utf-8")
+        yield address[1]
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def end(demo: Demo) -> None:
+    """End the page as a user does, with Ctrl-C."""
+    assert demo.server and demo.server.stdout
+    os.killpg(demo.server.pid, signal.SIGINT)
+    done = demo.done[PAGE]
+    done.stdout += demo.server.stdout.read()
+    done.returncode = demo.server.wait(timeout=60)
+    done.stderr = (demo.watches[PAGE].folder / "stderr").read_text(encoding="utf-8")
 
 
 def ask(address: str, question: str) -> Any:
@@ -233,6 +274,15 @@ def talk(demo: Demo, *options: str, questions: list[str]) -> list[str]:
     text = shown.decode().replace("\r\n", "\n")
     assert process.wait(timeout=60) == 0, text
     return re.findall(r"Model: (.*)\n", text)
+
+
+def test_the_int4_model_gives_the_answer_that_was_counted(exported: Demo) -> None:  # first: its server runs meanwhile
+    assert {step: done.returncode for step, done in exported.done.items() if step != PAGE} == dict.fromkeys(
+        (EXPORT, SMOKE, TINY, CONSOLE), 0
+    ), exported.done
+    assert "Built the demo model" in exported.done[TINY].stdout
+    assert exported.done[CONSOLE].stdout == f"{exported.example['after']}\n"
+    assert exported.page_says == exported.example["after"]
 
 
 def test_each_command_ends_well_and_names_the_next(demo: Demo) -> None:
@@ -304,6 +354,32 @@ def test_no_host_off_this_machine_is_looked_up(demo: Demo, step: str) -> None:
 @pytest.mark.parametrize("step", [*STEPS, CONSOLE, PAGE])
 def test_no_system_call_leaves_this_machine(demo: Demo, step: str) -> None:
     assert demo.watches[step].calls() == []
+
+
+@pytest.fixture(scope="module")
+def watched_long(exported: Demo) -> Demo:
+    """Let the server of the int4 model run for half a minute altogether, and end it."""
+    time.sleep(max(0.0, exported.ready + SERVED - time.monotonic()))
+    end(exported)
+    return exported
+
+
+@pytest.mark.parametrize("step", [EXPORT, SMOKE, TINY, CONSOLE, PAGE])
+def test_no_host_is_looked_up_by_what_loads_the_int4_model(watched_long: Demo, step: str) -> None:
+    assert watched_long.watches[step].hosts() == set()
+
+
+@pytest.mark.skipif(bool(cannot_trace()), reason=cannot_trace())
+@pytest.mark.parametrize("step", [EXPORT, SMOKE, TINY, CONSOLE, PAGE])
+def test_no_system_call_of_what_loads_the_int4_model_leaves_this_machine(watched_long: Demo, step: str) -> None:
+    assert watched_long.watches[step].calls() == []
+
+
+def test_no_library_keeps_an_id_of_this_machine(demo: Demo, watched_long: Demo) -> None:
+    homes = [demo.folder.parent / "home", watched_long.folder.parent / "home"]
+    kept = [path.relative_to(home).as_posix() for home in homes for path in home.rglob("*") if path.is_file()]
+    assert not [path for path in kept if re.search(r"id$|microsoft|telemetry", path, re.IGNORECASE)]
+    assert watched_long.done[PAGE].returncode in (0, 130)
 
 
 STRAY = """

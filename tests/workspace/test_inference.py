@@ -52,7 +52,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"data_configs: [{{name: train, pre_process_data_config: {{system_prompt: {SYSTEM_PROMPT}}}}}]\n"
         "passes: {finetune: {type: LoRA, torch_dtype: float32}}\n"
     )
-    shutil.copy(INFERENCE.parent / "setup/model_folder.py", root / "setup")
+    for name in ("model_folder.py", "no_telemetry.py"):
+        shutil.copy(INFERENCE.parent / "setup" / name, root / "setup")
     (root / "setup/model.yaml").write_text(f"chat_template: {json.dumps(TEMPLATE)}\n")
     return root
 

@@ -124,12 +124,10 @@ def keep_logs(settings: Settings, folder: Path) -> None:
         "TENSORBOARD_LOGGING_DIR": folder / "tensorboard" / f"{datetime.now():%Y-%m-%d-%H%M%S}",  # one curve per run
         # relative to the workspace: an absolute path may contain characters that a URL cannot
         "MLFLOW_TRACKING_URI": f"sqlite:///{(folder / 'mlflow.db').relative_to(ROOT).as_posix()}",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
         "TRACKIO_DIR": folder / "trackio",
         "WANDB_DIR": folder,
         "WANDB_CACHE_DIR": folder / "wandb" / "cache",
         "WANDB_CONSOLE": "off",
-        "WANDB_ERROR_REPORTING": "false",
     }.items():
         os.environ.setdefault(variable, str(value))
 

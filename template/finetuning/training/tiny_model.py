@@ -165,8 +165,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     os.environ.update(
-        HF_UPDATE_DOWNLOAD_COUNTS="0",
-        HF_HUB_DISABLE_TELEMETRY="1",
         HF_DATASETS_DISABLE_PROGRESS_BARS="1",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
     )

@@ -105,6 +105,18 @@ var mountVariables = [
   { name: 'HF_HOME', value: '/mount/.cache/huggingface' } // a model is downloaded once
   { name: 'PYTHONUNBUFFERED', value: '1' }
 ]
+// The same as in setup/no_telemetry.py, for commands that do not import it.
+var noTelemetry = [
+  { name: 'ORT_DISABLE_TELEMETRY', value: '1' }
+  { name: 'OLIVE_DISABLE_TELEMETRY', value: '1' }
+  { name: 'HF_HUB_DISABLE_TELEMETRY', value: '1' }
+  { name: 'HF_UPDATE_DOWNLOAD_COUNTS', value: '0' }
+  { name: 'GRADIO_ANALYTICS_ENABLED', value: 'False' }
+  { name: 'DO_NOT_TRACK', value: '1' }
+  { name: 'CI', value: '1' }
+  { name: 'MLFLOW_DISABLE_TELEMETRY', value: 'true' }
+  { name: 'WANDB_ERROR_REPORTING', value: 'false' }
+]
 
 var vaultSecrets = 'https://${keyVaultName}${environment().suffixes.keyvaultDns}/secrets'
 var tokenSecret = empty(keyVaultName)
@@ -259,7 +271,7 @@ resource job 'Microsoft.App/jobs@2025-07-01' = {
           image: image
           command: ['bash', '-euo', 'pipefail', '-c']
           args: ['cd "$WORKSPACE_MOUNT" && ${join(defaultCommands, ' && ')}']
-          env: concat(mountVariables, hasToken ? [{ name: 'HF_TOKEN', secretRef: 'hf-token' }] : [])
+          env: concat(mountVariables, noTelemetry, hasToken ? [{ name: 'HF_TOKEN', secretRef: 'hf-token' }] : [])
           resources: { cpu: size.cpu, memory: size.memory }
           volumeMounts: [{ volumeName: 'workspace', mountPath: '/mount' }]
         }

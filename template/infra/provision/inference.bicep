@@ -103,6 +103,18 @@ var mountVariables = [
   { name: 'HF_HOME', value: '/mount/.cache/huggingface' } // a model is downloaded once
   { name: 'PYTHONUNBUFFERED', value: '1' }
 ]
+// The same as in setup/no_telemetry.py, for commands that do not import it.
+var noTelemetry = [
+  { name: 'ORT_DISABLE_TELEMETRY', value: '1' }
+  { name: 'OLIVE_DISABLE_TELEMETRY', value: '1' }
+  { name: 'HF_HUB_DISABLE_TELEMETRY', value: '1' }
+  { name: 'HF_UPDATE_DOWNLOAD_COUNTS', value: '0' }
+  { name: 'GRADIO_ANALYTICS_ENABLED', value: 'False' }
+  { name: 'DO_NOT_TRACK', value: '1' }
+  { name: 'CI', value: '1' }
+  { name: 'MLFLOW_DISABLE_TELEMETRY', value: 'true' }
+  { name: 'WANDB_ERROR_REPORTING', value: 'false' }
+]
 
 var health = { path: '/health', port: 7860 }
 var issuer = '${environment().authentication.loginEndpoint}${tenant().tenantId}/v2.0'
@@ -283,7 +295,7 @@ resource app 'Microsoft.App/containerApps@2025-07-01' = {
           image: image
           command: ['bash', '-euo', 'pipefail', '-c']
           args: ['cd "$WORKSPACE_MOUNT" && if ${isNew}; then exit; fi && ${prepare}']
-          env: concat(mountVariables, hasToken ? [{ name: 'HF_TOKEN', secretRef: 'hf-token' }] : [])
+          env: concat(mountVariables, noTelemetry, hasToken ? [{ name: 'HF_TOKEN', secretRef: 'hf-token' }] : [])
           resources: { cpu: 2, memory: '4Gi' }
           volumeMounts: [{ volumeName: 'workspace', mountPath: '/mount' }]
         }
@@ -294,7 +306,7 @@ resource app 'Microsoft.App/containerApps@2025-07-01' = {
           image: image
           command: ['bash', '-euo', 'pipefail', '-c']
           args: ['cd "$WORKSPACE_MOUNT" && if ${isNew}; then ${answerHealth}; fi && ${join(defaultCommands, ' && ')}']
-          env: concat(mountVariables, [
+          env: concat(mountVariables, noTelemetry, [
             { name: 'HF_HUB_OFFLINE', value: '1' }
             { name: 'CHAT_API_KEY', secretRef: 'chat-api-key' }
           ])
