@@ -22,6 +22,7 @@ for variable, value in {
     os.environ.setdefault(variable, value)  # the libraries read these when they are imported, later
 
 ENGINES = ("auto", "torch", "onnx")
+COLDEST = 0.01  # temperature above 0: a lower one divides by almost nothing, which ends the ONNX Runtime's process
 COMPARE = "the int4 model has the adapter merged in: to compare with the base model, start with --engine torch"
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -116,6 +117,8 @@ class Engine:
         """
         if self.source.adapter and not (generation.adapter or self.backend.switchable):
             raise ChatError(f"The base model cannot answer here, as {COMPARE}.")
+        if 0 < generation.temperature < COLDEST:
+            raise ChatError(f"The temperature is {generation.temperature:g}: choose 0 (greedy), or {COLDEST} or more.")
         usage = usage or Usage()
         prompt, room = self.fit(messages, generation.max_new_tokens, notify)
         usage.prompt_tokens = len(prompt)

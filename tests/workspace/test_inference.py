@@ -304,6 +304,13 @@ def recorded(says: str, system_prompt: str = "") -> Any:
     return Engine(Source("models/demo", None, None, "lora", "float32", system_prompt), Recorded(says.encode()))
 
 
+def test_a_temperature_that_would_end_the_int4_model_s_process_is_refused(workspace: Path) -> None:
+    from engine import ChatError, Generation
+
+    with pytest.raises(ChatError, match=r"The temperature is 1e-40: choose 0 \(greedy\), or 0\.01 or more\."):
+        list(recorded("yes").stream([{"role": "user", "content": "hi"}], Generation(temperature=1e-40), print))
+
+
 def ask(engine: Any, *turns: str, generation: Any = None) -> tuple[str, list[str]]:
     """Ask with the turns of a conversation, user first; return the answer and the notices."""
     from engine import Generation
