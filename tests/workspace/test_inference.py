@@ -304,7 +304,8 @@ def recorded(says: str, system_prompt: str = "") -> Any:
     return Engine(Source("models/demo", None, None, "lora", "float32", system_prompt), Recorded(says.encode()))
 
 
-def test_a_temperature_that_would_end_the_int4_model_s_process_is_refused(workspace: Path) -> None:
+@pytest.mark.usefixtures("modules")
+def test_a_temperature_that_would_end_the_int4_model_s_process_is_refused() -> None:
     from engine import ChatError, Generation
 
     with pytest.raises(ChatError, match=r"The temperature is 1e-40: choose 0 \(greedy\), or 0\.01 or more\."):
