@@ -48,7 +48,7 @@ def prepare(workspace: Path, download_model: bool) -> tuple[str, str] | None:
     if not download_model:
         return None
     conda, _ = create_env.find_conda(manager)
-    prefix = create_env.find_prefix(conda, create_env.conda_name(), False)[0] if conda else workspace / ".venv"
+    prefix = create_env.find_prefix(conda, create_env.conda_name())[0] if conda else workspace / ".venv"
     python = str(create_env.python_in(prefix))
     if subprocess.run([python, "setup/get_model.py"], cwd=workspace, check=False).returncode != 0:
         return "The model was not downloaded. Activate the environment and try again", "python setup/get_model.py"

@@ -17,7 +17,8 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from installed import ROOT, canonical, conda_distributions, project, python_in, torch_versions
+
 LOG = ROOT / "setup" / "create_env.log"
 TORCH_INDEX = {"cpu": "https://download.pytorch.org/whl/cpu", "gpu": "https://download.pytorch.org/whl/cu130"}
 # uv has its own names for pip's settings.
@@ -32,10 +33,12 @@ class SetupError(Exception):
 def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
     """Install torch from its own index, if the lock has it, then the rest. Raises SetupError."""
     command, env = installer(python_in(prefix))
-    pins = re.findall(r"^([\w.-]+)==(\S+)", lock.read_text(encoding="utf-8"), re.MULTILINE)
-    version = dict(pins).get("torch")
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)", lock.read_text(encoding="utf-8"), re.MULTILINE))
+    by_conda = dict(project(folder) for _, _, folder in conda_distributions(prefix))
+    version = pins.get("torch")
     # Its index has a build for each device. macOS has only one build, which the lock takes from the usual index.
-    if version and sys.platform != "darwin" and not right_torch(prefix, version, device):
+    others = sys.platform == "darwin" or "torch" in by_conda
+    if version and not others and not right_torch(prefix, version, device):
         options = ["--no-deps", "--reinstall" if "uv" in command else "--force-reinstall", f"torch=={version}"]
         for place, more, env_torch in torch_sources(env, device):
             done = step(f"torch {version} from {place}", [*command, *more, *options], env_torch, dry_run, may_fail=True)
@@ -44,10 +47,27 @@ def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
         else:
             build = "for the CPU only" if sys.platform == "win32" else "with CUDA, 4 GiB"
             print(f"  torch's own index cannot be used; yours is asked for torch (usually a build {build}).")
+    for name in sorted(set(pins) & set(by_conda) - {"pip", "setuptools"}):
+        if pins[name] != by_conda[name]:
+            print(f"  {name} {by_conda[name]} is conda's and stays; the lock has {pins[name]}.")
     options = ["--no-index"] if env.get("PIP_NO_INDEX") else []
     # With compiled bytecode, scripts start in half the time; pip compiles by default.
     env = {"UV_COMPILE_BYTECODE": "1", **env}
-    step(f"{len(pins)} locked packages", [*command, *options, "-r", str(lock)], env, dry_run)
+    file, count = requirements(prefix, lock, set(by_conda), dry_run)
+    step(f"{count} locked packages", [*command, *options, "-r", str(file)], env, dry_run)
+
+
+def requirements(prefix: Path, lock: Path, by_conda: set[str], dry_run: bool) -> tuple[Path, int]:
+    """Return the file of what is to be installed, and of how many packages: of the lock, what conda does not have."""
+    lines = re.findall(r"^[\w.-]+==.*", lock.read_text(encoding="utf-8"), re.MULTILINE)
+    if prefix.parent == ROOT:
+        return lock, len(lines)
+    # pip would replace the files of conda's packages, conda would forget that it has them, and then mix the two.
+    lines = [line for line in lines if canonical(line.partition("==")[0]) not in by_conda]
+    file = prefix / lock.name
+    if not dry_run:
+        file.write_text("\n".join([f"# {lock}, without what conda has installed", *lines, ""]), encoding="utf-8")
+    return file, len(lines)
 
 
 def installer(python: Path) -> tuple[list[str], dict[str, str]]:
@@ -82,23 +102,10 @@ def torch_sources(env: dict[str, str], device: str) -> Iterator[tuple[str, list[
     yield hide_passwords(index), [], only
 
 
-def python_in(prefix: Path) -> Path:
-    """Return the environment's own Python."""
-    if sys.platform != "win32":
-        return prefix / "bin" / "python"
-    return prefix / "Scripts" / "python.exe" if prefix.parent == ROOT else prefix / "python.exe"
-
-
 def right_torch(prefix: Path, version: str, device: str) -> bool:
     """Return whether the environment has this torch version, built for the device."""
     wrong = version + ("+cpu" if device == "gpu" else "+cu")
     return any(found.split("+")[0] == version and not found.startswith(wrong) for found in torch_versions(prefix))
-
-
-def torch_versions(prefix: Path) -> list[str]:
-    """Return the torch versions in the environment: none, one, or several after an interruption."""
-    names = "lib/python3.*/site-packages/torch-*.dist-info", "Lib/site-packages/torch-*.dist-info"
-    return [folder.stem[len("torch-") :] for name in names for folder in prefix.glob(name)]
 
 
 # ------------------------------------------------------------------------------------------------ Running commands
