@@ -80,6 +80,8 @@ def create(manager: str, purpose: str, dry_run: bool) -> None:
             if not dry_run:
                 # Last, so that an interrupted environment never counts as complete.
                 write_stamp(prefix, stamp_for(prefix, lock))
+                if (SETUP / "create_env.incomplete").exists():  # from the hook
+                    (SETUP / "create_env.incomplete").unlink()
                 print(f"Ready in {time.monotonic() - started:.0f} s.")
     activate = [f"source {name}/bin/activate" if sys.platform != "win32" else rf"{name}\Scripts\Activate.ps1"]
     if conda:

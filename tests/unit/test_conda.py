@@ -229,7 +229,7 @@ class CondaMachine:
     def workspace_files(self) -> dict[str, bytes]:
         """Return the files of the workspace, but not the log."""
         files = [file for file in self.root.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
-        return {str(file): file.read_bytes() for file in files if file.name != "create_env.log"}
+        return {str(file): file.read_bytes() for file in files if file.suffix not in (".log", ".incomplete")}
 
 
 @pytest.fixture
@@ -605,7 +605,7 @@ def test_copier_ends_well_and_keeps_the_workspace_whole(conda: CondaMachine, tmp
     address = conda.env["CONDA_CHANNEL_ALIAS"]
     conda.channels("http://127.0.0.1:1")
     answers = ["--vcs-ref", "HEAD", "-d", "environment=conda", "-d", "project_name=whole", "-d", "conda_env_name=small"]
-    copier = [sys.executable, "-m", "copier", "copy", "--trust", "--defaults", "--quiet", *answers, str(REPOSITORY)]
+    copier = [sys.executable, "-m", "copier", "copy", "--trust", "--defaults", *answers, str(REPOSITORY)]
     env = conda.env
     env["PATH"] += os.pathsep + str(Path(shutil.which("git") or "git").parent)
 
@@ -617,11 +617,16 @@ def test_copier_ends_well_and_keeps_the_workspace_whole(conda: CondaMachine, tmp
     done = copy(tmp_path / "whole")
     assert done.returncode == 0, done.stderr
     assert "127.0.0.1:1" in done.stderr and done.stderr.count("Try again") == 1 and "Traceback" not in done.stderr
+    # Copier's last message follows what happened: no «is ready», no environment to activate.
+    message = done.stderr.partition("Try again")[2]
+    assert "The workspace whole is written, but not all is set up: see above. Next:" in message
+    assert "python3 setup/create_env.py\n    # activate the environment, with the command" in message
+    assert "is ready" not in message and "conda activate" not in message
     bare, whole = (
         {file.relative_to(tmp_path / name).as_posix() for file in (tmp_path / name).rglob("*") if file.is_file()}
         for name in ("bare", "whole")
     )
-    assert whole == bare | {"setup/create_env.log"}
+    assert whole == bare | {"setup/create_env.log", "setup/create_env.incomplete"}
 
     conda.channels(address)
     setup = tmp_path / "whole" / "setup"
@@ -632,4 +637,5 @@ def test_copier_ends_well_and_keeps_the_workspace_whole(conda: CondaMachine, tmp
     done = subprocess.run(command, env=env, cwd=setup.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert conda.workspace.version("torch", str(conda.prefix)) == "2.13.0+cpu"
+    assert not (setup / "create_env.incomplete").exists()
     assert conda.files_at_home() == conda.home
