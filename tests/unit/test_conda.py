@@ -620,7 +620,7 @@ def test_copier_ends_well_and_keeps_the_workspace_whole(conda: CondaMachine, tmp
     # Copier's last message follows what happened: no «is ready», no environment to activate.
     message = done.stderr.partition("Try again")[2]
     assert "The workspace whole is written, but not all is set up: see above. Next:" in message
-    assert "python3 setup/create_env.py\n    # activate the environment, with the command" in message
+    assert "python3 setup/create_env.py\n  # activate the environment, with the command" in message
     assert "is ready" not in message and "conda activate" not in message
     bare, whole = (
         {file.relative_to(tmp_path / name).as_posix() for file in (tmp_path / name).rglob("*") if file.is_file()}
