@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
 from conda_environment import (
     CONDAS,
     STAMP,
@@ -99,7 +100,7 @@ def create(manager: str, purpose: str, dry_run: bool) -> None:
 def alone(what: str) -> Iterator[None]:
     """Hold a lock on the environment: wait for other runs that create the same one, and make others wait."""
     # Not next to the environment, which may not exist yet; not deleted, since another run may wait for it.
-    name = hashlib.sha256(f"{Path.home()} {what}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{os.path.expanduser('~')} {what}".encode()).hexdigest()[:16]
     with Path(tempfile.gettempdir(), f"create_env-{name}.lock").open("a") as file:
         if not locked(file.fileno(), wait=False):
             print("Another run is creating this environment: waiting for it. Ctrl-C ends the wait.", flush=True)
@@ -240,7 +241,7 @@ def make_venv(prefix: Path, least: str, dry_run: bool) -> None:
     if not moved and works([python, "-c", ""]):
         if not dry_run:
             write_stamp(prefix, f"begun\n{prefix}\n")
-        if not shutil.which("uv") and not works([python, "-m", "pip", "--version"]):
+        if not shutil.which("uv") and not works([python, "-I", "-m", "pip", "--version"]):
             step("pip", [str(python), "-m", "ensurepip"], dict(os.environ), dry_run)
         return
     if sys.version_info < tuple(int(part) for part in least.split(".")):

@@ -17,13 +17,16 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from installed import ROOT, canonical, conda_distributions, project, python_in, torch_versions
+from installed import ROOT, canonical, conda_distributions, project, python_in, site_packages, torch_versions
 
 LOG = ROOT / "setup" / "create_env.log"
 TORCH_INDEX = {"cpu": "https://download.pytorch.org/whl/cpu", "gpu": "https://download.pytorch.org/whl/cu130"}
 # uv has its own names for pip's settings.
 PIP_NAMES = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "PIP_CERT")
 UV_NAMES = ("UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_INSECURE_HOST", "SSL_CERT_FILE")
+# With these, pip installs elsewhere, or takes packages of another environment for installed.
+ELSEWHERE = ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN")
+HERE = {"PIP_USER": "0", "PYTHONNOUSERSITE": "1", "PIP_REQUIRE_VIRTUALENV": "0"}
 
 
 class SetupError(Exception):
@@ -55,6 +58,20 @@ def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
     env = {"UV_COMPILE_BYTECODE": "1", **env}
     file, count = requirements(prefix, lock, set(by_conda), dry_run)
     step(f"{count} locked packages", [*command, *options, "-r", str(file)], env, dry_run)
+    if not dry_run:
+        check_arrived(prefix, file)
+
+
+def check_arrived(prefix: Path, file: Path) -> None:
+    """Raise SetupError if packages are not in the environment, although the installer said that it succeeded."""
+    site = site_packages(prefix)
+    here = {project(path.name)[0] for path in site.glob("*-info")} if site else set()
+    pins = re.findall(r"^([\w.-]+)==[^;]*$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    if missing := sorted({canonical(name) for name in pins} - here):
+        raise SetupError(
+            f"{missing[0]} was installed, but not into {prefix}: remove `target`, `prefix`, `root` or `dry-run` from the "
+            f"settings that `{quoted([str(python_in(prefix)), '-m', 'pip', 'config', 'list'])}` shows.{again()}"
+        )
 
 
 def requirements(prefix: Path, lock: Path, by_conda: set[str], dry_run: bool) -> tuple[Path, int]:
@@ -72,7 +89,8 @@ def requirements(prefix: Path, lock: Path, by_conda: set[str], dry_run: bool) ->
 
 def installer(python: Path) -> tuple[list[str], dict[str, str]]:
     """Return the command that installs into `python`, and its variables: pip's settings also apply to uv."""
-    env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+    env = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
+    env.update(HERE, PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1")
     if not shutil.which("uv"):
         if "UV_FIND_LINKS" in env:
             env.setdefault("PIP_FIND_LINKS", env["UV_FIND_LINKS"].replace(",", " "))
