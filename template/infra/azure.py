@@ -13,13 +13,12 @@ estimate                    hours and cost of a run
 destroy                     delete all of it; lists it first and asks for the group's name
 """
 
-from pathlib import Path
-
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
 from az import AzureError

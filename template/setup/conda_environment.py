@@ -47,7 +47,7 @@ def conda_programs() -> Iterator[tuple[str, str]]:
     for name in CONDAS:
         yield shutil.which(name) or "", "on PATH"
     for folder in ("miniforge3", "miniconda3", "AppData/Local/miniforge3", "AppData/Local/miniconda3"):
-        home = Path(os.path.expanduser("~"), folder)  # Path.home() fails for an account without one
+        home = Path(os.path.expanduser("~"), folder)  # noqa: PTH111 - Path's fails for an account without one
         yield str(home / ("Scripts/conda.exe" if sys.platform == "win32" else "bin/conda")), f"in {home}"
 
 

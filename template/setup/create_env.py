@@ -100,7 +100,8 @@ def create(manager: str, purpose: str, dry_run: bool) -> None:
 def alone(what: str) -> Iterator[None]:
     """Hold a lock on the environment: wait for other runs that create the same one, and make others wait."""
     # Not next to the environment, which may not exist yet; not deleted, since another run may wait for it.
-    name = hashlib.sha256(f"{os.path.expanduser('~')} {what}".encode()).hexdigest()[:16]
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path's fails for an account without one
+    name = hashlib.sha256(f"{home} {what}".encode()).hexdigest()[:16]
     with Path(tempfile.gettempdir(), f"create_env-{name}.lock").open("a") as file:
         if not locked(file.fileno(), wait=False):
             print("Another run is creating this environment: waiting for it. Ctrl-C ends the wait.", flush=True)

@@ -68,9 +68,10 @@ def check_arrived(prefix: Path, file: Path) -> None:
     here = {project(path.name)[0] for path in site.glob("*-info")} if site else set()
     pins = re.findall(r"^([\w.-]+)==[^;]*$", file.read_text(encoding="utf-8"), re.MULTILINE)
     if missing := sorted({canonical(name) for name in pins} - here):
+        settings = quoted([str(python_in(prefix)), "-m", "pip", "config", "list"])
         raise SetupError(
-            f"{missing[0]} was installed, but not into {prefix}: remove `target`, `prefix`, `root` or `dry-run` from the "
-            f"settings that `{quoted([str(python_in(prefix)), '-m', 'pip', 'config', 'list'])}` shows.{again()}"
+            f"{missing[0]} was installed, but not into {prefix}: remove `target`, `prefix`, `root` or `dry-run` from "
+            f"pip's settings, which `{settings}` shows.{again()}"
         )
 
 

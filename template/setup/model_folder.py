@@ -54,11 +54,11 @@ def prepare_process() -> None:
 
     Called at the import of this file, which every script does before it imports a library.
     """
-    others = [os.path.abspath(folder) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    others = [str(Path(folder).absolute()) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     if Path(sys.prefix, "conda-meta").is_dir():  # a venv does not see the packages in ~/.local
         others.append(site.getusersitepackages())
     sys.path.sort(key=lambda folder: folder in others and ROOT not in Path(folder).parents)
-    home = Path(os.path.expanduser("~"))
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path's fails for an account without one
     # In a container an account may have none, or /. Without HOME, libraries make a folder named ~.
     if not (home / ".cache").is_dir() and not (home.is_absolute() and os.access(home, os.W_OK)):
         os.environ["HOME"] = str(ROOT / "models" / "home")
@@ -91,7 +91,7 @@ def find_model(model: str, revision: str | None, workspace: Path) -> Found:
     branch or tag of that repository; None means its main branch. Raises ModelError.
     """
     try:
-        folder = workspace / Path(os.path.expanduser(model))
+        folder = workspace / Path(os.path.expanduser(model))  # noqa: PTH111 - Path's fails for ~ and a name that nobody has
         if folder.is_dir():
             check_folder(folder, model)
             return Found(folder)
