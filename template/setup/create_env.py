@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -38,7 +39,8 @@ from conda_environment import (
     not_needed,
     package_name,
 )
-from install import LOG, SetupError, again, install, log, quoted, step, works
+from gpu import too_old
+from install import LOG, TORCH_INDEX, SetupError, again, asked_build, install, log, quoted, step, works
 from installed import ROOT, python_in, site_packages, torch_versions
 
 SETUP = ROOT / "setup"
@@ -66,11 +68,13 @@ def create(manager: str, purpose: str, dry_run: bool) -> None:
     name = conda_name() if conda else venv
     with nullcontext() if dry_run else alone(f"{conda} {name}" if conda else str(ROOT)):
         prefix, exists = find_prefix(conda, name) if conda else (ROOT / name, False)
-        if not dry_run and read_stamp(prefix) == stamp_for(prefix, lock) and python_in(prefix).exists():
+        complete = read_stamp(prefix) == stamp_for(prefix, lock) and python_in(prefix).exists()
+        if not dry_run and complete and asked_build(prefix):
             print(f"The environment {name} is up to date.")
         else:
             print(f"{'Commands for' if dry_run else 'Setting up'} the environment {name} with {why}:")
             check_place(prefix, device, dry_run)
+            check_machine(device, conda)
             if not dry_run:
                 log(f"\n===== {time.strftime('%Y-%m-%d %H:%M:%S')}, Python {sys.version.split()[0]}, {sys.platform}\n")
             if conda:
@@ -165,6 +169,17 @@ def check_place(prefix: Path, device: str, dry_run: bool) -> None:
         raise SetupError(
             f"{folder} has {free:.1f} GiB free, the environment needs {DISK_GIB[device]}: make room first."
         )
+
+
+def check_machine(device: str, conda: str) -> None:
+    """Raise SetupError for a machine on which the packages cannot be installed, or not used."""
+    if sysconfig.get_platform() == "win-arm64" and not conda and device != "promptflow":
+        raise SetupError(
+            "This is a Python for Windows on ARM, for which pyarrow, among others, has no wheels: install the Python "
+            "for x64 from python.org, which Windows on ARM runs too, and run this file with that one."
+        )
+    if device == "gpu" and (lacks := too_old(TORCH_INDEX["gpu"])):
+        raise SetupError(lacks)
 
 
 def stamp_for(prefix: Path, lock: Path) -> str:

@@ -76,15 +76,21 @@ def check_arrived(prefix: Path, file: Path) -> None:
 
 
 def requirements(prefix: Path, lock: Path, by_conda: set[str], dry_run: bool) -> tuple[Path, int]:
-    """Return the file of what is to be installed, and of how many packages: of the lock, what conda does not have."""
+    """Return a file with what is to be installed, and the number of packages: the lock, or what fits of it."""
     lines = re.findall(r"^[\w.-]+==.*", lock.read_text(encoding="utf-8"), re.MULTILINE)
-    if prefix.parent == ROOT:
+    locked = TORCH_INDEX["gpu"].rpartition("/")[2]
+    if any("+cu" in found and not found.endswith(f"+{locked}") for found in torch_versions(prefix)):
+        # The lock's libraries are for another CUDA than this torch, which itself names its own, with their versions.
+        lines = [line for line in lines if not line.startswith(("nvidia-", "cuda-"))]
+    elif prefix.parent == ROOT:
         return lock, len(lines)
     # pip would replace the files of conda's packages, conda would forget that it has them, and then mix the two.
     lines = [line for line in lines if canonical(line.partition("==")[0]) not in by_conda]
     file = prefix / lock.name
     if not dry_run:
-        file.write_text("\n".join([f"# {lock}, without what conda has installed", *lines, ""]), encoding="utf-8")
+        file.write_text(
+            "\n".join([f"# {lock}, without what conda and torch bring along", *lines, ""]), encoding="utf-8"
+        )
     return file, len(lines)
 
 
@@ -121,10 +127,17 @@ def torch_sources(env: dict[str, str], device: str) -> Iterator[tuple[str, list[
     yield hide_passwords(index), [], only
 
 
+def asked_build(prefix: Path) -> bool:
+    """Return whether torch, if installed, is for the CUDA that TORCH_INDEX_URL names; any is, if it names none."""
+    asked = re.search(r"/(cu\d+)/?$", os.environ.get("TORCH_INDEX_URL", ""))
+    return not asked or all(found.endswith(f"+{asked.group(1)}") for found in torch_versions(prefix) if "+cu" in found)
+
+
 def right_torch(prefix: Path, version: str, device: str) -> bool:
     """Return whether the environment has this torch version, built for the device."""
     wrong = version + ("+cpu" if device == "gpu" else "+cu")
-    return any(found.split("+")[0] == version and not found.startswith(wrong) for found in torch_versions(prefix))
+    same = [found for found in torch_versions(prefix) if found.split("+")[0] == version]
+    return any(not found.startswith(wrong) for found in same) and asked_build(prefix)
 
 
 # ------------------------------------------------------------------------------------------------ Running commands
