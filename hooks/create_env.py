@@ -6,6 +6,7 @@ It always exits with status 0: if a task fails, Copier deletes the new workspace
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -30,6 +31,7 @@ def main() -> int:
         failed = "It was interrupted. Go on", f"{PYTHON} setup/create_env.py"
     except Exception as error:  # keep the workspace after any error
         failed = f"The environment was not created ({error}). Try again", f"{PYTHON} setup/create_env.py"
+    mark(Path.cwd() / "setup" / "create_env.incomplete", failed is not None)
     if failed:
         print(f"The workspace is complete, but not all is set up. {failed[0]}, in {Path.cwd()}:", file=sys.stderr)
         print(f"  {failed[1]}", file=sys.stderr, flush=True)
@@ -48,11 +50,20 @@ def prepare(workspace: Path, download_model: bool) -> tuple[str, str] | None:
     if not download_model:
         return None
     conda, _ = create_env.find_conda(manager)
-    prefix = create_env.find_prefix(conda, create_env.conda_name(), False)[0] if conda else workspace / ".venv"
+    prefix = create_env.find_prefix(conda, create_env.conda_name())[0] if conda else workspace / ".venv"
     python = str(create_env.python_in(prefix))
     if subprocess.run([python, "setup/get_model.py"], cwd=workspace, check=False).returncode != 0:
         return "The model was not downloaded. Activate the environment and try again", "python setup/get_model.py"
     return None
+
+
+def mark(file: Path, incomplete: bool) -> None:
+    """Write or delete the file that tells Copier's last message, in copier.yml, that something failed."""
+    with contextlib.suppress(OSError):
+        if incomplete:
+            file.touch()
+        else:
+            file.unlink(missing_ok=True)
 
 
 def changed(workspace: Path) -> bool:

@@ -15,8 +15,10 @@ import logging
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
 from preparing.workspace import MODELS, ROOT
 from settings.startup import explain, quiet
 

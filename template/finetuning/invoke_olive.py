@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
 from preparing.workspace import MODELS, ROOT
 from settings.startup import explain, leave_out, quiet
 from training.processes import PROCESSES, RANK

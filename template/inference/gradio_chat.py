@@ -10,8 +10,10 @@ import argparse
 import os
 import secrets
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
 from engine import ENGINES, ChatError, Engine
 from load_engine import load, not_installed
 

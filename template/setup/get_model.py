@@ -110,7 +110,8 @@ def build_demo(found: Found | None) -> None:
         print(f"The demo model is there: {found.folder}")
         return
     command = [sys.executable, "-m", "training.tiny_model"]
-    if subprocess.run(command, cwd=ROOT / "finetuning", check=False).returncode != 0:
+    env = {**os.environ, "PYTHONSAFEPATH": ""}  # -m finds it in the current folder
+    if subprocess.run(command, cwd=ROOT / "finetuning", env=env, check=False).returncode != 0:
         raise ModelError("finetuning/training/tiny_model.py failed, as shown above: correct that and run this again.")
 
 

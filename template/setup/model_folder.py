@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import site
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -37,12 +40,31 @@ FILES = (
     "model-*.safetensors",
     INDEX,
 )
+ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 # Downloaded but not required: a cache filled by another tool may lack these files.
 EXTRA = ("LICENSE*",)
 EXTRA_BESIDE_TOKENIZER_JSON = ("vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 GET = "run `python setup/get_model.py`"
+
+
+def prepare_process() -> None:
+    """Import the packages of this environment first, and give libraries a home folder that they can write to.
+
+    Called at the import of this file, which every script does before it imports a library.
+    """
+    others = [str(Path(folder).absolute()) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    if Path(sys.prefix, "conda-meta").is_dir():  # a venv does not see the packages in ~/.local
+        others.append(site.getusersitepackages())
+    sys.path.sort(key=lambda folder: folder in others and ROOT not in Path(folder).parents)
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path's fails for an account without one
+    # In a container an account may have none, or /. Without HOME, libraries make a folder named ~.
+    if not (home / ".cache").is_dir() and not (home.is_absolute() and os.access(home, os.W_OK)):
+        os.environ["HOME"] = str(ROOT / "models" / "home")
+
+
+prepare_process()
 
 
 class ModelError(Exception):
@@ -69,7 +91,7 @@ def find_model(model: str, revision: str | None, workspace: Path) -> Found:
     branch or tag of that repository; None means its main branch. Raises ModelError.
     """
     try:
-        folder = workspace / Path(model).expanduser()
+        folder = workspace / Path(os.path.expanduser(model))  # noqa: PTH111 - Path's fails for ~ and a name that nobody has
         if folder.is_dir():
             check_folder(folder, model)
             return Found(folder)

@@ -351,7 +351,8 @@ def create_env(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Pa
         spec.loader.exec_module(module)
     conda = tmp_path_factory.mktemp("machine") / "my-conda" / "bin" / "conda"
     conda.parent.mkdir(parents=True)
-    conda.touch()
+    conda.write_text("#!/bin/sh\necho '{}'\n")  # no environment yet, and no settings of where they are
+    conda.chmod(0o755)
     return module, conda
 
 
@@ -390,13 +391,14 @@ def check_environment(module: ModuleType, conda: Path, workspace: Path, name: st
         patch.setenv("PATH", "")
         patch.setattr(module, "ROOT", workspace)
         patch.setattr(module, "SETUP", workspace / "setup")
+        patch.setattr(sys.modules[module.conda_lists.__module__], "FILE", workspace / "setup" / "conda-environment.yml")
         for part in (module, sys.modules[module.install.__module__]):
             patch.setattr(part, "step", lambda title, command, *_, **__: commands.append(command) or True)
         module.create("conda", "finetuning", dry_run=True)
     create, update, *installs = commands
-    file = str(workspace / "setup" / "conda-environment.yml")
-    assert create == [str(conda), "create", "--name", name]
-    assert update == [str(conda), "env", "update", "--prefix", str(prefix), "--file", file]
+    place = ["--prefix", str(prefix), "--override-channels", "--channel", "conda-forge"]
+    assert create == [str(conda), "create", *place, "--no-default-packages"]
+    assert update == [str(conda), "install", *place, "python=3.11", "pip"]
     assert {tuple(command[:4]) for command in installs} == {(str(prefix / "bin" / "python"), "-m", "pip", "install")}
     following = shown.getvalue().splitlines()[-1]
     assert shlex.split(following)[:2] == [str(prefix / "bin" / "python"), "finetuning/invoke_olive.py"]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = ("create_env.py", "conda_environment.py", "gpu.py", "install.py", "installed.py")
 LOCK = "# made by make lock; do not edit\nsmall==1.0\ntorch==2.13.0\n"
 
 
@@ -49,7 +50,7 @@ class SmallWorkspace:
         (root / "setup").mkdir(parents=True)
         for folder in (machine / "home", self.programs, self.wheels):
             folder.mkdir(parents=True, exist_ok=True)
-        for script in ("create_env.py", "install.py"):
+        for script in SCRIPTS:
             shutil.copy(REPOSITORY / "template" / "setup" / script, root / "setup")
         self.configure("venv", "cpu")
         (root / "setup" / "conda-environment.yml").write_text("name: small\ndependencies: [python=3.11, pip]\n")

@@ -12,12 +12,14 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +107,11 @@ def channels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [file for file in here.glob("pip*/**/*") if file.is_file() and "__pycache__" not in file.parts]
     files = {f"site-packages/{file.relative_to(here).as_posix()}": file.read_bytes() for file in pip}
     package(channel, "pip", next(here.glob("pip-*.dist-info")).stem[len("pip-") :], files, noarch="python")
+    small = {
+        "site-packages/small.py": b'__version__ = "1.0"\n',
+        "site-packages/small-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: small\nVersion: 1.0\n",
+    }
+    package(channel, "small", "1.0", small, noarch="python")
     for version in ("1.0", "2.0"):
         package(channel, "tool", version, {"share/tool": version.encode()})
     with rattler_importable():
@@ -179,8 +186,9 @@ class CondaMachine:
 
     def list(self, *dependencies: str) -> None:
         """Write conda-environment.yml as it is rendered, with these dependencies."""
+        template = (REPOSITORY / "template" / "setup" / "conda-environment.yml.jinja").read_text()
         lines = "".join(f"  - {dependency}\n" for dependency in dependencies)
-        text = f'name: "small"\nchannels:\n  - conda-forge\n  - nodefaults\ndependencies:\n{lines}'
+        text = re.sub(r"\{\{.*\}\}", '"small"', template).replace("  - python=3.11\n  - pip\n", lines)
         (self.root / "setup" / "conda-environment.yml").write_text(text)
 
     def run(self, *options: str) -> subprocess.CompletedProcess[str]:
@@ -221,7 +229,7 @@ class CondaMachine:
     def workspace_files(self) -> dict[str, bytes]:
         """Return the files of the workspace, but not the log."""
         files = [file for file in self.root.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
-        return {str(file): file.read_bytes() for file in files if file.name != "create_env.log"}
+        return {str(file): file.read_bytes() for file in files if file.suffix not in (".log", ".incomplete")}
 
 
 @pytest.fixture
@@ -258,8 +266,12 @@ def test_it_creates_then_leaves_alone_then_updates(make_workspace: Make, channel
     machine.list(f"python={VERSION}", "pip")
     assert machine.run().returncode == 0
     assert machine.tool() == "", "a package that is no longer listed goes"
-    file = str(machine.root / "setup" / "conda-environment.yml")
-    assert machine.calls()[-1] == ["env", "update", "--prefix", str(machine.prefix), "--file", file, "--prune"]
+    only = ["--override-channels", "--channel", "conda-forge"]
+    place = ["--prefix", str(machine.prefix)]
+    assert machine.calls()[-2:] == [
+        ["remove", *place, *(only if manager == "conda" else []), "--force", "tool"],
+        ["install", *place, *only, f"python={VERSION}", "pip"],
+    ]
     assert machine.files_at_home() == machine.home
 
 
@@ -286,6 +298,171 @@ def test_what_was_installed_by_hand_is_removed_from_our_environment_only(conda: 
     conda.list(f"python={VERSION}", "pip")
     assert conda.run().returncode == 0
     assert (other / "share" / "tool").exists() and not (conda.prefix / "share" / "tool").exists()
+
+
+# --------------------------------------------------------------------------------------- what real conda 26 showed
+
+
+def newer_pip(wheels: Path) -> None:
+    """Write a wheel of the pip that runs these tests, as version 99.0 and with one file more."""
+    spec = importlib.util.find_spec("pip")
+    assert spec and spec.origin
+    here = Path(spec.origin).parents[1]
+    with zipfile.ZipFile(wheels / "pip-99.0-py3-none-any.whl", "w") as archive:
+        for file in [file for file in here.glob("pip*/**/*") if file.is_file() and "__pycache__" not in file.parts]:
+            name = re.sub(r"^pip-[^/]*(?=\.dist-info)", "pip-99.0", file.relative_to(here).as_posix())
+            text = file.read_bytes()
+            if name.endswith(("dist-info/METADATA", "pip/__init__.py")):
+                text = re.sub(rb'(?m)^(Version: |__version__ = ")[\w.]+', rb"\g<1>99.0", text)
+            if not name.endswith("RECORD"):
+                archive.writestr(name, text)
+        archive.writestr("pip/newer.py", "")
+        names = [*archive.namelist(), "pip-99.0.dist-info/RECORD"]
+        archive.writestr("pip-99.0.dist-info/RECORD", "".join(f"{name},,\n" for name in names))
+
+
+def pip_of(machine: CondaMachine) -> str:
+    """Return what the environment's pip says about its version."""
+    command = [str(machine.prefix / "bin" / "python"), "-m", "pip", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (done.stdout or done.stderr.splitlines()[-1]).split(" from")[0]
+
+
+def conda_run(machine: CondaMachine, *options: str) -> None:
+    """Run the program by hand."""
+    env = {**machine.env, "CONDA_ALWAYS_YES": "true", "MAMBA_ALWAYS_YES": "true"}
+    done = subprocess.run([str(machine.program), *options], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("with_uv", [True, False])
+def test_conda_keeps_its_pip_when_the_lock_has_another(make_workspace: Make, channels: Path, with_uv: bool) -> None:
+    machine = CondaMachine(make_workspace(with_uv=with_uv and shutil.which("uv") is not None), "conda", channels)
+    newer_pip(machine.workspace.wheels)
+    lock = machine.root / "setup" / "requirements-cpu.txt"
+    lock.write_text("pip==99.0\nsmall==1.0\ntorch==2.13.0\n")
+    assert machine.run().returncode == 0
+    version = pip_of(machine)
+    assert version.startswith("pip ") and "99.0" not in version
+    conda_run(machine, "list", "--prefix", str(machine.prefix))
+    lock.write_text("pip==99.0\nsmall==1.0\n")
+    done = machine.run()
+    assert done.returncode == 0, done.stderr
+    assert "1 locked packages" in done.stdout and "repair" not in done.stdout
+    assert pip_of(machine) == version
+    assert len(list(machine.prefix.glob("lib/*/site-packages/pip-*.dist-info"))) == 1
+    assert list(machine.prefix.glob("conda-meta/pip-*.json"))
+
+
+@pytest.mark.parametrize("state", ["overwritten", "forgotten", "mixed", "broken"])
+def test_a_pip_that_was_overwritten_by_an_earlier_release_is_mended(
+    make_workspace: Make, channels: Path, state: str
+) -> None:
+    machine = CondaMachine(make_workspace(with_uv=False), "conda", channels)
+    newer_pip(machine.workspace.wheels)
+    assert machine.run().returncode == 0
+    version = pip_of(machine)
+    python = str(machine.prefix / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "pip==99.0"], env=machine.env, check=True, capture_output=True)
+    assert pip_of(machine) == "pip 99.0"
+    if state != "overwritten":
+        conda_run(machine, "list", "--prefix", str(machine.prefix))
+        assert not list(machine.prefix.glob("conda-meta/pip-*.json"))
+    if state in ("mixed", "broken"):
+        conda_run(
+            machine,
+            "install",
+            "--prefix",
+            str(machine.prefix),
+            "--override-channels",
+            "--channel",
+            "conda-forge",
+            "pip",
+        )
+        assert len(list(machine.prefix.glob("lib/*/site-packages/pip-*.dist-info"))) == 2
+    if state == "broken":
+        next(machine.prefix.glob("lib/*/site-packages/pip/_internal/cli/main.py")).unlink()
+        assert "No module named 'pip._internal.cli.main'" in pip_of(machine)
+    (machine.root / "setup" / "requirements-cpu.txt").write_text("pip==99.0\ntorch==2.13.0\n")
+
+    done = machine.run()
+    assert done.returncode == 0, done.stderr
+    assert "repair of pip, which pip had overwritten" in done.stdout
+    assert pip_of(machine) == version
+    assert len(list(machine.prefix.glob("lib/*/site-packages/pip-*.dist-info"))) == 1
+    assert not list(machine.prefix.glob("lib/*/site-packages/pip/newer.py"))
+    assert "is up to date" in machine.run().stdout
+
+
+def test_a_package_that_conda_installed_stays_and_its_version_is_said(conda: CondaMachine, channels: Path) -> None:
+    conda.list(*DEPENDENCIES, "small")
+    (conda.root / "setup" / "requirements-cpu.txt").write_text("small==2.0\ntorch==2.13.0\n")
+    conda.workspace.make_wheel(conda.workspace.wheels, "small", "2.0")
+    done = conda.run()
+    assert done.returncode == 0, done.stderr
+    assert "  small 1.0 is conda's and stays; the lock has 2.0.\n" in done.stdout
+    assert conda.workspace.version("small", str(conda.prefix)) == "1.0"
+
+
+def test_after_a_change_of_python_torch_is_installed_anew_and_the_old_packages_go(conda: CondaMachine) -> None:
+    assert conda.run().returncode == 0
+    site = conda.prefix / "lib" / f"python{VERSION}" / "site-packages"
+    older = conda.prefix / "lib" / "python3.8" / "site-packages"
+    older.mkdir(parents=True)
+    for path in site.glob("torch*"):  # as conda leaves what pip installed
+        path.rename(older / path.name)
+    conda.list(f"python={VERSION}", "pip")
+    done = conda.run()
+    assert done.returncode == 0, done.stderr
+    assert "torch 2.13.0 from your find-links" in done.stdout
+    assert conda.workspace.version("torch", str(conda.prefix)) == "2.13.0+cpu"
+    assert not older.parent.exists() and site.is_dir()
+
+
+@pytest.mark.parametrize("manager", ["conda", "mamba"])
+def test_the_channels_of_the_user_are_never_asked(make_workspace: Make, channels: Path, manager: str) -> None:
+    machine = CondaMachine(make_workspace(), manager, channels)
+    machine.env["STAND_IN_TERMS"] = "not accepted"
+    assert machine.run().returncode == 0
+    machine.list(f"python={VERSION}", "pip")
+    done = machine.run()
+    assert done.returncode == 0 and "removal of tool" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("manager", "key"), [("conda", "envs_dirs"), ("micromamba", "envs directories")])
+def test_a_dry_run_names_the_folder_that_conda_then_uses(
+    make_workspace: Make, channels: Path, tmp_path: Path, manager: str, key: str
+) -> None:
+    machine = CondaMachine(make_workspace(), manager, channels)
+    system, mine = tmp_path / "system", tmp_path / "mine"
+    system.touch()  # nothing can be created there
+    machine.env |= {"CONDA_ENVS_DIRS": f"{system / 'envs'}{os.pathsep}{mine}", "STAND_IN_KEY": key}
+    shown = machine.run("--dry-run").stdout
+    assert f"create --prefix {mine / 'small'} " in shown and f"{mine / 'small'}/bin/python" in shown
+    assert not mine.exists()
+    assert machine.run().returncode == 0
+    assert (mine / "small" / "share" / "tool").exists()
+    assert "is up to date" in machine.run().stdout
+    assert f"install --prefix {mine / 'small'} " in machine.run("--dry-run").stdout
+
+
+def test_an_environment_that_conda_made_by_hand_from_the_file_is_completed(conda: CondaMachine) -> None:
+    file = conda.root / "setup" / "conda-environment.yml"
+    conda_run(conda, "env", "create", "-f", str(file))
+    done = conda.run()
+    assert done.returncode == 0, done.stderr
+    assert conda.complete() and "is up to date" in conda.run().stdout
+
+
+def test_an_environment_of_that_name_with_more_in_it_is_left_alone_with_the_command_that_deletes_it(
+    conda: CondaMachine,
+) -> None:
+    conda_run(conda, "env", "create", "-f", str(conda.root / "setup" / "conda-environment.yml"))
+    conda.list(f"python={VERSION}", "pip")  # so the tool is somebody's
+    done = conda.run()
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "delete it with `conda env remove --name small`" in done.stderr
+    assert conda.tool() == "2.0"
 
 
 # -------------------------------------------------------------------------------------------------------- what fails
@@ -366,7 +543,7 @@ def test_an_environment_of_the_same_name_that_is_not_ours_is_left_alone(conda: C
     done = conda.hook()
     assert done.returncode == 0 and f"{conda.prefix} was not made by this file, and is left alone" in done.stderr
     assert {file: file.lstat().st_mtime_ns for file in conda.prefix.rglob("*")} == before
-    assert conda.calls() == calls
+    assert conda.calls()[len(calls) :] == [["env", "list", "--json"]]
     file = conda.root / "setup" / "conda-environment.yml"
     file.write_text(file.read_text().replace("small", "ours"))
     assert conda.run().returncode == 0
@@ -413,7 +590,7 @@ def test_two_at_once_make_one_environment_one_after_the_other(conda: CondaMachin
     out, _ = second.communicate(timeout=60)
     assert second.returncode == 0 and "is up to date" in out
     assert conda.complete()
-    assert [call[:2] for call in conda.calls()].count(["env", "update"]) == 1
+    assert [call[0] for call in conda.calls()].count("install") == 1
 
 
 def test_a_full_disk_is_said_and_the_retry_succeeds_once_there_is_room(conda: CondaMachine) -> None:
@@ -428,7 +605,7 @@ def test_copier_ends_well_and_keeps_the_workspace_whole(conda: CondaMachine, tmp
     address = conda.env["CONDA_CHANNEL_ALIAS"]
     conda.channels("http://127.0.0.1:1")
     answers = ["--vcs-ref", "HEAD", "-d", "environment=conda", "-d", "project_name=whole", "-d", "conda_env_name=small"]
-    copier = [sys.executable, "-m", "copier", "copy", "--trust", "--defaults", "--quiet", *answers, str(REPOSITORY)]
+    copier = [sys.executable, "-m", "copier", "copy", "--trust", "--defaults", *answers, str(REPOSITORY)]
     env = conda.env
     env["PATH"] += os.pathsep + str(Path(shutil.which("git") or "git").parent)
 
@@ -440,11 +617,16 @@ def test_copier_ends_well_and_keeps_the_workspace_whole(conda: CondaMachine, tmp
     done = copy(tmp_path / "whole")
     assert done.returncode == 0, done.stderr
     assert "127.0.0.1:1" in done.stderr and done.stderr.count("Try again") == 1 and "Traceback" not in done.stderr
+    # Copier's last message follows what happened: no «is ready», no environment to activate.
+    message = done.stderr.partition("Try again")[2]
+    assert "The workspace whole is written, but not all is set up: see above. Next:" in message
+    assert "python3 setup/create_env.py\n  # activate the environment, with the command" in message
+    assert "is ready" not in message and "conda activate" not in message
     bare, whole = (
         {file.relative_to(tmp_path / name).as_posix() for file in (tmp_path / name).rglob("*") if file.is_file()}
         for name in ("bare", "whole")
     )
-    assert whole == bare | {"setup/create_env.log"}
+    assert whole == bare | {"setup/create_env.log", "setup/create_env.incomplete"}
 
     conda.channels(address)
     setup = tmp_path / "whole" / "setup"
@@ -455,4 +637,5 @@ def test_copier_ends_well_and_keeps_the_workspace_whole(conda: CondaMachine, tmp
     done = subprocess.run(command, env=env, cwd=setup.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert conda.workspace.version("torch", str(conda.prefix)) == "2.13.0+cpu"
+    assert not (setup / "create_env.incomplete").exists()
     assert conda.files_at_home() == conda.home

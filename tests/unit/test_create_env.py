@@ -7,6 +7,7 @@ import http.server
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,10 +34,11 @@ def create_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Return the script as a module, in a workspace of its own, on a machine without conda and uv."""
     setup = tmp_path / "my workspace" / "setup"
     setup.mkdir(parents=True)
-    for script in ("create_env.py", "install.py"):
+    scripts = ("create_env.py", "conda_environment.py", "gpu.py", "install.py", "installed.py")
+    for script in scripts:
         shutil.copy(REPOSITORY / "template" / "setup" / script, setup)
     (setup / "environment.toml").write_text('manager = "auto"\ndevice = "cpu"\npython = "3.11"\n')
-    (setup / "conda-environment.yml").write_text("name: small\n")
+    (setup / "conda-environment.yml").write_text("name: small\ndependencies: [python=3.11, pip]\n")
     for device in ("cpu", "gpu"):
         (setup / f"requirements-{device}.txt").write_text("small==1.0\ntorch==2.13.0\n")
     for name in list(os.environ):
@@ -51,7 +53,8 @@ def create_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.syspath_prepend(setup)
-    monkeypatch.delitem(sys.modules, "install", raising=False)
+    for script in scripts:
+        monkeypatch.delitem(sys.modules, Path(script).stem, raising=False)
     spec.loader.exec_module(module)
     return module
 
@@ -115,30 +118,31 @@ def test_a_dry_run_shows_torch_before_the_lock_and_touches_nothing(
     assert sorted(create_env.ROOT.rglob("*")) == before
 
 
-@pytest.mark.parametrize(("platform", "mark"), [("linux", "'"), ("darwin", "'"), ("win32", '"')])
-def test_a_dry_run_with_conda_runs_no_conda(
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_a_dry_run_with_conda_asks_it_for_the_place_and_runs_nothing_else(
     create_env: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     platform: str,
-    mark: str,
 ) -> None:
-    conda = program(tmp_path / "programs" / "conda", "#!/bin/sh\ntouch ran\n")
+    facts = json.dumps({"envs": [], "envs_dirs": [str(tmp_path / "mine")]})
+    conda = program(tmp_path / "programs" / "conda", f"#!/bin/sh\necho \"$@\" >>ran\necho '{facts}'\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(create_env.shutil, "which", lambda name: str(conda) if name == "conda" else None)
     assert environments(create_env, "--dry-run", monkeypatch=monkeypatch) == 0
     lines = capsys.readouterr().out.splitlines()
-    prefix, file = tmp_path / "envs" / "small", create_env.SETUP / "conda-environment.yml"
+    prefix = tmp_path / "mine" / "small"
     python = prefix / ("python.exe" if platform == "win32" else "bin/python")
+    only = "--override-channels --channel conda-forge"
     assert lines[1:3] == [
-        f"  {conda} create --name small",
-        f"  {conda} env update --prefix {prefix} --file {mark}{file}{mark}",
+        f"  {conda} create --prefix {prefix} {only} --no-default-packages",
+        f"  {conda} install --prefix {prefix} {only} python=3.11 pip",
     ]
-    assert lines[-4].startswith(f"  {python} -m pip install -r ")
+    assert lines[-4] == f"  {python} -m pip install -r {prefix / 'requirements-cpu.txt'}"
     assert lines[-2] == "  conda activate small"
-    assert not (tmp_path / "ran").exists() and not prefix.exists()
+    assert (tmp_path / "ran").read_text() == "env list --json\ninfo --json\n" and not prefix.exists()
 
 
 @pytest.mark.parametrize(
@@ -605,6 +609,21 @@ def test_a_changed_lock_updates_what_is_there_without_asking_for_torch_again(mak
     assert "is up to date" in workspace.run().stdout
 
 
+def test_the_torch_of_another_python_is_not_taken_for_installed(make_workspace: Make) -> None:
+    workspace = make_workspace()
+    assert workspace.run().returncode == 0
+    site = next((workspace.root / ".venv").glob("lib/python3.*/site-packages"))
+    older = site.parents[1] / "python3.8" / "site-packages"
+    older.mkdir(parents=True)
+    for path in site.glob("torch*"):  # as it is left where the system's Python was replaced by a newer one
+        path.rename(older / path.name)
+    (workspace.root / "setup" / "requirements-cpu.txt").write_text("torch==2.13.0\n")
+    done = workspace.run()
+    assert done.returncode == 0, done.stderr
+    assert "torch 2.13.0 from your find-links" in done.stdout
+    assert workspace.version("torch") == "2.13.0+cpu"
+
+
 def test_another_device_gets_another_build_of_the_same_torch(make_workspace: Make, index: tuple[str, Path]) -> None:
     workspace = make_workspace()
     address, folder = index
@@ -663,4 +682,48 @@ def test_the_base_environment_is_never_taken_for_the_workspace_s(
     (base / "conda-meta").mkdir()
     conda = program(base / "bin" / "conda", f"#!/bin/sh\necho '{json.dumps({'envs': [str(base)]})}'\n")
     monkeypatch.setenv("PATH", f"{tmp_path / 'programs'}{os.pathsep}/bin")
-    assert create_env.find_prefix(str(conda), "small", False) == (base / "envs" / "small", False)
+    assert create_env.find_prefix(str(conda), "small") == (base / "envs" / "small", False)
+
+
+# ------------------------------------------------------------------------------------- what conda-environment.yml lists
+
+
+@pytest.mark.parametrize(
+    ("text", "channels", "dependencies"),
+    [
+        ("dependencies: [python=3.11, pip]", ["conda-forge"], ["python=3.11", "pip"]),
+        (
+            "channels:\n- https://mirror.example/forge  # ours\n- nodefaults\ndependencies:\n- 'python >=3.11,<3.13'\n",
+            ["https://mirror.example/forge"],
+            ["python >=3.11,<3.13"],
+        ),
+        (
+            '---\nprefix: /opt/x\ndependencies:\n  # comment\n  - "conda-forge::python=3.12"\n\n  - numpy\n',
+            ["conda-forge"],
+            ["conda-forge::python=3.12", "numpy"],
+        ),
+    ],
+)
+def test_channels_and_dependencies_are_read_as_conda_reads_them(
+    create_env: ModuleType, text: str, channels: list[str], dependencies: list[str]
+) -> None:
+    (create_env.SETUP / "conda-environment.yml").write_text(f"name: small\n{text}")
+    assert create_env.conda_lists() == (channels, dependencies)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "dependencies:\n  - python\n  - pip:\n    - small\n",
+            "line 4: `- pip:` is neither a channel nor a conda pack",
+        ),
+        ("dependencies:\n  - python\nvariables:\n  A: b\n", "line 4: `variables:` is neither"),
+        ("dependencies:\n  - --force\n  - python\n", "line 3: `- --force` is neither"),
+        ("dependencies:\n  - pip\n", "lists no Python: write `- python=3.11`"),
+    ],
+)
+def test_what_cannot_be_read_in_the_conda_file_is_one_sentence(create_env: ModuleType, text: str, said: str) -> None:
+    (create_env.SETUP / "conda-environment.yml").write_text(f"name: small\n{text}")
+    with pytest.raises(create_env.SetupError, match=re.escape(said)):
+        create_env.conda_lists()

@@ -151,16 +151,17 @@ def test_the_message_has_the_cause_and_the_retry_succeeds_once_it_is_gone(
 ) -> None:
     workspace = make_workspace(with_uv=with_uv and shutil.which("uv") is not None)
     mend = spoil(workspace)
-    before = files(workspace) | {"setup/create_env.log"}
+    before = files(workspace) | {"setup/create_env.log", "setup/create_env.incomplete"}
     done = run_hook(workspace)
     assert done.returncode == 0 and cause in done.stderr, done.stderr
     assert done.stderr.count("create_env: ") == 1 and done.stderr.count("Try again") == 1
     assert "Traceback" not in done.stderr
-    assert files(workspace) | {"setup/create_env.log"} == before
+    assert files(workspace) | {"setup/create_env.log", "setup/create_env.incomplete"} == before
     mend()
     done = run_hook(workspace)
     assert done.returncode == 0 and done.stderr == ""
     assert workspace.version("small") == "1.0"
+    assert "setup/create_env.incomplete" not in files(workspace)
     assert not any(Path(workspace.env["HOME"]).iterdir())  # nor was any start-up file written
 
 

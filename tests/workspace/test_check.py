@@ -181,6 +181,63 @@ def test_a_gpu_that_is_too_small_is_named_with_its_driver(
     assert "GiB of GPU memory and 0.5 are free" in run.err
 
 
+def nvidia_smi(folder: Path, name: str, driver: str, capability: str) -> str:
+    """Write an nvidia-smi that lists one GPU, as an older one without compute_cap if "" is given; return a PATH."""
+    folder.mkdir()
+    asked = 'case "$1" in *compute_cap*) '
+    asked += f'echo "{driver}, {capability}, {name}" ;; ' if capability else "echo 'is not a valid field'; exit 2 ;; "
+    asked += f'*version,name) echo "{driver}, {name}" ;; *) echo "{driver}" ;; esac'
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{asked}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    return str(folder)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the programs on PATH are shell scripts")
+@pytest.mark.parametrize(
+    ("name", "driver", "capability", "seen", "said"),
+    [
+        (
+            "Tesla V100",
+            "580.65.06",
+            "7.0",
+            True,
+            "has driver 580.65.06 and compute capability 7.0, and this PyTorch for",
+        ),
+        ("NVIDIA A100", "535.104.05", "8.0", False, "or newer: update the driver, or run `TORCH_INDEX_URL=https://"),
+        ("NVIDIA A100", "535.104.05", "8.0", True, None),  # with NVIDIA's packages for forward compatibility
+        (
+            "Quadro",
+            "470.57",
+            "",
+            False,
+            "The Quadro has driver 470.57, and this PyTorch for CUDA 13.0 needs driver 580",
+        ),
+        ("NVIDIA L4", "580.65.06", "8.9", True, None),
+        ("NVIDIA L4", "580.65.06", "[N/A]", True, None),
+    ],
+)
+def test_a_driver_or_gpu_that_is_too_old_for_pytorch_is_said_with_both_numbers(
+    workspace: Path,
+    machine_of: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    driver: str,
+    capability: str,
+    seen: bool,
+    said: str | None,
+) -> None:
+    from planning import hardware
+
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("PATH", nvidia_smi(tmp_path / "programs", name, driver, capability))
+    found = hardware.too_old("13.0", seen)
+    assert found is None if said is None else found and said in found
+    assert hardware.driver() == driver and hardware.too_old(None, seen) is None
+    machine_of(gpu=name, gpus=1, bf16=True, too_old=found)
+    assert hardware.lacking(settings_with({}, device="gpu"), hardware.look()) == found
+
+
 @pytest.mark.parametrize("bf16", [True, False])
 def test_bfloat16_is_refused_on_a_gpu_that_does_not_compute_in_it(
     workspace: Path, machine_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch, bf16: bool
