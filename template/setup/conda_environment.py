@@ -104,30 +104,34 @@ def conda_name() -> str:
     return found.group(2)
 
 
-def conda_lists() -> tuple[list[str], list[str]]:
-    """Return channels and dependencies from setup/conda-environment.yml. Raises SetupError."""
-    lists: dict[str, list[str]] = {"channels": [], "dependencies": []}
-    key = ""
+def conda_lists() -> tuple[list[str], list[str], list[str]]:
+    """Return channels, conda's dependencies, and pip's, from setup/conda-environment.yml. Raises SetupError."""
+    lists: dict[str, list[str]] = {"channels": [], "dependencies": [], "pip": []}
+    key, depth = "", 0  # of `- pip:`, whose items are further to the right
     # Not with PyYAML, which is in the environment alone.
     for number, text in enumerate(FILE.read_text(encoding="utf-8").splitlines(), 1):
         line = re.sub(r"(^|\s)#.*", "", text).rstrip()
         section = re.fullmatch(r"(\w+):\s*(\[.*\])?", line)
         item = re.fullmatch(r"\s*-\s+([\"']?)([\w./:~][^\"']*[^\"':]|\w)\1", line)
-        if section and section.group(1) in lists:
+        if key == "pip" and line and len(line) - len(line.lstrip()) <= depth:
+            key = "dependencies"
+        if section and section.group(1) in ("channels", "dependencies"):
             key = section.group(1)
             lists[key] = [part.strip("\"' ") for part in re.findall(r"[^\[\],]+", section.group(2) or "")]
+        elif key == "dependencies" and re.fullmatch(r"\s*-\s+pip:", line):
+            key, depth = "pip", len(line) - len(line.lstrip())
         elif item and key:
             lists[key].append(item.group(2).strip())
         elif line and not re.match(r"(name|prefix):|---$", line):
             raise SetupError(
-                f"setup/conda-environment.yml, line {number}: `{line.strip()}` is neither a channel nor a conda "
-                "package: write `- name=version`, one a line; packages of pip can be installed afterwards."
+                f"setup/conda-environment.yml, line {number}: `{line.strip()}` is neither a channel nor a package: "
+                "write `- name=version`, one a line, or below `- pip:` for packages of pip."
             )
     # Until conda 25, `nodefaults` stood for what --override-channels does; later it is a channel that is not there.
     channels = [channel for channel in lists["channels"] if channel != "nodefaults"] or ["conda-forge"]
     if "python" not in map(package_name, lists["dependencies"]):
         raise SetupError("setup/conda-environment.yml lists no Python: write `- python=3.11` under `dependencies:`.")
-    return channels, lists["dependencies"]
+    return channels, lists["dependencies"], lists["pip"]
 
 
 def package_name(dependency: str) -> str:

@@ -40,7 +40,7 @@ from conda_environment import (
     package_name,
 )
 from gpu import too_old
-from install import LOG, TORCH_INDEX, SetupError, again, asked_build, install, log, quoted, step, works
+from install import LOG, TORCH_INDEX, SetupError, again, asked_build, install, install_more, log, quoted, step, works
 from installed import ROOT, python_in, site_packages, torch_versions
 
 SETUP = ROOT / "setup"
@@ -82,6 +82,8 @@ def create(manager: str, purpose: str, dry_run: bool) -> None:
             else:
                 make_venv(prefix, settings["python"], dry_run)
             install(prefix, device, lock, dry_run)
+            if conda and (more := conda_lists()[2]):
+                install_more(prefix, more, dry_run)
             if not dry_run:
                 # Last, so that an interrupted environment never counts as complete.
                 write_stamp(prefix, stamp_for(prefix, lock))
@@ -211,7 +213,7 @@ def make_conda(conda: str, prefix: Path, exists: bool, dry_run: bool) -> None:
     # Variables instead of --yes: not every version of every manager has that option for every command.
     env = {**os.environ, "CONDA_ALWAYS_YES": "true", "MAMBA_ALWAYS_YES": "true"}
     place = ["--prefix", str(prefix)]
-    channels, dependencies = conda_lists()
+    channels, dependencies, _ = conda_lists()
     # The user's own channels may be blocked, or their terms not accepted: they are never asked.
     only = ["--override-channels", *(part for channel in channels for part in ("--channel", channel))]
     if not exists:

@@ -62,6 +62,12 @@ def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
         check_arrived(prefix, file)
 
 
+def install_more(prefix: Path, packages: list[str], dry_run: bool) -> None:
+    """Install the user's own packages of pip. Raises SetupError."""
+    command, env = installer(python_in(prefix))
+    step(f"{len(packages)} packages of pip, from conda-environment.yml", [*command, *packages], env, dry_run)
+
+
 def check_arrived(prefix: Path, file: Path) -> None:
     """Raise SetupError if packages are not in the environment, although the installer said that it succeeded."""
     site = site_packages(prefix)

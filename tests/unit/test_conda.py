@@ -335,6 +335,13 @@ def conda_run(machine: CondaMachine, *options: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_packages_below_pip_in_the_file_are_installed_after_the_lock(conda: CondaMachine) -> None:
+    conda.list(f"python={VERSION}", "pip", "pip:\n    - extra==1.0")
+    lines = conda.run("--dry-run").stdout.splitlines()
+    (lock,) = (i for i, line in enumerate(lines) if " -r " in line)
+    assert lines[lock + 1].endswith(" extra==1.0")
+
+
 @pytest.mark.parametrize("with_uv", [True, False])
 def test_conda_keeps_its_pip_when_the_lock_has_another(make_workspace: Make, channels: Path, with_uv: bool) -> None:
     machine = CondaMachine(make_workspace(with_uv=with_uv and shutil.which("uv") is not None), "conda", channels)

@@ -708,16 +708,20 @@ def test_channels_and_dependencies_are_read_as_conda_reads_them(
     create_env: ModuleType, text: str, channels: list[str], dependencies: list[str]
 ) -> None:
     (create_env.SETUP / "conda-environment.yml").write_text(f"name: small\n{text}")
-    assert create_env.conda_lists() == (channels, dependencies)
+    assert create_env.conda_lists() == (channels, dependencies, [])
+
+
+def test_packages_below_pip_are_read_apart(create_env: ModuleType) -> None:
+    (create_env.SETUP / "conda-environment.yml").write_text(
+        "name: small\ndependencies:\n  - python\n  - pip:\n    - small==1.0\n    # why\n    - 'other[x]>=2'\n  - git\n"
+    )
+    assert create_env.conda_lists()[1:] == (["python", "git"], ["small==1.0", "other[x]>=2"])
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (
-            "dependencies:\n  - python\n  - pip:\n    - small\n",
-            "line 4: `- pip:` is neither a channel nor a conda pack",
-        ),
+        ("dependencies:\n  - python\n  - pip:\n    - --force\n", "line 5: `- --force` is neither"),
         ("dependencies:\n  - python\nvariables:\n  A: b\n", "line 4: `variables:` is neither"),
         ("dependencies:\n  - --force\n  - python\n", "line 3: `- --force` is neither"),
         ("dependencies:\n  - pip\n", "lists no Python: write `- python=3.11`"),
