@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from preparing.problems import DataError, short
+from preparing.thoughts import divided
 from preparing.turns import Message, kind, message, read_turn, unused_keys
 
 # the column that identifies a format, its name, and the columns it uses
@@ -115,7 +116,7 @@ def turns(row: dict[str, Any], column: str, role_of_text: str) -> list[Message]:
 
 def check_messages(messages: list[Message]) -> None:
     """Raise DataError unless the last turn is an answer and no turn is empty or breaks a tokenizer."""
-    answers = [turn for turn in messages if turn["role"] == "assistant" and turn["content"].strip()]
+    answers = [turn for turn in messages if turn["role"] == "assistant" and divided(turn)[1].strip()]
     if not answers:
         raise DataError("no assistant turn with text: there is nothing to learn from; add an answer or drop the row.")
     if not any(turn.get("learn", True) for turn in answers):
@@ -123,7 +124,7 @@ def check_messages(messages: list[Message]) -> None:
     if messages[-1]["role"] != "assistant":
         raise DataError(f"the last turn is the {messages[-1]['role']}'s: add the answer to it, or drop the turn.")
     for turn in messages:
-        if not turn["content"].strip() and turn["role"] != "tool":
+        if not divided(turn)[1].strip() and turn["role"] != "tool":
             raise DataError(f"the {turn['role']}'s content is empty: fill it or drop the turn.")
         said = turn["content"] + turn.get("reasoning_content", "")
         if "\0" in said or not is_unicode(said):

@@ -22,7 +22,7 @@ def divided(turn: Message) -> tuple[str, str]:
     begins = content.lstrip().startswith(START) or START not in content
     if turn["role"] == "assistant" and not thought and begins and (match := INLINE.match(content)):
         return match[1].strip(), content[match.end() :]
-    return thought, content
+    return thought, content.lstrip() if thought else content
 
 
 def has_thought(messages: Iterable[Message]) -> bool:
@@ -48,7 +48,8 @@ def as_written(tokenizer: Any, messages: list[Message], thinking: bool) -> list[
             continue
         without = render(tokenizer, turns[: i + 1], thinking)
         inline: Message = plain | {"content": f"{START}\n{thought}\n{END}\n\n{answer}"}  # type: ignore[assignment]
-        for form in (turn, inline):
+        given: Message = turn if answer == turn["content"] or END in turn["content"] else turn | {"content": answer}
+        for form in (given, inline):
             turns[i] = form
             text = render(tokenizer, turns[: i + 1], thinking)
             if thought in text and text != without:
