@@ -206,7 +206,7 @@ def unreadable(turns: list[Turn]) -> bool:
     if turns[-1].role != "assistant":
         return True
     learnt = [turn for turn in turns if turn.role == "assistant" and turn.learn and turn.answer.strip()]
-    blank = any(not turn.answer.strip() and turn.role != "tool" for turn in turns)
+    blank = any(not turn.answer.strip() and turn.role != "tool" for turn in turns)  # a thought is no answer
     broken = any("\0" in turn.says or "\ud800" in turn.says for turn in turns)
     return not learnt or blank or broken
 
@@ -227,7 +227,8 @@ def lost(turns: list[Turn], family: str) -> bool:
 def unlike(turns: list[Turn], family: str) -> bool:
     """Say whether the family's template may write an answer in another way than it asks for it."""
     twice = any(one.role == other.role == "assistant" for one, other in pairwise(turns))
-    return (family == "thinks" and twice) or (family == "opens" and any(turn.role != "assistant" for turn in turns))
+    asked_or_thought = any(turn.role != "assistant" or turn.thought for turn in turns)
+    return (family == "thinks" and twice) or (family == "opens" and asked_or_thought)
 
 
 def expected(turn: Turn, family: str, thinking: bool, asked: bool) -> str:
@@ -236,9 +237,9 @@ def expected(turn: Turn, family: str, thinking: bool, asked: bool) -> str:
     Of a turn that nobody asks for, at the start of a conversation, that is what the row has and not the template's own.
     """
     thought = f"<think>\n{turn.thought}\n</think>\n\n" if turn.thought and thinking else ""
-    answer = (
-        turn.answer.lstrip() if turn.thought and turn.inline and not (thought and family != "thinks") else turn.answer
-    )
+    answer = turn.answer
+    if turn.thought and not (thought and turn.inline and family != "thinks"):
+        answer = answer.lstrip()
     before, after = AROUND.get(family, ("", "<|im_end|>"))
     if family == "thinks" and thinking and asked:
         thought = thought or "<think>\n\n</think>\n\n"
@@ -330,7 +331,7 @@ def judged(turns: list[Turn], row: Any, family: str, tokenizer: Any, ask: Callab
 def heard(turn: Turn, thinking: bool) -> str:
     """Return what a turn is in a chat's history: what the model said, with the thought that it had."""
     thought = f"<think>\n{turn.thought}\n</think>\n\n" if turn.thought and thinking else ""
-    answer = turn.answer.lstrip() if turn.thought and turn.inline and not thinking else turn.answer
+    answer = turn.answer if turn.inline and thinking else turn.answer.lstrip() if turn.thought else turn.answer
     return thought + answer
 
 
