@@ -165,6 +165,7 @@ def fetch(model: str, commit: str, sizes: dict[str, int]) -> None:
     missing = sum(sizes.get(name, 0) for name in lacking)
     check_disk(Path(constants.HF_HUB_CACHE), missing)
     if lacking:
+        check_kind(model, hf_hub_download(model, "config.json", revision=commit))
         print(f"Downloading {model}: {size(missing)}", flush=True)
     else:
         utils.disable_progress_bars()
@@ -174,6 +175,14 @@ def fetch(model: str, commit: str, sizes: dict[str, int]) -> None:
         if faults(snapshot, [name], sizes):  # this does not replace a copy (on Windows there are no links)
             (snapshot / name).unlink(missing_ok=True)
             hf_hub_download(model, name, revision=commit)
+
+
+def check_kind(model: str, config: str) -> None:
+    """Raise ModelError if transformers cannot load this kind of model to train it; without transformers, do nothing."""
+    command = [sys.executable, "-m", "planning.text_model", config, model]
+    asked = subprocess.run(command, cwd=ROOT / "finetuning", capture_output=True, encoding="utf-8", check=False)
+    if asked.stdout:
+        raise ModelError(asked.stdout)
 
 
 def limit_wait(request: Any) -> None:

@@ -14,7 +14,9 @@ from planning.facts import AzureGpus
 from planning.memory import GIB, memory
 from planning.model_facts import Model, find
 from planning.row_lengths import Lengths
+from planning.schedule import learning_steps
 from planning.token_counts import Tokens, lengths_of
+from planning.vocabulary import beyond
 from preparing.workspace import ROOT
 from settings.config_file import ConfigError
 from settings.run_settings import Settings, TokenSettings
@@ -110,6 +112,10 @@ def settle(settings: Settings, tokens: Mapping[str, list[dict[str, list[int]]]])
     a line that describes it. Raises ConfigError if the run cannot work.
     """
     model, here = find(settings), hardware.look()
+    steps, _ = settings.steps(len(tokens["train"]))
+    complaint = model.problem or learns_nothing(steps, learning_steps(settings, steps))
+    if complaint := complaint or beyond(model, (row["input_ids"] for rows in tokens.values() for row in rows)):
+        raise ConfigError(complaint)
     if model.shape is None:
         return settings, 0.0, "not estimated: config.json names its numbers in a way of its own"
     room = limit(settings, here, None)
@@ -123,6 +129,17 @@ def settle(settings: Settings, tokens: Mapping[str, list[dict[str, list[int]]]])
         on = settled.gradient_checkpointing
         line += f"; gradient checkpointing {'on, to save memory' if on else 'off, not needed'}"
     return settled, needed, line
+
+
+def learns_nothing(steps: int, learning: int) -> str | None:
+    """Return the error if no step has a learning rate above 0, so that the run would train nothing; None otherwise."""
+    if learning or not steps:
+        return None
+    its = "its only step has" if steps == 1 else f"all its {steps} steps have"
+    return (
+        f"The run would train nothing: {its} the learning rate 0: set warmup_steps: 0, or take more steps (max_steps, "
+        "num_train_epochs, a lower gradient_accumulation_steps), in olive-config.yaml."
+    )
 
 
 def check_count(rows: Mapping[str, list[Any]]) -> None:

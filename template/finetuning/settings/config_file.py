@@ -24,6 +24,8 @@ NEEDED = {
     "local_system": ("accelerators",),
     "accelerators": ("device",),
 }
+# of the training_args: YAML reads an unquoted no as false
+NO = {"eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
 NEEDED_BY_QLORA = ("compute_dtype", "quant_type", "double_quant")
 
 
@@ -60,6 +62,8 @@ def read_file(path: Path = CONFIG) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{name} holds no settings: {RESTORE}.")
     check_sections(config)
+    arguments = the_pass(config)["training_args"]
+    arguments |= {key: word for key, word in NO.items() if arguments.get(key) is False}
     return config
 
 

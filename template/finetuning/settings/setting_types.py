@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from annotated_types import Ge, Gt, Le, Lt
 
 from preparing.dataset import chat_rows, chat_tokens
+from settings.config_file import NO
 from settings.value_types import as_yaml, within
 
 CHOICES = {
@@ -110,4 +111,5 @@ def narrowed(key: str, kind: Any) -> Any:
     """Return the type of a setting, narrowed by what the library does not specify."""
     if key in CHOICES:
         return Literal[CHOICES[key]]
-    return within(TYPES.get(key) or as_yaml(kind), LIMITS.get(key, ()))
+    kind = within(TYPES.get(key) or as_yaml(kind), LIMITS.get(key, ()))
+    return kind | Literal[False] if key in NO else kind
