@@ -1,7 +1,7 @@
 """Whether transformers can load a model to generate text, and which exports know it: from config.json alone.
 
-python -m planning.text_model CONFIG.JSON NAME, in finetuning/, prints why a model cannot be used, and then exits with
-status 1: setup/get_model.py asks it before a download.
+python -m planning.text_model NAME, in finetuning/, reads a config.json from stdin and prints why the model cannot be
+used: setup/get_model.py asks it before a download.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+Config = Mapping[str, Any]  # a config.json
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endings of classes that generate text
 
 
-def refused(name: str, config: Mapping[str, Any]) -> str | None:
+def refused(name: str, config: Config) -> str | None:
     """Return why the model cannot be fine-tuned here and what to do, in one sentence; None if it can."""
     kind, made_for = config.get("model_type"), (config.get("architectures") or [""])[0]
     choose = "choose a text model, or the text-only version of this one"
@@ -46,7 +47,7 @@ def refused(name: str, config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def config_of(config: Mapping[str, Any]) -> Any:
+def config_of(config: Config) -> Any:
     """Return transformers' configuration object; None for a kind of model that it does not know."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -56,7 +57,7 @@ def config_of(config: Mapping[str, Any]) -> Any:
     return AutoConfig.for_model(**config)
 
 
-def class_name(config: Mapping[str, Any]) -> str | None:
+def class_name(config: Config) -> str | None:
     """Return the class that AutoModelForCausalLM makes of a config.json; None if it refuses the model."""
     from transformers import AutoModelForCausalLM
 
@@ -65,7 +66,7 @@ def class_name(config: Mapping[str, Any]) -> str | None:
     return str(mapping[type(found)].__name__) if found is not None and type(found) in mapping else None
 
 
-def no_int4(config: Mapping[str, Any]) -> str | None:
+def no_int4(config: Config) -> str | None:
     """Return why export.py can make no int4 ONNX model of it; None if the builder knows it, or cannot be asked.
 
     The builder's source is read, not imported: it needs torch and seconds. For a model with images, the builder makes
@@ -83,13 +84,5 @@ def no_int4(config: Mapping[str, Any]) -> str | None:
     return f"no int4 ONNX model: the builder does not know {name}; export.py --format merged works"
 
 
-def main() -> int:
-    """Print why the model of a config.json cannot be used."""
-    file, name = sys.argv[1:]
-    problem = refused(name, json.loads(Path(file).read_text(encoding="utf-8")))
-    print(problem or "", end="")
-    return 1 if problem else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print(refused(sys.argv[1], json.load(sys.stdin)) or "", end="")

@@ -11,6 +11,7 @@ from settings.config_file import the_pass
 from settings.run_settings import Settings, olive_config
 
 BY_LOSS = ("reduce_lr_on_plateau", "greedy")  # learning rate schedulers that follow the held-out loss
+Arguments = Mapping[str, Any]  # the training_args, as transformers names them
 LARGE = 1_000_000  # as in transformers, which compares shares of the steps as whole numbers
 
 
@@ -26,7 +27,7 @@ def conflict(settings: Settings) -> tuple[str, str] | None:
     return next(conflicts(settings, defaults | {key: value for key, value in given.items() if value is not None}), None)
 
 
-def conflicts(settings: Settings, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def conflicts(settings: Settings, given: Arguments) -> Iterator[tuple[str, str]]:
     """Yield each conflict, as `conflict` returns it. `given` are the training_args with the defaults they need."""
     evaluates, saves = settings.eval_strategy, given["save_strategy"]
     if settings.early_stopping_patience and evaluates == "no":
