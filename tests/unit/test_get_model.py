@@ -597,11 +597,11 @@ def test_old_weights_are_refused_before_anything_is_fetched_and_by_every_step(
 def test_old_weights_of_which_the_hub_may_have_newer_ones_are_asked_for_there_and_not_fetched_again(
     here: Here, workspace: Workspace, hub: Hub
 ) -> None:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download
 
     workspace.configure("me/old", COMMIT)
-    snapshot_download("me/old", cache_dir=here.cache)
-    shutil.rmtree(here.cache / "models--me--old" / "trees")
+    for name in OLD:  # without the list of the repository's files
+        hf_hub_download("me/old", name, revision=COMMIT, cache_dir=here.cache)
     with pytest.raises(
         here.model_folder.ModelMissingError, match=r"with pytorch_model\.bin, and safetensors are needed"
     ):
