@@ -62,8 +62,6 @@ def read_file(path: Path = CONFIG) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{name} holds no settings: {RESTORE}.")
     check_sections(config)
-    arguments = the_pass(config)["training_args"]
-    arguments |= {key: word for key, word in NO.items() if arguments.get(key) is False}
     return config
 
 

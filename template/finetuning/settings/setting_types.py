@@ -6,7 +6,7 @@ Types are read from the code that uses the settings; this file adds what that co
 from __future__ import annotations
 
 from functools import cache
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -112,4 +112,6 @@ def narrowed(key: str, kind: Any) -> Any:
     if key in CHOICES:
         return Literal[CHOICES[key]]
     kind = within(TYPES.get(key) or as_yaml(kind), LIMITS.get(key, ()))
-    return kind | Literal[False] if key in NO else kind
+    if key not in NO:
+        return kind
+    return Literal[(*get_args(kind), False)] if get_origin(kind) is Literal else kind | Literal[False]
