@@ -115,7 +115,7 @@ class Training(ExtraSettings):
         adapter = Path(output_model_path) / "adapter"
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
         if trainer.is_world_process_zero():
-            check_moved(start, weights or dict(model.named_parameters()))
+            check_moved(start, weights or dict(model.named_parameters()), trainer.state)
             # the embeddings are the base model's: only what was trained is saved
             model.save_pretrained(adapter, state_dict=weights, save_embedding_layers=False)
         share()  # the adapter is on disk before any process continues
@@ -165,13 +165,24 @@ def first_to_move(model: Any) -> dict[str, torch.Tensor]:
     return {name: weight for name, weight in trained.items() if not weight.any()} or trained
 
 
-def check_moved(start: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
-    """Raise ConfigError if the training has changed none of the weights that `first_to_move` returned."""
-    if all(torch.equal(weight, weights[name].detach().cpu()) for name, weight in start.items()):
+def check_moved(start: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], state: Any) -> None:
+    """Raise ConfigError if the adapter has none of the weights changed that `first_to_move` returned.
+
+    `state` is the Trainer's: the weights are those of its best step if there is one, else of the last.
+    """
+    if not all(torch.equal(weight, weights[name].detach().cpu()) for name, weight in start.items()):
+        return
+    losses = {entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+    if len(losses) > 1:  # a later step has changed something, to the worse
         raise ConfigError(
-            "The training changed no weight of the adapter: see learning_rate and warmup_steps in olive-config.yaml, "
-            "and with torch_dtype: float16 take bfloat16 or float32. models/adapter stays as it was."
+            f"The training made nothing better: the lowest held-out loss is that of step {state.best_global_step} of "
+            f"{state.global_step}, at which no weight of the adapter had moved: lower learning_rate, train longer, or "
+            "keep the last step with load_best_model_at_end: false. models/adapter stays as it was."
         )
+    raise ConfigError(
+        "The training changed no weight of the adapter: see learning_rate and warmup_steps in olive-config.yaml, "
+        "and with torch_dtype: float16 take bfloat16 or float32. models/adapter stays as it was."
+    )
 
 
 def can_pack(model: Any, rows: list[batches.Row]) -> bool:
