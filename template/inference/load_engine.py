@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
 from pathlib import Path
 
@@ -35,6 +37,7 @@ def load(baseonly: bool = False, engine: str = "auto", root: Path = ROOT) -> Eng
             backend = OnnxBackend(source, folder, root)
         else:
             base = find_model(source.base, source.revision, root).folder
+            check_tokens(source.base, base, root / source.adapter if source.adapter else base)
             from torch_backend import TorchBackend
 
             backend = TorchBackend(source, base, root)
@@ -44,6 +47,30 @@ def load(baseonly: bool = False, engine: str = "auto", root: Path = ROOT) -> Eng
         raise not_installed(error) from error
     backend.notices += notices
     return Engine(source, backend)
+
+
+def check_tokens(name: str, base: Path, tokenizer: Path) -> None:
+    """Raise ChatError if the tokenizer has special tokens that the model has no embeddings for.
+
+    Only the special ones, and those that the chat template writes, are in every prompt. Other added tokens do no harm
+    until somebody types one.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # what is damaged is told later
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        size = int((config.get("text_config") or config)["vocab_size"])
+        settings = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+        file = tokenizer / "chat_template.jinja"
+        template = file.read_text(encoding="utf-8") if file.is_file() else str(settings.get("chat_template"))
+        special = [settings.get(f"{kind}_token") for kind in ("bos", "eos", "pad")]
+        written = {one["content"] if isinstance(one, dict) else one for one in special}
+        added = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        for token in added:
+            if token["id"] >= size and (token["content"] in written or token["content"] in template):
+                raise ChatError(
+                    f"The tokenizer of {name} is larger than its model: {token['content']!r} has the id {token['id']}, "
+                    f"and the embeddings end at {size - 1}: take the tokenizer that belongs to the model, or resize "
+                    "the model with resize_token_embeddings and save both."
+                )
 
 
 def not_installed(error: ModuleNotFoundError) -> ChatError:

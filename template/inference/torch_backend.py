@@ -102,8 +102,14 @@ class TorchBackend:
             raise ChatError(f"The model's chat template does not take this conversation: {error}.") from error
 
     def encode(self, text: str) -> list[int]:
-        """Tokenise a rendered text, as the training did."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Tokenise a rendered text, as the training did. Raises ChatError for a token that the model lacks."""
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if (token := max(ids, default=0)) >= self.model.get_input_embeddings().num_embeddings:
+            raise ChatError(
+                f"The tokenizer is larger than the model: {self.tokenizer.convert_ids_to_tokens(token)!r} has the id "
+                f"{token}, for which the model has no embedding: leave this text out."
+            )
+        return ids
 
     def decode(self, tokens: list[int]) -> str:
         """Decode tokens to text, without special tokens."""

@@ -119,7 +119,10 @@ def test_a_folder_must_be_there_and_hold_a_model(workspace: Workspace) -> None:
     workspace.fails_with("models/mine is not there", "olive-config.yaml")
     folder = workspace.root / "models" / "mine"
     folder.mkdir(parents=True)
+    workspace.fails_with("models/mine is empty", "model_path")
+    (folder / "notes.txt").touch()
     workspace.fails_with("has no config.json")
+    (folder / "notes.txt").unlink()
     for name, body in MODEL.items():
         (folder / name).write_bytes(body)
     done = workspace.run()
@@ -129,10 +132,62 @@ def test_a_folder_must_be_there_and_hold_a_model(workspace: Workspace) -> None:
     (folder / "tokenizer.json").write_text("{}")
     weights = folder / PARTS[1]
     weights.write_bytes(weights.read_bytes()[:-1])
-    workspace.fails_with(f"{PARTS[1]} is cut off or damaged", "copy the model there again")
+    workspace.fails_with(f"{PARTS[1]} is cut off or damaged", "copy that file there again")
     weights.unlink()
     workspace.fails_with(f"{PARTS[1]} is missing")
     assert {path.name for path in folder.iterdir()} == {*MODEL} - {PARTS[1]}  # nothing of the user's is touched
+
+
+GOOD = {name: body for name, body in MODEL.items() if "safetensors" not in name}
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 538090408\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (OLD, ("as pytorch_model.bin alone", "safetensors are needed", "from_pretrained, then save_pretrained")),
+        (GOOD | {"pytorch_model-00001-of-00002.bin": b"3"}, ("as pytorch_model.bin alone", "save_pretrained")),
+        (GOOD | {"model.gguf": b"GGUF"}, ("has GGUF files, which cannot be trained", "that they were made from")),
+        ({"model.gguf": b"GGUF"}, ("has GGUF files, which cannot be trained", "that they were made from")),
+        (
+            {"adapter_config.json": b"{}", "adapter_model.safetensors": b""},
+            ("is an adapter", "base_model_name_or_path"),
+        ),
+        (GOOD | {"adapter_config.json": b"{}"}, ("is an adapter", "base_model_name_or_path")),
+        (MODEL | {"adapter_config.json": b"{}"}, ("an adapter beside a model", "move adapter_config.json")),
+        ({"model_index.json": b"{}", "unet": b""}, ("is a pipeline of diffusers", "a text model")),
+        (MODEL | {PARTS[1]: POINTER}, (f"{PARTS[1]} is a Git LFS pointer", "run `git lfs pull` in ")),
+        (MODEL | {"tokenizer.json": POINTER}, ("tokenizer.json is a Git LFS pointer", "run `git lfs pull` in ")),
+    ],
+)
+def test_a_folder_that_is_no_model_to_train_is_called_what_it_is_and_nothing_is_to_be_deleted(
+    workspace: Workspace, files: dict[str, bytes], words: tuple[str, ...]
+) -> None:
+    folder = workspace.root / "models" / "mine"
+    folder.mkdir(parents=True)
+    for name, body in files.items():
+        (folder / name).write_bytes(body)
+    workspace.configure("models/mine")
+    workspace.fails_with(*words)
+    assert "delete" not in workspace.run().stderr
+    assert {path.name for path in folder.iterdir()} == {*files}
+
+
+def test_old_weights_beside_new_ones_do_no_harm(workspace: Workspace) -> None:
+    folder = workspace.root / "models" / "mine"
+    folder.mkdir(parents=True)
+    for name, body in (MODEL | OLD).items():
+        (folder / name).write_bytes(body)
+    workspace.configure("models/mine")
+    assert workspace.run().returncode == 0
+
+
+@pytest.mark.parametrize(("name", "words"), [("mine.gguf", ("a GGUF file cannot be trained",)), ("config.json", ())])
+def test_a_file_in_place_of_a_folder_is_said(workspace: Workspace, name: str, words: tuple[str, ...]) -> None:
+    (workspace.root / "models").mkdir()
+    (workspace.root / "models" / name).write_bytes(b"{}")
+    workspace.configure(f"models/{name}")
+    workspace.fails_with(f"models/{name} is a file: set model_path to the folder of a model", *words)
 
 
 @pytest.mark.parametrize("model", ["./mine", "../mine", "/no/where", "~/no/where", "a/b/c"])
@@ -513,7 +568,7 @@ def test_a_cache_that_can_only_be_read_serves(workspace: Workspace, hub: Hub) ->
         ("me/-.-", None, ("is neither a folder nor an id of the Hugging Face hub",)),
         ("me/old", COMMIT, ("as pytorch_model.bin alone", "model.safetensors")),
         ("me/adapter", COMMIT, ("is an adapter, not a model",)),
-        ("me/gguf", COMMIT, ("has no config.json",)),
+        ("me/gguf", COMMIT, ("has GGUF files, which cannot be trained", "model_path")),
         ("me/empty", COMMIT, ("has no weights that transformers reads",)),
         ("me/wordless", COMMIT, ("has no tokenizer",)),
         ("me/short", COMMIT, ("lacks a file that its own list names",)),
@@ -537,6 +592,23 @@ def test_old_weights_are_refused_before_anything_is_fetched_and_by_every_step(
     snapshot_download("me/old", cache_dir=here.cache)
     with pytest.raises(here.model_folder.ModelError, match=r"as pytorch_model\.bin alone"):
         here.find("me/old", COMMIT)
+
+
+def test_old_weights_of_which_the_hub_may_have_newer_ones_are_asked_for_there_and_not_fetched_again(
+    here: Here, workspace: Workspace, hub: Hub
+) -> None:
+    from huggingface_hub import hf_hub_download
+
+    workspace.configure("me/old", COMMIT)
+    for name in OLD:  # without the list of the repository's files
+        hf_hub_download("me/old", name, revision=COMMIT, cache_dir=here.cache)
+    with pytest.raises(
+        here.model_folder.ModelMissingError, match=r"with pytorch_model\.bin, and safetensors are needed"
+    ):
+        here.find("me/old", COMMIT)
+    hub.sent.clear()
+    here.says("as pytorch_model.bin alone")
+    assert not hub.sent
 
 
 def test_a_gated_model_names_the_page_of_its_licence_and_the_variable(

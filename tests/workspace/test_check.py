@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -407,7 +408,7 @@ def test_a_table_fits_a_terminal_of_eighty_columns(
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     facts = {"name": "a/b", "revision": None, "commit": None, "folder": None, "download_bytes": 2**33}
-    facts |= {"parameters": 10**9, "trained_parameters": 10**7, "own_template": False}
+    facts |= {"parameters": 10**9, "trained_parameters": 10**7, "own_template": False, "no_int4": None}
     show_plan.show("model", facts)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 2 and any("get_model" in line for line in lines)
@@ -470,6 +471,28 @@ def test_a_model_that_is_not_here_is_sized_by_the_hub_and_is_no_error(invoke: In
 def test_old_weights_are_refused_before_they_are_fetched(invoke: Invoke, hub: Hub) -> None:
     run = invoke("--check", edit=lambda text: text.replace("models/demo", "me/old"))
     assert run.status == 1 and "me/old has its weights as pytorch_model.bin alone" in run.err
+
+
+def test_a_vision_model_is_refused_by_the_check_and_by_get_model_before_its_weights_are_fetched(
+    invoke: Invoke, workspace: Path, hub: Hub, tmp_path: Path
+) -> None:
+    vision = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "text_config": CONFIG}
+    files = {"config.json": json.dumps(vision).encode(), "tokenizer.json": b"{}", "model.safetensors": bytes(9)}
+    hub.add("me/vision", SUNDRIES | files)
+    words = "me/vision is a Mistral3ForConditionalGeneration around llama, which transformers does not load"
+    run = invoke("--check", edit=lambda text: text.replace("models/demo", "me/vision"))
+    assert run.status == 1 and words in run.err
+    config = workspace / "finetuning" / "olive-config.yaml"
+    before = config.read_text(encoding="utf-8")
+    config.write_text(before.replace("models/demo", "me/vision"), encoding="utf-8")
+    try:
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, str(workspace / "setup" / "get_model.py")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    finally:
+        config.write_text(before, encoding="utf-8")
+    assert done.returncode == 1 and words in done.stderr
+    assert not hub.sent["model.safetensors"]
 
 
 def test_a_gated_model_without_a_token_is_refused(invoke: Invoke, hub: Hub) -> None:

@@ -31,10 +31,15 @@ EXCEPTIONS = {
         *("load_kwargs.revision", "pre_process_data_config.revision"),
     },
     "another setting must allow it": {".evaluator", "training_args.dataloader_prefetch_factor"},
-    "a package is needed that is not installed": {"training_args.report_to", "training_args.deepspeed"},
+    "a package is needed that is not installed": {
+        "training_args.report_to",
+        "training_args.deepspeed",
+        "training_args.optim",
+    },
     "several processes must share the run": {"training_args.ddp_backend"},
     "Olive and transformers judge what is in it": {
         *(".host", ".target", "training_args.accelerator_config", "training_args.fsdp"),
+        "training_args.gradient_checkpointing_kwargs",
     },
 }
 
@@ -238,7 +243,7 @@ def test_both_take(verdicts: Verdicts, change: Callable[[Config], None]) -> None
         ("load_kwargs", "attn_implementation", None, "choose one of sdpa, eager, flash_attention_2."),
         ("load_kwargs", "revision", 2024, ": load_kwargs.revision is 2024: write text or null."),
         ("training_args", "load_best_model_at_end", "false", "is 'false': write true or false."),
-        ("training_args", "eval_strategy", False, 'is False: choose one of "no", steps, epoch.'),
+        ("training_args", "eval_strategy", "never", "is 'never': choose one of \"no\", steps, epoch, false."),
         ("training_args", "lr_scheduler_type", "linnear", "is 'linnear': choose one of linear, cosine,"),
         ("training_args", "logging_steps", 1.5, "write a whole number from 1 or a number above 0 below 1."),
         ("training_args", "debug", "all", 'write "", underflow_overflow or a list of values, each underflow_overflow.'),

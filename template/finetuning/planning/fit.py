@@ -14,7 +14,9 @@ from planning.facts import AzureGpus
 from planning.memory import GIB, memory
 from planning.model_facts import Model, find
 from planning.row_lengths import Lengths
+from planning.schedule import learning_steps
 from planning.token_counts import Tokens, lengths_of, tokens_of
+from planning.vocabulary import beyond
 from preparing.tokenised import Tokenised
 from preparing.workspace import ROOT
 from settings.config_file import ConfigError
@@ -129,12 +131,20 @@ def settle(settings: Settings, found: Mapping[str, Tokenised]) -> tuple[Settings
     a line that describes it. Raises ConfigError if the run cannot work.
     """
     model, here = find(settings), hardware.look()
-    if complaint := cut_answers({part: tokens_of(rows) for part, rows in found.items()}, settings, model.context):
+    tokens = {part: rows.examples for part, rows in found.items()}
+    steps, _ = settings.steps(len(tokens["train"]))
+    complaint = (
+        model.problem
+        or cut_answers({part: tokens_of(rows) for part, rows in found.items()}, settings, model.context)
+        or learns_nothing(steps, learning_steps(settings, steps))
+        or beyond(model, (row["input_ids"] for rows in tokens.values() for row in rows))
+    )
+    if complaint:
         raise ConfigError(complaint)
     if model.shape is None:
         return settings, 0.0, "not estimated: config.json names its numbers in a way of its own"
     room = limit(settings, here, None)
-    lengths = {part: lengths_of(rows.examples) for part, rows in found.items()}
+    lengths = {part: lengths_of(rows) for part, rows in tokens.items()}
     settled = decided(model.shape, settings, lengths, room)
     if complaint := too_large(model.shape, settled, lengths, room, here.disk_free, 0):
         raise ConfigError(complaint)
@@ -144,6 +154,17 @@ def settle(settings: Settings, found: Mapping[str, Tokenised]) -> tuple[Settings
         on = settled.gradient_checkpointing
         line += f"; gradient checkpointing {'on, to save memory' if on else 'off, not needed'}"
     return settled, needed, line
+
+
+def learns_nothing(steps: int, learning: int) -> str | None:
+    """Return the error if no step has a learning rate above 0, so that the run would train nothing; None otherwise."""
+    if learning or not steps:
+        return None
+    its = "its only step has" if steps == 1 else f"all its {steps} steps have"
+    return (
+        f"The run would train nothing: {its} the learning rate 0: set warmup_steps: 0, or take more steps (max_steps, "
+        "num_train_epochs, a lower gradient_accumulation_steps), in olive-config.yaml."
+    )
 
 
 def check_count(rows: Mapping[str, list[Any]]) -> None:

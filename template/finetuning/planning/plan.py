@@ -24,11 +24,13 @@ from planning.facts import (
     RowFacts,
     RunFacts,
 )
-from planning.fit import USABLE, check_count, decided, limit, problem
+from planning.fit import USABLE, check_count, decided, learns_nothing, limit, problem
 from planning.memory import GIB, adapter_parameters, memory
 from planning.model_facts import Model, find
 from planning.row_lengths import Lengths
+from planning.schedule import learning_steps
 from planning.token_counts import Tokens, count
+from planning.vocabulary import unknown_tokens
 from preparing.dataset import chat_rows
 from preparing.thoughts import has_thought
 from preparing.turns import Message
@@ -70,7 +72,11 @@ def plan(settings: Settings, show: Callable[[str, Any], None]) -> Plan:
         report["azure"] = AzureFacts(target=azure["target"], gpus=azure_facts(model.shape, settings, lengths, azure))
         if azure["target"] == "azure" or (report["estimate"]["seconds"] or LONG) >= LONG:
             show("azure", report["azure"])
-    report["problem"] = problem(model, settings, counted, lengths, here, azure)
+    report["problem"] = (
+        problem(model, settings, counted, lengths, here, azure)
+        or learns_nothing(report["data"]["steps"], report["data"]["learning_steps"])
+        or unknown_tokens(model, settings, rows)
+    )
     return report
 
 
@@ -114,6 +120,7 @@ def model_facts(model: Model, settings: Settings) -> ModelFacts:
         "download_bytes": model.download,
         "parameters": model.parameters or (model.shape.parameters if model.shape else None),
         "trained_parameters": adapter_parameters(model.shape, settings) if model.shape else None,
+        "no_int4": model.no_int4,
     }
 
 
@@ -123,12 +130,13 @@ def row_facts(settings: Settings, rows: Rows, trained: int) -> RowFacts:
     return {
         "rows": {part: len(rows[part]) for part in rows},
         "steps": steps,
+        "learning_steps": learning_steps(settings, steps),
         "rows_a_step": settings.rows_a_step,
         "epochs": settings.num_train_epochs,
         "decided_by": "max_steps" if steps < of_epochs else "epochs",
         "steps_of_epochs": of_epochs,
         "max_steps": settings.max_steps,
-        "warnings": repeated_rows(rows),
+        "warnings": [*large_steps(settings, trained), *repeated_rows(rows)],
     }
 
 
@@ -210,6 +218,16 @@ def azure_facts(shape: Shape, settings: Settings, lengths: dict[str, Lengths], a
             }
         )
     return found
+
+
+def large_steps(settings: Settings, trained: int) -> list[str]:
+    """Return a warning if one step takes more rows than there are."""
+    if settings.rows_a_step <= trained or settings.gradient_accumulation_steps == 1:
+        return []
+    return [
+        f"warning: a step takes {settings.rows_a_step} rows and there are {trained}, so an epoch is one step: lower "
+        "gradient_accumulation_steps to get more."
+    ]
 
 
 def repeated_rows(rows: Rows) -> list[str]:

@@ -98,7 +98,7 @@ def load_base(folder: str, dtype: str, quantization: Any = None) -> Any:
         local_files_only=True,
         trust_remote_code=False,  # otherwise transformers asks in a terminal whether to run the model's code
     )
-    if model.config.hidden_size < 256:
+    if model.config.get_text_config().hidden_size < 256:
         torch.set_num_threads(1)  # for matrices as small as the demo's, more threads are slower
     return model.eval()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from preparing.dataset import chat_rows, chat_tokens
-from settings.config_file import CONFIG, RESTORE, ConfigError, line_of, read_file, the_pass
+from settings.config_file import CONFIG, NO, RESTORE, ConfigError, line_of, read_file, the_pass
 
 METHODS = {name.lower(): name for name in ("LoRA", "QLoRA", "DoRA", "LoHa", "LoKr")}
 PARTS = ("train", "held_out")  # the names of the data_configs
@@ -131,8 +131,10 @@ class Settings:
 
         The values are not checked here: validation.py does that.
         """
+        config = deepcopy(dict(config))
         model, olive_pass = config["input_model"], the_pass(config)
         arguments = olive_pass["training_args"]
+        arguments |= {key: word for key, word in NO.items() if arguments.get(key) is False}
         method = str(olive_pass["type"]).lower()
         if method not in METHODS:
             raise ConfigError(
