@@ -419,7 +419,7 @@ def test_an_adapter_of_a_tied_layer_is_merged_without_changing_the_other(
 
     names = ("lm_head", "embed_tokens", "qkv_proj", "down_proj") if targets == "both all" else tuple(targets.split())
     with another_run(models, tmp_path):
-        tune(models.parent, method, target_modules=names, **tied)
+        tune(models.parent, method, steps=10, target_modules=names, **tied)
         run = export("--format", "merged")
         assert run.status == 0, run.err
         expected = first_tokens(models, tuned(models))
