@@ -215,6 +215,54 @@ def test_it_is_exported_merged_and_in_four_bits(walk: Walk) -> None:
     assert said in {row[-1]["content"] for row in walk.rows("sample-train.jsonl")}
 
 
+def test_an_adapter_on_the_output_layer_that_shares_the_embedding_is_merged_without_changing_it(walk: Walk) -> None:
+    config = walk.root / "finetuning" / "olive-config.yaml"
+    text = config.read_text(encoding="utf-8")
+    changed, found = re.subn(r"(?m)^(    target_modules:) \[.*?\]", r"\1 [q_proj, v_proj, lm_head]", text)
+    assert found
+    config.write_text(changed, encoding="utf-8")
+    set_in(walk.root, max_steps=15, eval_steps=15, save_steps=15)
+    try:
+        walk.step("finetuning/invoke_olive.py", "--fresh")
+        walk.step("finetuning/export.py", "--format", "merged")
+        onnx = walk.start("finetuning/export.py")
+        _, err = onnx.communicate()
+    finally:
+        config.write_text(text, encoding="utf-8")
+    expected, merged = first_tokens(walk, adapter=True), first_tokens(walk, adapter=False)
+    assert len(expected) == 64 and len(set(expected)) > 4
+    assert merged == expected
+    made = walk.run["export"]
+    if onnx.returncode:  # a model as small as this one loses much in four bits
+        assert re.match(
+            r"error: The int4 model chooses \d\d\.\d% of the answer tokens as the merged model does", err
+        ), err
+    else:
+        assert made["onnx"]["tokens"] >= 0.95
+    same, moved = sum(map(int.__eq__, expected, merged)), made["merged"]["difference"]
+    walk.figures["lm_head, merged"] = f"{same} of 64 first tokens as base and adapter, {moved} of the probability moved"
+    walk.figures["lm_head, int4"] = err.strip() or f"{made['onnx']['tokens']:.1%} of tokens"
+
+
+def first_tokens(walk: Walk, adapter: bool) -> list[int]:
+    """Return the first token of 64 answers: of base and adapter, in the precision of the training, or of the merged."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = MODEL if adapter else walk.root / "models" / "merged"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter:
+        model = PeftModel.from_pretrained(model, str(walk.root / "models" / "adapter"))
+    chat, options = AutoTokenizer.from_pretrained(MODEL), {"add_generation_prompt": True, "return_tensors": "pt"}
+    rows = walk.rows("sample-heldout.jsonl")[:64]
+    with torch.inference_mode():
+        return [
+            int(model.eval()(**chat.apply_chat_template(row[:-1], return_dict=True, **options)).logits[0, -1].argmax())
+            for row in rows
+        ]
+
+
 def test_qlora_trains_it_in_four_bits(walk: Walk) -> None:
     if not (four_bits.PACKAGES / "bitsandbytes").is_dir():
         pytest.skip("bitsandbytes is not in .cache: `make test` puts it there")
