@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from sources import base_source, check_adapter, choose, tuned_source
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "setup"))
 from model_folder import ModelError, find_model  # noqa: E402 - one file for setup/, finetuning/ and this folder
+
+# read when torch is imported, later: waiting threads sleep, since awake they slow down a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def load(baseonly: bool = False, engine: str = "auto", root: Path = ROOT) -> Engine:

@@ -10,6 +10,7 @@ from preparing.tokens import NO_THINKING, load_tokenizer, tokenise
 from settings.config_file import ConfigError
 
 COMPARED_TOKENS = 64  # per answer; more takes longer and barely changes the figures
+WAITING = {"session.intra_op.allow_spinning": "0"}  # waiting threads sleep: awake, they slow down a busy machine
 
 
 def compare(merged: Path, folder: Path, rows: list[Any], dtype: str) -> dict[str, Any]:
@@ -53,7 +54,9 @@ def load_onnx(folder: Path) -> Any:
     import onnxruntime_genai
 
     try:
-        return onnxruntime_genai.Model(str(folder))
+        config = onnxruntime_genai.Config(str(folder))
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": WAITING}}}))
+        return onnxruntime_genai.Model(config)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
