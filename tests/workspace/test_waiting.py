@@ -15,13 +15,13 @@ CHAT = ("inference/console_chat.py", "--baseonly", "--engine", "torch", "--promp
 
 
 def shown_by_openmp(workspace: Path, command: tuple[str, ...], **more: str) -> list[str]:
-    """Return how PyTorch's threads wait in a process, as the OpenMP library itself says when it is loaded."""
+    """Return how often PyTorch's threads look for work before they sleep, as libgomp says when it is loaded."""
     left_out = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
-    environment |= {"OMP_DISPLAY_ENV": "true"} | more
+    environment |= {"OMP_DISPLAY_ENV": "verbose"} | more
     done = subprocess.run([sys.executable, *command], cwd=workspace, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [line.split("'")[1] for line in done.stderr.splitlines() if "OMP_WAIT_POLICY" in line]
+    return [line.split("'")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp is Linux's OpenMP library")
@@ -29,8 +29,8 @@ def shown_by_openmp(workspace: Path, command: tuple[str, ...], **more: str) -> l
 def test_waiting_threads_sleep_unless_the_user_wants_them_awake(
     workspace: Path, demo: None, command: tuple[str, ...]
 ) -> None:
-    assert shown_by_openmp(workspace, command) == ["PASSIVE"]
-    assert shown_by_openmp(workspace, command, OMP_WAIT_POLICY="active") == ["ACTIVE"]
+    assert shown_by_openmp(workspace, command) == ["0"]
+    assert shown_by_openmp(workspace, command, GOMP_SPINCOUNT="1000") == ["1000"]
 
 
 @pytest.fixture(scope="module")
