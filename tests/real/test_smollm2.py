@@ -229,9 +229,11 @@ def test_an_adapter_on_the_output_layer_that_shares_the_embedding_is_merged_with
         _, err = onnx.communicate()
     finally:
         config.write_text(text, encoding="utf-8")
-    expected, merged = first_tokens(walk, adapter=True), first_tokens(walk, adapter=False)
+    expected = first_tokens(walk, "base and adapter")
     assert len(expected) == 64 and len(set(expected)) > 1
-    assert merged == expected
+    assert first_tokens(walk, "merged in float32") == expected
+    same = sum(map(int.__eq__, expected, first_tokens(walk, "published")))
+    assert same >= 60  # its weights are rounded to bfloat16, and the answers of a short training are close calls
     made = walk.run["export"]
     if onnx.returncode:  # a model as small as this one loses much in four bits
         assert re.match(
@@ -239,21 +241,27 @@ def test_an_adapter_on_the_output_layer_that_shares_the_embedding_is_merged_with
         ), err
     else:
         assert made["onnx"]["tokens"] >= 0.95
-    same, moved = sum(map(int.__eq__, expected, merged)), made["merged"]["difference"]
+    moved = made["merged"]["difference"]
     walk.figures["lm_head, merged"] = f"{same} of 64 first tokens as base and adapter, {moved} of the probability moved"
     walk.figures["lm_head, int4"] = err.strip() or f"{made['onnx']['tokens']:.1%} of tokens"
 
 
-def first_tokens(walk: Walk, adapter: bool) -> list[int]:
-    """Return the first token of 64 answers: of base and adapter, in the precision of the training, or of the merged."""
+def first_tokens(walk: Walk, which: str) -> list[int]:
+    """Return the first token of 64 answers, computed in float32, the precision of the training."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = MODEL if adapter else walk.root / "models" / "merged"
+    folder = walk.root / "models" / "merged" if which == "published" else MODEL
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if adapter:
+    if which != "published":
         model = PeftModel.from_pretrained(model, str(walk.root / "models" / "adapter"))
+    if which == "merged in float32":
+        sys.path.insert(0, str(walk.root / "finetuning"))
+        from exporting.merged import untie
+
+        untie(model.get_base_model())
+        model = model.merge_and_unload()
     chat, options = AutoTokenizer.from_pretrained(MODEL), {"add_generation_prompt": True, "return_tensors": "pt"}
     rows = walk.rows("sample-heldout.jsonl")[:64]
     with torch.inference_mode():
