@@ -177,6 +177,7 @@ bench: workspace .cache/azure-cli/ready
 	python benchmarks/demo_run.py
 	python benchmarks/throughput.py
 	python benchmarks/memory_estimate.py
+	python benchmarks/busy_machine.py
 	$(WORKSPACE)/.venv/bin/python benchmarks/sync.py
 
 docs: .venv/ready workspace

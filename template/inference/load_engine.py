@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "setup"))  # two files for setup/, finetuning/ and this folder
 import no_telemetry  # noqa: E402, F401 - before any library
 from model_folder import ModelError, find_model  # noqa: E402
+
+# read when torch is imported, later: waiting threads sleep, since awake they slow down a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def load(baseonly: bool = False, engine: str = "auto", root: Path = ROOT) -> Engine:

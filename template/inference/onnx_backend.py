@@ -7,6 +7,7 @@ and tokenised here, to the same tokens as in the training.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Generator
 from datetime import datetime
 from pathlib import Path
@@ -40,7 +41,9 @@ class OnnxBackend:
             ends = settings["eos_token_id"]
             providers = [name for one in settings["decoder"]["session_options"]["provider_options"] for name in one]
             provider = providers[0] if providers else "cpu"
-            self.model = onnxruntime_genai.Model(str(folder))
+            config = onnxruntime_genai.Config(str(folder))
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": waiting()}}}))
+            self.model = onnxruntime_genai.Model(config)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise damaged(folder, root, error) from error
         except RuntimeError as error:
@@ -113,6 +116,12 @@ class ChatTokenizer:
     def decode(self, tokens: list[int]) -> str:
         """Decode tokens to text, without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def waiting() -> dict[str, str]:
+    """Return the session option that decides whether waiting threads stay awake, as OMP_WAIT_POLICY does for torch."""
+    awake = os.environ.get("OMP_WAIT_POLICY", "").upper() == "ACTIVE"
+    return {"session.intra_op.allow_spinning": "1" if awake else "0"}
 
 
 def damaged(folder: Path, root: Path, error: Exception) -> ChatError:

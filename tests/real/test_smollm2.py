@@ -215,6 +215,62 @@ def test_it_is_exported_merged_and_in_four_bits(walk: Walk) -> None:
     assert said in {row[-1]["content"] for row in walk.rows("sample-train.jsonl")}
 
 
+def test_an_adapter_on_the_output_layer_that_shares_the_embedding_is_merged_without_changing_it(walk: Walk) -> None:
+    config = walk.root / "finetuning" / "olive-config.yaml"
+    text = config.read_text(encoding="utf-8")
+    changed, found = re.subn(r"(?m)^(    target_modules:) \[.*?\]", r"\1 [q_proj, v_proj, lm_head]", text)
+    assert found
+    config.write_text(changed, encoding="utf-8")
+    set_in(walk.root, max_steps=15, eval_steps=15, save_steps=15)
+    try:
+        walk.step("finetuning/invoke_olive.py", "--fresh")
+        walk.step("finetuning/export.py", "--format", "merged")
+        onnx = walk.start("finetuning/export.py")
+        _, err = onnx.communicate()
+    finally:
+        config.write_text(text, encoding="utf-8")
+    expected = first_tokens(walk, "base and adapter")
+    assert len(expected) == 64 and len(set(expected)) > 1
+    assert first_tokens(walk, "merged in float32") == expected
+    same = sum(map(int.__eq__, expected, first_tokens(walk, "published")))
+    assert same >= 60  # its weights are rounded to bfloat16, and the answers of a short training are close calls
+    made = walk.run["export"]
+    if onnx.returncode:  # a model as small as this one loses much in four bits
+        assert re.match(
+            r"error: The int4 model chooses \d\d\.\d% of the answer tokens as the merged model does", err
+        ), err
+    else:
+        assert made["onnx"]["tokens"] >= 0.95
+    moved = made["merged"]["difference"]
+    walk.figures["lm_head, merged"] = f"{same} of 64 first tokens as base and adapter, {moved} of the probability moved"
+    walk.figures["lm_head, int4"] = err.strip() or f"{made['onnx']['tokens']:.1%} of tokens"
+
+
+def first_tokens(walk: Walk, which: str) -> list[int]:
+    """Return the first token of 64 answers, computed in float32, the precision of the training."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = walk.root / "models" / "merged" if which == "published" else MODEL
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if which != "published":
+        model = PeftModel.from_pretrained(model, str(walk.root / "models" / "adapter"))
+    if which == "merged in float32":
+        sys.path.insert(0, str(walk.root / "finetuning"))
+        from exporting.merged import untie
+
+        untie(model.get_base_model())
+        model = model.merge_and_unload()
+    chat, options = AutoTokenizer.from_pretrained(MODEL), {"add_generation_prompt": True, "return_tensors": "pt"}
+    rows = walk.rows("sample-heldout.jsonl")[:64]
+    with torch.inference_mode():
+        return [
+            int(model.eval()(**chat.apply_chat_template(row[:-1], return_dict=True, **options)).logits[0, -1].argmax())
+            for row in rows
+        ]
+
+
 def test_qlora_trains_it_in_four_bits(walk: Walk) -> None:
     if not (four_bits.PACKAGES / "bitsandbytes").is_dir():
         pytest.skip("bitsandbytes is not in .cache: `make test` puts it there")

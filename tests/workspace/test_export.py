@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def models(workspace: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
-def tune(workspace: Path, method: str, steps: int = 0) -> None:
+def tune(workspace: Path, method: str, steps: int = 0, **changed: Any) -> None:
     """Publish an adapter as a run does: taught the task for some steps, or with weights drawn at random."""
     import peft
     import torch
@@ -42,12 +44,11 @@ def tune(workspace: Path, method: str, steps: int = 0) -> None:
 
     from planning.model_facts import base_model
     from planning.plan import read_rows
-    from preparing.tokens import load_tokenizer, tokenise
+    from preparing.tokens import load_tokenizer
     from reporting.run_record import describe, publish
     from settings.run_settings import read_settings
-    from training.batches import answer_loss, pad
 
-    settings = read_settings()
+    settings = replace(read_settings(), **changed)
     rows = read_rows(settings)
     folder = str(base_model(settings).folder)
     run_json = describe(settings, rows, None, workspace / "models") | {"method": method}
@@ -60,14 +61,27 @@ def tune(workspace: Path, method: str, steps: int = 0) -> None:
         "dora": peft.LoraConfig(r=16, lora_alpha=32, use_dora=True, **common),
     }.get(method, peft.LoraConfig(r=16, lora_alpha=32, **common))
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
     if not steps:
         with torch.no_grad():
-            for weight in weights:
-                weight += 0.1 * torch.randn_like(weight)
-    tokenizer = load_tokenizer(folder)
-    examples = [one for row in rows["train"] for one in tokenise(tokenizer, row)]
-    optimizer = torch.optim.AdamW(weights, lr=4e-3)
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight += 0.1 * torch.randn_like(weight)
+    teach(model, load_tokenizer(folder), rows["train"], steps)
+    adapter = workspace / "models" / "unpublished"
+    model.save_pretrained(adapter)
+    publish(run_json, adapter, folder, workspace / "models")
+    shutil.rmtree(adapter)
+
+
+def teach(model: Any, tokenizer: Any, rows: list[Any], steps: int) -> None:
+    """Train the weights that want a gradient on the answers."""
+    import torch
+
+    from preparing.tokens import tokenise
+    from training.batches import answer_loss, pad
+
+    examples = [one for row in rows for one in tokenise(tokenizer, row)]
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=4e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, max(steps, 1))
     for step in range(steps):
         batch = [examples[(step * 16 + i) % len(examples)] for i in range(16)]
@@ -76,10 +90,6 @@ def tune(workspace: Path, method: str, steps: int = 0) -> None:
         loss.backward()
         optimizer.step()
         schedule.step()
-    adapter = workspace / "models" / "unpublished"
-    model.save_pretrained(adapter)
-    publish(run_json, adapter, folder, workspace / "models")
-    shutil.rmtree(adapter)
 
 
 @pytest.fixture
@@ -324,9 +334,7 @@ def test_the_merged_model_has_the_logits_of_base_and_adapter(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    for name in ("adapter", "run.json"):  # the taught one, which the other tests need
-        (models / name).rename(tmp_path / name)
-    try:
+    with another_run(models, tmp_path):
         tune(models.parent, method)
         run = export("--format", "merged")
         assert run.status == 0, run.err
@@ -340,10 +348,161 @@ def test_the_merged_model_has_the_logits_of_base_and_adapter(
             merged = AutoModelForCausalLM.from_pretrained(models / "merged")(ids).logits
         assert (expected - before).abs().max() > 0.1
         assert (merged - expected).abs().max() <= 1e-3
+
+
+@contextlib.contextmanager
+def another_run(models: Path, aside: Path) -> Iterator[None]:
+    """Let a test have a run of its own; afterwards the taught one, which the other tests need, is back."""
+    for name in ("adapter", "run.json"):
+        (models / name).rename(aside / name)
+    try:
+        yield
     finally:
         for name in ("adapter", "run.json"):
             shutil.rmtree(models / name) if (models / name).is_dir() else (models / name).unlink(missing_ok=True)
-            (tmp_path / name).rename(models / name)
+            (aside / name).rename(models / name)
+
+
+# ---- a model whose output layer shares the embedding's weights, as that of most small models does
+
+
+@pytest.fixture(scope="module")
+def tied(models: Path) -> dict[str, Any]:
+    """Make models/tied of the demo, and teach it the task; return the settings of a run with it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from planning.plan import read_rows
+    from preparing.tokens import load_tokenizer
+    from settings.run_settings import read_settings
+
+    shutil.copytree(models / "demo", models / "tied")
+    model = AutoModelForCausalLM.from_pretrained(models / "demo", dtype=torch.float32)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.tie_word_embeddings = True
+    teach(model, load_tokenizer(str(models / "demo")), read_rows(read_settings())["train"], 100)
+    model.save_pretrained(models / "tied")
+    return {"model_path": "models/tied", "revision": None}
+
+
+def first_tokens(models: Path, model: Any) -> Any:
+    """Return the logits (64 held-out rows, vocabulary) of each answer's first token."""
+    import torch
+
+    from preparing.tokens import load_tokenizer
+
+    tokenizer, options = load_tokenizer(str(models / "tied")), {"add_generation_prompt": True, "return_dict": False}
+    prompts = [tokenizer.apply_chat_template(row[:-1], **options) for row in held_out(models)[:64]]
+    with torch.inference_mode():
+        return torch.stack([model.eval()(torch.tensor([prompt])).logits[0, -1] for prompt in prompts])
+
+
+def tuned(models: Path) -> Any:
+    """Load the base model in models/tied with the adapter."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models / "tied"), models / "adapter")
+
+
+EMBEDDED = [("lora", "embed_tokens"), ("dora", "embed_tokens"), ("lora", "lm_head embed_tokens"), ("dora", "both all")]
+
+
+@pytest.mark.parametrize(
+    ("method", "targets"), [(method, "lm_head") for method in METHODS if method != "qlora"] + EMBEDDED
+)
+def test_an_adapter_of_a_tied_layer_is_merged_without_changing_the_other(
+    export: Export, models: Path, tied: dict[str, Any], tmp_path: Path, method: str, targets: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    names = ("lm_head", "embed_tokens", "qkv_proj", "down_proj") if targets == "both all" else tuple(targets.split())
+    with another_run(models, tmp_path):
+        tune(models.parent, method, steps=10, target_modules=names, **tied)
+        run = export("--format", "merged")
+        assert run.status == 0, run.err
+        expected = first_tokens(models, tuned(models))
+        merged = AutoModelForCausalLM.from_pretrained(models / "merged")
+        logits = first_tokens(models, merged)
+    assert (logits.argmax(-1) == expected.argmax(-1)).sum() == 64
+    assert (logits - expected).abs().max() <= 1e-3
+    assert len(set(expected.argmax(-1).tolist())) > 1
+    assert not merged.config.tie_word_embeddings
+    assert (run.json["export"]["merged"]["first_tokens"], run.json["export"]["merged"]["difference"]) == (1, 0)
+    assert "On 16 held-out rows 100.0% of the first tokens are base and adapter's.\n" in run.out
+
+
+def test_a_tied_model_stays_tied_where_neither_layer_has_an_adapter(
+    export: Export, models: Path, tied: dict[str, Any], tmp_path: Path
+) -> None:
+    from safetensors import safe_open
+
+    with another_run(models, tmp_path):
+        tune(models.parent, "lora", **tied)
+        assert export("--format", "merged").status == 0
+        assert json.loads((models / "merged/config.json").read_text())["tie_word_embeddings"]
+        with safe_open(models / "merged/model.safetensors", framework="numpy") as weights:
+            assert "lm_head.weight" not in weights.keys()  # noqa: SIM118 - it is no dict
+
+
+def test_the_int4_model_of_an_adapted_tied_layer_answers_as_base_and_adapter(
+    export: Export, models: Path, tied: dict[str, Any], exported: Path, tmp_path: Path
+) -> None:
+    import onnxruntime_genai
+    import torch
+
+    from exporting.agreement import answer_greedily, prompts_of
+    from preparing.tokens import load_tokenizer
+
+    shutil.copytree(exported, tmp_path / "onnx")
+    layers = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
+    with another_run(models, tmp_path):
+        try:
+            tune(models.parent, "lora", steps=50, target_modules=layers, **tied)
+            run = export()
+            assert run.status == 0, run.err
+            assert run.json["export"]["onnx"]["tokens"] >= 0.95
+            expected = first_tokens(models, tuned(models)).argmax(-1)
+            onnx, tokenizer = onnxruntime_genai.Model(str(exported)), load_tokenizer(str(models / "tied"))
+            prompts = prompts_of(tokenizer, held_out(models)[:64], thinking=False)
+            answers = [answer_greedily(onnx, prompt)[0][0] for prompt in prompts]
+        finally:
+            shutil.rmtree(exported)
+            shutil.copytree(tmp_path / "onnx", exported)
+    assert (expected == torch.tensor(answers)).sum() >= 0.95 * 64
+
+
+def test_a_merged_model_that_answers_otherwise_is_not_published(
+    export: Export, models: Path, tied: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exporting import merged
+
+    monkeypatch.setattr(merged, "untie", lambda model: None)  # so that the merge changes both layers
+    shutil.rmtree(models / "merged", ignore_errors=True)
+    with another_run(models, tmp_path):
+        tune(models.parent, "lora", target_modules=("embed_tokens",), **tied)
+        refused(export(), r"answers otherwise than base and adapter \(\d+% of 16 first tokens .* chat with torch")
+        assert not (models / "merged").exists()
+
+
+def test_a_merged_model_that_was_never_compared_is_merged_again(export: Export, exported: Path, models: Path) -> None:
+    run = json.loads((models / "run.json").read_text())
+    del run["export"]["merged"]["difference"]  # as an earlier release wrote it
+    (models / "run.json").write_text(json.dumps(run))
+    again = export()
+    assert "Merging models/adapter" in again.out and "Building the int4 model" in again.out
+
+
+@pytest.mark.parametrize("method", ["LoHa", "LoKr"])
+def test_an_embedding_that_a_method_cannot_adapt_is_refused_before_the_run(
+    invoke: Callable[..., Run], models: Path, method: str
+) -> None:
+    def edit(text: str) -> str:
+        return text.replace("type: LoRA", f"type: {method}").replace("lora_dropout", "rank_dropout")
+
+    for option in ("--check", "--smoke"):
+        run = invoke(option, settings={"target_modules": ["q_proj", "embed_tokens"]}, edit=edit)
+        refused(run, rf"target_modules: {method} cannot adapt embed_tokens, an embedding: remove it, or use LoRA or Do")
 
 
 FACTORS = [1 + i / 3 for i in range(24)]

@@ -254,6 +254,7 @@ def test_the_smoke_run_works_for_every_model_of_the_catalogue(
     finally:
         facts.write_bytes(original)
     assert run.status == 0, run.err
+    assert "The gradients agree with the change of the loss to 0." in run.out
     assert run.json["metrics"]["after"]["eval_loss"] != run.json["metrics"]["before"]["eval_loss"]
     assert (results.read_bytes() if results.exists() else None) == before, "a smoke run touches no result"
 

@@ -103,6 +103,7 @@ class Settings:
     # set by accelerate launch or torchrun
     processes: int = 1  # processes that share the rows
     sharded: bool = False  # FSDP: they share the weights too
+    smoke: bool = False  # a smoke run, which checks the gradients after its training
     file: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the whole file
 
     @property

@@ -32,6 +32,7 @@ def quiet() -> None:
         ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("TRANSFORMERS_VERBOSITY", "error"),
+        ("OMP_WAIT_POLICY", "PASSIVE"),  # PyTorch's waiting threads sleep: awake, they slow down a busy machine
     ):
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -25,6 +25,7 @@ from settings.olive_pass import ExtraSettings, pass_class
 from settings.run_settings import Settings, olive_config
 from training import batches
 from training.checkpoints import Checkpoints, newest_checkpoint
+from training.gradients import check_gradients
 from training.processes import share
 from training.progress import Progress
 
@@ -63,7 +64,7 @@ def train(
     transformers.set_seed(settings.seed)  # adapters are initialised before the Trainer sets the seed
     kind = pass_class(settings.method, Training)
     olive_pass = create_pass_from_dict(kind, chosen.config, True, DEFAULT_CPU_ACCELERATOR)
-    olive_pass.tokens = tokens
+    olive_pass.tokens, olive_pass.smoke = tokens, settings.smoke
     output = olive_pass.run(run_config.input_model.create_model(), str(run_folder / "output"))
     return Path(output.adapter_path), olive_pass.timings, olive_pass.history
 
@@ -109,6 +110,9 @@ class Training(ExtraSettings):
             trainer.train(resume_from_checkpoint=newest_checkpoint(Path(trainer.args.output_dir)))
         if checkpoints.stopped_by:
             raise KeyboardInterrupt(checkpoints.stopped_by)
+        if self.smoke:
+            batch = trainer._prepare_inputs(trainer.data_collator(train_rows[: arguments.train_batch_size]))
+            print(check_gradients(model, batch, config.torch_dtype, trainer.compute_loss_context_manager))
         self.timings = shown.timings()
         self.history = trainer.state.log_history
 
