@@ -3,8 +3,8 @@
 python finetuning/export.py                    models/merged, then models/onnx: fast chat, mainly on a CPU
 python finetuning/export.py --format merged    models/merged only: for transformers, vLLM and other tools
 
-The int4 model is compared with the merged one on held-out rows before it is published. A complete export of the same
-adapter is reused. The figures are written to models/run.json.
+On held-out rows, the merged model is compared with base and adapter, and the int4 model with the merged one, before
+either is published. A complete export of the same adapter is reused. The figures are written to models/run.json.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import logging
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
 from preparing.workspace import MODELS, ROOT
 from settings.startup import explain, quiet
 
@@ -90,15 +92,17 @@ def export(kind: str, provider: str | None, agreement: float, debug: bool) -> No
         base = base_folder(run)
         check_disk(base, kind, made_from)
         made = run.setdefault("export", {})
-        if is_made_from(MERGED, made_from) and "merged" in made:
+        # releases that did not compare it could merge wrongly
+        again = is_made_from(MERGED, made_from) and "difference" in made.get("merged", {})
+        if again:
             print(f"Using {shown(MERGED)} again: it was made from this adapter.")
         else:
             print(f"Merging {run['adapter']} into {run['base_model']}", flush=True)
             started = time.monotonic()
-            merge(run, base, made_from)
-            record(run, "merged", made_from, started, {})
+            record(run, "merged", made_from, started, merge(run, base, made_from))
         made_for: MadeFrom = {**made_from, "provider": provider or ""}
-        if kind == "onnx" and is_made_from(ONNX, made_for) and made.get("onnx", {}).get("tokens", -1) >= agreement:
+        agrees = made.get("onnx", {}).get("tokens", -1) >= agreement
+        if kind == "onnx" and again and is_made_from(ONNX, made_for) and agrees:
             print(f"Using {shown(ONNX)} again: it was made from this adapter.")
         elif kind == "onnx":
             print(f"Building the int4 model for {provider} (minutes for billions of weights)", flush=True)
@@ -130,6 +134,8 @@ def show(made: dict[str, Any], kind: str) -> None:
 
     for name in ("merged", "onnx") if kind == "onnx" else ("merged",):
         print(f"  {name:6} {made[name]['folder']}, {made[name]['bytes'] / 2**20:,.1f} MiB")
+    merged = made["merged"]
+    print(f"On {merged['rows']} held-out rows {merged['first_tokens']:.1%} of the first tokens are base and adapter's.")
     if kind == "onnx":
         figures = made["onnx"]
         print(

@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
 from preparing.workspace import MODELS, ROOT
 from settings.startup import explain, leave_out, quiet
 from training.processes import PROCESSES, RANK
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     from filelock import FileLock
 
     from planning import hardware, show_plan
-    from planning.plan import read_rows, row_facts, run_facts
+    from planning.plan import read_rows, run_facts, with_thinking
     from settings.run_settings import read_settings
     from settings.validation import validate
 
@@ -87,8 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
         settings = shrink(settings, results)
     hardware.refuse(settings)
     rows = read_rows(settings)
+    settings = with_thinking(settings, rows["train"])
     show_plan.show("run", run_facts(settings))
-    show_plan.show("rows", row_facts(settings, rows, len(rows["train"])))
     results.mkdir(parents=True, exist_ok=True)
     with FileLock(results / ".lock", timeout=0):  # two runs at once would mix their checkpoints
         tune(settings, rows, results, arguments.fresh, started)
@@ -128,7 +129,9 @@ def tune(settings: Settings, rows: dict[str, list[Any]], results: Path, fresh: b
     from planning.advice import explained
     from planning.fit import settle
     from planning.model_facts import base_model
-    from preparing.dataset import chat_tokens
+    from planning.plan import row_facts
+    from preparing.tokenised import list_refused, tokenise_rows
+    from preparing.tokens import load_tokenizer
     from reporting.evaluate import evaluate
     from reporting.model_card import write_model_card
     from reporting.report import write_report
@@ -145,10 +148,14 @@ def tune(settings: Settings, rows: dict[str, list[Any]], results: Path, fresh: b
     name = f"{run_json['config_sha256'][:8]}-{run_json['dataset_sha256'][:8]}-{PROCESSES}".removesuffix("-1")
     run_folder, folder = results / "checkpoints" / name, str(base.folder)
     settings = replace(settings, model_path=folder, revision=None)  # given an id, Olive would ask the hub
-    tokens = {
-        part: chat_tokens(rows[part], folder, **vars(settings.data[part].tokens)) for part in ("train", "held_out")
-    }
-    settings, estimated, line = settle(settings, tokens)
+    tokenizer = load_tokenizer(folder)
+    found = {part: tokenise_rows(tokenizer, rows[part], **vars(settings.data[part].tokens)) for part in rows}
+    for part in found:
+        list_refused(found[part].refused, rows[part])
+    rows = {part: found[part].rows for part in found}
+    tokens = {part: found[part].examples for part in found}
+    show_plan.show("rows", row_facts(settings, rows, len(tokens["train"])))
+    settings, estimated, line = settle(settings, found)
     show_plan.show("memory", {"line": line})
     if fresh or (run_folder / "finished").exists():
         shutil.rmtree(run_folder, ignore_errors=True)  # the result of a finished run is in models/adapter
@@ -162,7 +169,7 @@ def tune(settings: Settings, rows: dict[str, list[Any]], results: Path, fresh: b
         print("Evaluating the tuned model on the same rows")
         after = evaluate(settings, folder, adapter, rows["held_out"], tokens["held_out"])
 
-    run_json["data"] = data_facts(settings, rows, folder) | {"asked_rows": len(after.questions)}
+    run_json["data"] = data_facts(settings, rows, found["train"], tokenizer) | {"asked_rows": len(after.questions)}
     run_json["metrics"] = {"before": before.metrics, "after": after.metrics}
     run_json["examples"] = [
         {"question": row[-2]["content"], "expected": row[-1]["content"], "before": one, "after": other}

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 for variable, value in {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",  # chatting needs no network: setup/get_model.py downloads
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
@@ -22,6 +21,7 @@ for variable, value in {
     os.environ.setdefault(variable, value)  # the libraries read these when they are imported, later
 
 ENGINES = ("auto", "torch", "onnx")
+COLDEST = 0.01  # temperature above 0: a lower one divides by almost nothing, which ends the ONNX Runtime's process
 COMPARE = "the int4 model has the adapter merged in: to compare with the base model, start with --engine torch"
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -69,6 +69,7 @@ class Source:
     dtype: str
     system_prompt: str
     run: dict[str, Any] = field(default_factory=dict)  # models/run.json; empty for the base model alone
+    thinking: bool = False  # whether the model is asked with thoughts, as it was trained
 
 
 class Backend(Protocol):
@@ -79,8 +80,11 @@ class Backend(Protocol):
     notices: list[str]  # for the user, about how the model was loaded
     switchable: bool  # whether it has an adapter that can be disabled per answer
 
-    def encode(self, messages: list[Message]) -> list[int]:
-        """Render messages with the chat template, up to the start of the answer, and tokenise them."""
+    def render(self, messages: list[Message]) -> str:
+        """Render messages with the chat template, up to the start of the answer. Raises ChatError."""
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenise a rendered text, as the training did."""
 
     def decode(self, tokens: list[int]) -> str:
         """Decode tokens to text, without special tokens."""
@@ -112,6 +116,8 @@ class Engine:
         """
         if self.source.adapter and not (generation.adapter or self.backend.switchable):
             raise ChatError(f"The base model cannot answer here, as {COMPARE}.")
+        if 0 < generation.temperature < COLDEST:
+            raise ChatError(f"The temperature is {generation.temperature:g}: choose 0 (greedy), or {COLDEST} or more.")
         usage = usage or Usage()
         prompt, room = self.fit(messages, generation.max_new_tokens, notify)
         usage.prompt_tokens = len(prompt)
@@ -144,9 +150,10 @@ class Engine:
         turns = messages[len(given) :]
         system = given or [{"role": "system", "content": self.source.system_prompt}]
         system = [turn for turn in system if turn["content"]]
+        self.refuse_dropped(system + turns)
         context = self.backend.context
         kept = min(max_new_tokens, context // 2)  # reserved for the answer
-        while len(prompt := self.backend.encode(system + turns)) > context - kept:
+        while len(prompt := self.backend.encode(self.backend.render(system + turns))) > context - kept:
             questions = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
             if len(questions) < 2:
                 raise TooLongError(
@@ -157,6 +164,19 @@ class Engine:
         if dropped := len(messages) - len(given) - len(turns):
             notify(f"The model reads {context} tokens: the oldest {dropped} messages of this chat were left out.")
         return prompt, min(max_new_tokens, context - len(prompt))
+
+    def refuse_dropped(self, messages: list[Message]) -> None:
+        """Raise ChatError if the chat template leaves a message out: the model would never read it."""
+        marks = [f"message {i} of this conversation" for i in range(len(messages))]
+        marked = [turn | {"content": mark} for turn, mark in zip(messages, marks, strict=True)]
+        text = self.backend.render(marked)
+        for turn, mark in zip(messages, marks, strict=True):
+            if turn["content"].strip() and mark not in text:
+                what = "system prompt" if turn["role"] == "system" else f"turn of the {turn['role']}"
+                raise ChatError(
+                    f"The model's chat template leaves out the {what}, so the model would not read it: leave it out "
+                    "too, or write it into a question."
+                )
 
 
 def half_said(text: str, stops: tuple[str, ...]) -> int:

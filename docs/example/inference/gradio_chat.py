@@ -10,15 +10,15 @@ import argparse
 import os
 import secrets
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
 from engine import ENGINES, ChatError, Engine
 from load_engine import load, not_installed
 
 if TYPE_CHECKING:
     from request_queue import RequestQueue
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported, later
 
 # The browser loads nothing from other sites, not even an image in an answer.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -41,6 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="KEY",
         help="prefer CHAT_API_KEY: others on this machine can see the command line",
     )
+    parser.add_argument(
+        "--root-path",
+        default="",
+        metavar="PATH",
+        help="where a proxy shows this: a path, or the whole address, which needs no header of the proxy's",
+    )
+    parser.add_argument(
+        "--proxy-headers", action="store_true", help="trust the proxy's X-Forwarded-Host (default: only Host)"
+    )
     parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     options = parser.parse_args(arguments)
     try:
@@ -58,9 +67,12 @@ def main(arguments: list[str] | None = None) -> int:
 def serve(options: argparse.Namespace) -> None:
     """Serve the page and the API until Ctrl-C. Raises ChatError."""
     try:
+        from guard import check_root_path
         from server import create_app, create_server, listen
     except ModuleNotFoundError as error:
         raise not_installed(error) from error
+    check_root_path(options.root_path)
+    root_path = options.root_path.rstrip("/")
     listener = listen(options.host, options.port, options.api_key)
     port = listener.getsockname()[1]
     if options.port not in (0, port):
@@ -82,13 +94,24 @@ def serve(options: argparse.Namespace) -> None:
 
     def is_ready() -> None:
         print(f"Chat at {address} (Ctrl-C ends it); an API for OpenAI's clients at {address}v1", flush=True)
+        if root_path:
+            print(f"Through the proxy: {root_path}/, and {root_path}/v1", flush=True)
+        if (root_path or options.proxy_headers) and not options.api_key:
+            print("Whoever reaches the proxy can use the model, as no key is set in CHAT_API_KEY.", flush=True)
 
     def fail(error: Exception) -> None:
         failures.append(error)
         server.should_exit = True
 
     app = create_app(
-        prepare, lambda queue: open_page(queue, options.api_key), is_ready, fail, options.host, options.api_key
+        prepare,
+        lambda queue: open_page(queue, options.api_key, root_path),
+        is_ready,
+        fail,
+        options.host,
+        options.api_key,
+        root_path,
+        options.proxy_headers,
     )
     server = create_server(app)
     server.run(sockets=[listener])
@@ -96,8 +119,11 @@ def serve(options: argparse.Namespace) -> None:
         raise failures[0]
 
 
-def open_page(queue: RequestQueue, key: str) -> Any:
-    """Return the page as an application that records nothing and loads nothing from other sites."""
+def open_page(queue: RequestQueue, key: str, root_path: str = "") -> Any:
+    """Return the page as an application that records nothing and loads nothing from other sites.
+
+    A proxy shows it at `root_path`, a path or a whole address.
+    """
     import gradio as gr
     from fastapi import FastAPI
 
@@ -110,6 +136,7 @@ def open_page(queue: RequestQueue, key: str) -> Any:
         FastAPI(openapi_url=None),
         build_page(queue).queue(),
         "/",
+        root_path=root_path or None,
         auth=is_key if key else None,
         auth_message="The password is the API key; the user name may be any.",
         theme=THEME,

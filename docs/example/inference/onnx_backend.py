@@ -7,6 +7,7 @@ and tokenised here, to the same tokens as in the training.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Generator
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from engine import ChatError, Generation, Message
+from engine import ChatError, Generation, Message, Source
 from sources import read_yaml
 
 # attributes of the tokenizer that a chat template may use
@@ -31,16 +32,18 @@ class OnnxBackend:
 
     switchable = False  # the adapter is merged into the weights
 
-    def __init__(self, folder: Path, root: Path) -> None:
+    def __init__(self, source: Source, folder: Path, root: Path) -> None:
         """Load model, tokenizer and chat template from a folder in the workspace `root`. Raises ChatError."""
-        self.tokenizer = ChatTokenizer(folder, root)
+        self.tokenizer = ChatTokenizer(folder, root, source.thinking)
         try:
             settings = read_json(folder / "genai_config.json")["model"]
             self.context, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
             ends = settings["eos_token_id"]
             providers = [name for one in settings["decoder"]["session_options"]["provider_options"] for name in one]
             provider = providers[0] if providers else "cpu"
-            self.model = onnxruntime_genai.Model(str(folder))
+            config = onnxruntime_genai.Config(str(folder))
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": waiting()}}}))
+            self.model = onnxruntime_genai.Model(config)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise damaged(folder, root, error) from error
         except RuntimeError as error:
@@ -51,7 +54,7 @@ class OnnxBackend:
                 f"models/{folder.name} is for: use --engine torch."
             ) from error
         self.stops = {*ends} if isinstance(ends, list) else {ends}
-        self.encode, self.decode = self.tokenizer.encode, self.tokenizer.decode
+        self.render, self.encode, self.decode = self.tokenizer.render, self.tokenizer.encode, self.tokenizer.decode
         self.description = f"ONNX Runtime, int4 weights on {provider}"
         self.notices: list[str] = []
 
@@ -83,7 +86,7 @@ class OnnxBackend:
 class ChatTokenizer:
     """Conversations → tokens and back, like transformers with the same files."""
 
-    def __init__(self, folder: Path, root: Path) -> None:
+    def __init__(self, folder: Path, root: Path, thinking: bool = False) -> None:
         """Read tokenizer and chat template. A base model has no template: the one in setup/model.yaml is used."""
         try:
             settings = read_json(folder / "tokenizer_config.json")
@@ -93,22 +96,32 @@ class ChatTokenizer:
                 template = file.read_text(encoding="utf-8")
         except Exception as error:  # tokenizers raises no more specific error
             raise damaged(folder, root, error) from error
+        self.thinking = thinking
         self.template = compile_template(str(template or read_yaml(root, "setup/model.yaml")["chat_template"]))
         marks = {name: settings[name] for name in MARKS if settings.get(name)}
         self.marks = {name: mark["content"] if isinstance(mark, dict) else mark for name, mark in marks.items()}
 
-    def encode(self, messages: list[Message]) -> list[int]:
-        """Render messages with the chat template and tokenise them, as the training did. Raises ChatError."""
-        variables = self.marks | {"tools": None, "documents": None, "enable_thinking": False}
+    def render(self, messages: list[Message]) -> str:
+        """Render messages with the chat template, up to the start of the answer. Raises ChatError."""
+        variables = self.marks | {"tools": None, "documents": None, "enable_thinking": self.thinking}
         try:
-            text = self.template.render(messages=messages, add_generation_prompt=True, **variables)
+            return str(self.template.render(messages=messages, add_generation_prompt=True, **variables))
         except TemplateError as error:
             raise ChatError(f"The model's chat template does not take this conversation: {error}.") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenise a rendered text, as the training did."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, tokens: list[int]) -> str:
         """Decode tokens to text, without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def waiting() -> dict[str, str]:
+    """Return the session option that decides whether waiting threads stay awake, as OMP_WAIT_POLICY does for torch."""
+    awake = os.environ.get("OMP_WAIT_POLICY", "").upper() == "ACTIVE"
+    return {"session.intra_op.allow_spinning": "1" if awake else "0"}
 
 
 def damaged(folder: Path, root: Path, error: Exception) -> ChatError:

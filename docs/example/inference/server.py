@@ -5,30 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import ipaddress
+import json
 import logging
-import secrets
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from api import ApiError, router
+from api import router
+from api_error import ApiError
 from engine import ChatError, Engine
+from guard import LARGEST, Guard, is_loopback, too_large
 from request_queue import QueueFullError, RequestQueue
 
 IN_USE = {errno.EADDRINUSE, errno.EACCES}  # on Windows, EACCES means that another program uses the port
 PORTS = 100  # how many ports are tried, from the requested one on
-LARGEST = 2**20  # bytes per request: far more than a model reads
+ADDRESSES = ("/v1/models", "/v1/chat/completions")
+WITHOUT_V1 = {"chat", "completions", "embeddings", "models", "responses"}  # how OpenAI's addresses begin after /v1
 LOADING = '<!doctype html><title>Loading</title><meta http-equiv="refresh" content="2">Loading the model …'
 
 
@@ -54,13 +54,6 @@ def listen(host: str, port: int, key: str) -> socket.socket:
     raise ChatError(f"Port {port} of {host} cannot be opened ({wrong}): choose another --port or --host.") from wrong
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether an address is reachable only from this machine."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
 def create_app(
     prepare: Callable[[], Engine],
     open_page: Callable[[RequestQueue], FastAPI],
@@ -68,11 +61,13 @@ def create_app(
     fail: Callable[[Exception], None],
     host: str = "127.0.0.1",
     key: str = "",
+    root_path: str = "",
+    proxy_headers: bool = False,
 ) -> FastAPI:
     """Return the application. It responds at once; a thread loads the engine, and then the page is mounted.
 
     `is_ready` is called when both respond, `fail` with the error otherwise. A request must have the key, if there is
-    one, be for this host, and not come from another site.
+    one, be for this host, and not come from another site; `root_path` and `proxy_headers` are the Guard's.
     """
 
     @contextlib.asynccontextmanager
@@ -98,12 +93,12 @@ def create_app(
     app.state.queue, app.state.page = None, HTMLResponse(LOADING, 503, {"Retry-After": "2"})
 
     async def page(scope: Scope, receive: Receive, send: Send) -> None:
-        await app.state.page(scope, receive, send)
+        response = misdirected(scope["method"], scope["path"]) if scope["type"] == "http" else None
+        await (response or app.state.page)(scope, receive, send)
 
     app.include_router(router, max_body_size=LARGEST)
-    app.mount("/v1", no_such_address)
     app.mount("/", page)
-    app.add_middleware(Guard, host=host, key=key)
+    app.add_middleware(Guard, host=host, key=key, root_path=root_path, proxy_headers=proxy_headers)
     for kind, explain in EXPLAIN.items():
         app.add_exception_handler(kind, explain)
     return app
@@ -111,10 +106,24 @@ def create_app(
 
 def create_server(app: FastAPI) -> uvicorn.Server:
     """Return the server. It logs only errors, and does not report open pages when it ends."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, ws="none", http=Protocol, timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
     return server
+
+
+class Protocol(AutoHTTPProtocol):
+    """The protocol of HTTP, which answers what is no HTTP in the API's format."""
+
+    def send_400_response(self, _: str) -> None:
+        """Answer, and close the connection."""
+        refusal = ApiError(400, "This is no valid HTTP/1.1 request: check its headers, Host and Content-Length first.")
+        body = json.dumps(refusal.body()).encode()
+        headers = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(f"HTTP/1.1 400 Bad Request\r\n{headers}".encode() + body)
+        self.transport.close()
 
 
 async def in_thread(work: Callable[[], Any]) -> Any:
@@ -134,57 +143,27 @@ async def in_thread(work: Callable[[], Any]) -> Any:
     return await done
 
 
-class Guard:
-    """Middleware that checks each request: key, host, origin and size."""
-
-    def __init__(self, app: ASGIApp, host: str, key: str) -> None:
-        """Wrap the application."""
-        self.app, self.key = app, key.encode()
-        # DNS rebinding: another site's name that points to this machine would bypass the browser's same-origin policy.
-        self.hosts = {"localhost", "127.0.0.1", "::1", host} if is_loopback(host) else set()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
-        refusal = self.refusal(Headers(scope=scope), scope["path"]) if scope["type"] == "http" else None
-        await (refusal.response() if refusal else self.app)(scope, receive, send)
-
-    def refusal(self, headers: Headers, path: str) -> ApiError | None:
-        """Return the error for a request, or None."""
-        host, origin = headers.get("host", "").lower(), headers.get("origin", "").lower()
-        try:
-            name = urlsplit(f"//{host}").hostname
-        except ValueError:
-            name = None
-        if self.hosts and name not in self.hosts:
-            return ApiError(403, f"This server is not {host or 'to be asked without a Host'}.", "wrong_host")
-        if origin and origin.partition("://")[2] != host:
-            return ApiError(403, "Pages of other sites may not use this server.", "wrong_origin")
-        if path.startswith("/v1/") and self.key and not self.is_key(headers.get("authorization", "")):
-            return ApiError(
-                401, "The API key is missing or wrong: send it as `Authorization: Bearer KEY`.", "invalid_api_key"
-            )
-        if int(headers.get("content-length", 0)) > LARGEST:
-            return too_large()
-        return None
-
-    def is_key(self, authorization: str) -> bool:
-        """Compare with the key in constant time."""
-        scheme, _, given = authorization.partition(" ")
-        return scheme.lower() == "bearer" and secrets.compare_digest(given.strip().encode("latin-1"), self.key)
-
-
 # ---- errors in OpenAI's format
 
 
-async def no_such_address(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer an unknown path under /v1."""
-    refusal = ApiError(404, f"There is nothing at {scope['method']} {scope['path']}.", "not_found")
-    await refusal.response()(scope, receive, send)
-
-
-def too_large() -> ApiError:
-    """Return the error for a body that is too large."""
-    return ApiError(413, f"The request is larger than {LARGEST} bytes, far more than the model reads.", "too_large")
+def misdirected(method: str, path: str) -> Response | None:
+    """Return the response to a request that meets neither the API nor the page, or None."""
+    allowed = sorted({known for route in router.routes if route.path_regex.match(path) for known in route.methods})
+    if allowed and method == "OPTIONS":
+        return Response(status_code=204, headers={"Allow": ", ".join(["OPTIONS", *allowed])})
+    if allowed:
+        refusal = ApiError(405, f"{path} takes {' or '.join(allowed)}, not {method}.", "method_not_allowed")
+        refusal.headers["Allow"] = ", ".join(allowed)
+        return refusal.response()
+    nothing = f"There is nothing at {method} {path}"
+    first = path.strip("/").partition("/")[0]
+    if first == "v1":
+        return ApiError(404, f"{nothing}: the API has {' and '.join(ADDRESSES)}.", "not_found").response()
+    if first in WITHOUT_V1:
+        return ApiError(
+            404, f"{nothing}: the API is at /v1, so a client's base_url ends in /v1.", "not_found"
+        ).response()
+    return None
 
 
 async def refused(_: Request, error: Any) -> Response:
@@ -197,26 +176,13 @@ async def full(_: Request, error: Any) -> Response:
     return ApiError(429, str(error), "rate_limit_exceeded").response()
 
 
-async def invalid(_: Request, error: Any) -> Response:
-    """Return the error of the first invalid field."""
-    first = error.errors()[0]
-    where = [*first["loc"][1:], *filter(None, [first.get("ctx", {}).get("field")])]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"The body is no JSON: {first['ctx']['error']}.").response()
-    message = first["msg"].removeprefix("Value error, ")
-    return ApiError(400, f"{param or 'The body'}: {message}.", param=param or None).response()
-
-
-async def http_error(_: Request, error: Any) -> Response:
+async def http_error(request: Request, error: Any) -> Response:
     """Answer requests that FastAPI itself refuses."""
-    refusal = too_large() if error.status_code == 413 else ApiError(error.status_code, f"{error.detail}.")
-    return refusal.response()
+    if error.status_code == 413:
+        return too_large().response()
+    nothing = f"There is nothing at {request.method} {request.scope['path']}."
+    message = nothing if error.status_code == 404 else f"{error.detail}."
+    return ApiError(error.status_code, message).response()
 
 
-EXPLAIN: dict[Any, Any] = {
-    ApiError: refused,
-    QueueFullError: full,
-    RequestValidationError: invalid,
-    HTTPException: http_error,
-}
+EXPLAIN: dict[Any, Any] = {ApiError: refused, QueueFullError: full, HTTPException: http_error}

@@ -26,6 +26,7 @@ def tuned_source(root: Path) -> Source:
             method=run["method"],
             dtype=run["dtype"],
             system_prompt=run["system_prompt"],
+            thinking=run.get("thinking", False),  # runs before release 0.3.0 do not say it
             run=run,
         )
     except FileNotFoundError:
@@ -48,6 +49,8 @@ def base_source(root: Path) -> Source:
             method=chosen["type"].lower(),
             dtype=chosen["torch_dtype"],
             system_prompt=next((settings["system_prompt"] for settings in data if settings.get("system_prompt")), ""),
+            # auto depends on the rows, which are not read here
+            thinking=any(settings.get("thinking") in ("on", True) for settings in data),  # YAML 1.1 reads on as true
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ChatError(

@@ -67,7 +67,7 @@ class TorchBackend:
             raise ChatError(f"The tokenizer in {source.adapter} is missing or damaged: {TUNE} again, {BASE}") from error
         if not tokenizer.chat_template:  # a base model's tokenizer
             tokenizer.chat_template = read_yaml(root, "setup/model.yaml")["chat_template"]
-        self.tokenizer = tokenizer
+        self.tokenizer, self.thinking = tokenizer, source.thinking
         self.stops = self.end_of_answer(model.generation_config.eos_token_id)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # A new one: the model's own may sample or penalise repetition, which the evaluation did not do.
@@ -93,13 +93,23 @@ class TorchBackend:
         stops += end_of_text if isinstance(end_of_text, list) else [end_of_text]
         return sorted({stop for stop in stops if stop is not None})
 
-    def encode(self, messages: list[Message]) -> list[int]:
-        """Render messages with the chat template and tokenise them, as the training did. Raises ChatError."""
+    def render(self, messages: list[Message]) -> str:
+        """Render messages with the chat template, up to the start of the answer. Raises ChatError."""
         try:
-            options = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False}
-            return list(self.tokenizer.apply_chat_template(messages, **options))
+            options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": self.thinking}
+            return str(self.tokenizer.apply_chat_template(messages, **options))
         except TemplateError as error:
             raise ChatError(f"The model's chat template does not take this conversation: {error}.") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenise a rendered text, as the training did. Raises ChatError for a token that the model lacks."""
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if (token := max(ids, default=0)) >= self.model.get_input_embeddings().num_embeddings:
+            raise ChatError(
+                f"The tokenizer is larger than the model: {self.tokenizer.convert_ids_to_tokens(token)!r} has the id "
+                f"{token}, for which the model has no embedding: leave this text out."
+            )
+        return ids
 
     def decode(self, tokens: list[int]) -> str:
         """Decode tokens to text, without special tokens."""

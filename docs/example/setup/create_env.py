@@ -13,26 +13,39 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import shutil
-import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from install import LOG, SetupError, again, install, log, python_in, quoted, step, torch_versions, works
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
+from conda_environment import (
+    CONDAS,
+    STAMP,
+    conda_lists,
+    conda_name,
+    delete,
+    find_conda,
+    find_prefix,
+    is_conda,
+    made_from_file,
+    mixed,
+    not_needed,
+    package_name,
+)
+from gpu import too_old
+from install import LOG, TORCH_INDEX, SetupError, again, asked_build, install, install_more, log, quoted, step, works
+from installed import ROOT, python_in, site_packages, torch_versions
 
-ROOT = Path(__file__).resolve().parents[1]
 SETUP = ROOT / "setup"
 FLOW = ROOT / "inference" / "flow"
 DISK_GIB = {"cpu": 3, "gpu": 9, "promptflow": 1}
-CONDAS = ("conda", "mamba", "micromamba")
-STAMP = "create_env.stamp"
 
 
 def create(manager: str, purpose: str, dry_run: bool) -> None:
@@ -54,22 +67,28 @@ def create(manager: str, purpose: str, dry_run: bool) -> None:
     conda, why = find_conda(manager)
     name = conda_name() if conda else venv
     with nullcontext() if dry_run else alone(f"{conda} {name}" if conda else str(ROOT)):
-        prefix, exists = find_prefix(conda, name, dry_run) if conda else (ROOT / name, False)
-        if not dry_run and read_stamp(prefix) == stamp_for(prefix, lock) and python_in(prefix).exists():
+        prefix, exists = find_prefix(conda, name) if conda else (ROOT / name, False)
+        complete = read_stamp(prefix) == stamp_for(prefix, lock) and python_in(prefix).exists()
+        if not dry_run and complete and asked_build(prefix):
             print(f"The environment {name} is up to date.")
         else:
             print(f"{'Commands for' if dry_run else 'Setting up'} the environment {name} with {why}:")
             check_place(prefix, device, dry_run)
+            check_machine(device, conda)
             if not dry_run:
                 log(f"\n===== {time.strftime('%Y-%m-%d %H:%M:%S')}, Python {sys.version.split()[0]}, {sys.platform}\n")
             if conda:
-                prefix = make_conda(conda, name, prefix, exists, dry_run)
+                make_conda(conda, prefix, exists, dry_run)
             else:
                 make_venv(prefix, settings["python"], dry_run)
             install(prefix, device, lock, dry_run)
+            if conda and (more := conda_lists()[2]):
+                install_more(prefix, more, dry_run)
             if not dry_run:
                 # Last, so that an interrupted environment never counts as complete.
                 write_stamp(prefix, stamp_for(prefix, lock))
+                if (SETUP / "create_env.incomplete").exists():  # from the hook
+                    (SETUP / "create_env.incomplete").unlink()
                 print(f"Ready in {time.monotonic() - started:.0f} s.")
     activate = [f"source {name}/bin/activate" if sys.platform != "win32" else rf"{name}\Scripts\Activate.ps1"]
     if conda:
@@ -87,7 +106,8 @@ def create(manager: str, purpose: str, dry_run: bool) -> None:
 def alone(what: str) -> Iterator[None]:
     """Hold a lock on the environment: wait for other runs that create the same one, and make others wait."""
     # Not next to the environment, which may not exist yet; not deleted, since another run may wait for it.
-    name = hashlib.sha256(f"{Path.home()} {what}".encode()).hexdigest()[:16]
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path's fails for an account without one
+    name = hashlib.sha256(f"{home} {what}".encode()).hexdigest()[:16]
     with Path(tempfile.gettempdir(), f"create_env-{name}.lock").open("a") as file:
         if not locked(file.fileno(), wait=False):
             print("Another run is creating this environment: waiting for it. Ctrl-C ends the wait.", flush=True)
@@ -128,61 +148,7 @@ def read_settings() -> dict[str, str]:
     return settings
 
 
-# -------------------------------------------------------------------- Which manager, and where the environment is
-
-
-def find_conda(manager: str) -> tuple[str, str]:
-    """Return the conda-like program for `manager` ("" for a venv), and the choice in words. Raises SetupError."""
-    if manager != "venv":
-        for program, where in conda_programs():
-            stem = Path(program).stem
-            if Path(program).is_file() and (manager == "auto" or stem == manager):
-                return program, f"{stem} ({where})"
-        if manager != "auto":
-            raise SetupError(f"{manager} was not found: install Miniforge (conda-forge.org) or use --manager venv.")
-    return "", "venv" if manager == "venv" else "venv (no conda was found)"
-
-
-def conda_programs() -> Iterator[tuple[str, str]]:
-    """Yield the possible paths of conda, and each place in words; start-up files are never read or changed."""
-    for variable in ("CONDA_EXE", "MAMBA_EXE"):
-        yield os.environ.get(variable, ""), f"from {variable}"
-    for name in CONDAS:
-        yield shutil.which(name) or "", "on PATH"
-    for folder in ("miniforge3", "miniconda3", "AppData/Local/miniforge3", "AppData/Local/miniconda3"):
-        home = Path.home() / folder
-        yield str(home / ("Scripts/conda.exe" if sys.platform == "win32" else "bin/conda")), f"in {home}"
-
-
-def conda_name() -> str:
-    """Return the environment's name from setup/conda-environment.yml. Raises SetupError."""
-    text = (SETUP / "conda-environment.yml").read_text(encoding="utf-8")
-    # No option, no path outside of the environments, nor conda's base: the update removes packages it does not list.
-    found = re.search(r"^name:\s*([\"']?)(\w[\w.-]*)\1\s*(#.*)?$", text, re.MULTILINE)
-    if not found or found.group(2) in ("base", "root"):
-        raise SetupError("setup/conda-environment.yml has no name of its own: write a line `name: my-environment`.")
-    return found.group(2)
-
-
-def find_prefix(conda: str, name: str, dry_run: bool) -> tuple[Path, bool]:
-    """Return the folder of a conda environment, and whether it exists already. Raises SetupError."""
-    root = os.environ.get("MAMBA_ROOT_PREFIX") if Path(conda).stem == "micromamba" else None
-    prefix = (Path(root) if root else Path(conda).resolve().parents[1]) / "envs" / name
-    exists = (prefix / "conda-meta").is_dir()
-    if not dry_run and not exists:
-        try:
-            done = subprocess.run([conda, "env", "list", "--json"], capture_output=True, text=True, check=True)
-            folders = [Path(folder) for folder in json.loads(done.stdout)["envs"]]
-        except (OSError, subprocess.CalledProcessError, ValueError, KeyError) as error:
-            raise SetupError(f"{conda} does not work ({error}): repair it or use --manager venv.") from error
-        for folder in folders:
-            # A base environment, which contains the others, is never this one, whatever its folder's name.
-            ours = folder.name == name and not (folder / "condabin").is_dir()
-            if ours and (folder / "conda-meta").is_dir():
-                prefix, exists = folder, True
-    if " " in str(prefix):
-        raise SetupError(f"{prefix} has a space in its path, which breaks conda environments: use --manager venv.")
-    return prefix, exists
+# ------------------------------------------------------------------------------------------ Where the environment is
 
 
 def check_place(prefix: Path, device: str, dry_run: bool) -> None:
@@ -193,10 +159,11 @@ def check_place(prefix: Path, device: str, dry_run: bool) -> None:
     if not read_stamp(prefix):
         if venv and prefix.is_dir() and any(prefix.iterdir()) and not (prefix / "pyvenv.cfg").exists():
             raise SetupError(f"{prefix} is not an environment, and is left alone: rename it, then run this again.")
-        if not venv and any(prefix.glob("conda-meta/*.json")):
+        if not venv and any(prefix.glob("conda-meta/*.json")) and not made_from_file(prefix, conda_lists()[1]):
             raise SetupError(
-                f"The conda environment in {prefix} was not made by this file, and is left alone: "
-                "give another name in setup/conda-environment.yml, or use --manager venv."
+                f"The conda environment in {prefix} was not made by this file, and is left alone: give another name "
+                f"in setup/conda-environment.yml, delete it with `conda env remove --name {prefix.name}`, or use "
+                "--manager venv."
             )
     folder = next(folder for folder in (prefix, *prefix.parents) if folder.exists())
     free = shutil.disk_usage(folder).free / 2**30
@@ -204,6 +171,17 @@ def check_place(prefix: Path, device: str, dry_run: bool) -> None:
         raise SetupError(
             f"{folder} has {free:.1f} GiB free, the environment needs {DISK_GIB[device]}: make room first."
         )
+
+
+def check_machine(device: str, conda: str) -> None:
+    """Raise SetupError for a machine on which the packages cannot be installed, or not used."""
+    if sysconfig.get_platform() == "win-arm64" and not conda and device != "promptflow":
+        raise SetupError(
+            "This is a Python for Windows on ARM, for which pyarrow, among others, has no wheels: install the Python "
+            "for x64 from python.org, which Windows on ARM runs too, and run this file with that one."
+        )
+    if device == "gpu" and (lacks := too_old(TORCH_INDEX["gpu"])):
+        raise SetupError(lacks)
 
 
 def stamp_for(prefix: Path, lock: Path) -> str:
@@ -230,25 +208,47 @@ def write_stamp(prefix: Path, stamp: str) -> None:
 # ------------------------------------------------------------------------------------------ The environment itself
 
 
-def make_conda(conda: str, name: str, prefix: Path, exists: bool, dry_run: bool) -> Path:
-    """Create the conda environment, or update the one in `prefix`; return its folder. Raises SetupError."""
-    # Variables instead of --yes: not every version of every manager has that option for this command.
+def make_conda(conda: str, prefix: Path, exists: bool, dry_run: bool) -> None:
+    """Create the conda environment in `prefix`, or update the one that is there. Raises SetupError."""
+    # Variables instead of --yes: not every version of every manager has that option for every command.
     env = {**os.environ, "CONDA_ALWAYS_YES": "true", "MAMBA_ALWAYS_YES": "true"}
+    place = ["--prefix", str(prefix)]
+    channels, dependencies, _ = conda_lists()
+    # The user's own channels may be blocked, or their terms not accepted: they are never asked.
+    only = ["--override-channels", *(part for channel in channels for part in ("--channel", channel))]
     if not exists:
         # Empty first, so the stamp is there before anything can be interrupted.
-        step("an empty environment", [conda, "create", "--name", name], env, dry_run)
-        prefix, exists = find_prefix(conda, name, dry_run)
+        empty = ["--no-default-packages"] if Path(conda).stem == "conda" else []
+        step("an empty environment", [conda, "create", *place, *only, *empty], env, dry_run)
     if not dry_run:
-        if not exists:
-            raise SetupError(f"{conda} made no environment {name}: see {LOG}.{again()}")
+        if not is_conda(prefix):
+            raise SetupError(f"{conda} made no environment in {prefix}: see {LOG}.{again()}")
         write_stamp(prefix, f"begun\n{prefix}\n")
-    file = str(SETUP / "conda-environment.yml")
-    prune = ["--prune"] if exists and any(prefix.glob("conda-meta/*.json")) else []
-    title = f"update of {prefix}" if prune else "Python"
-    step(title, [conda, "env", "update", "--prefix", str(prefix), "--file", file, *prune], env, dry_run)
-    if not dry_run and not python_in(prefix).exists():
-        raise SetupError(f"{conda} made no Python in {prefix}: see {LOG}.{again()}")
-    return prefix
+    if rest := not_needed(prefix, dependencies):
+        # Nothing that stays needs them, so --force breaks nothing. Only conda asks channels before it removes.
+        title, asked = f"removal of {', '.join(rest)}", only if Path(conda).stem == "conda" else []
+        step(title, [conda, "remove", *place, *asked, "--force", *rest], env, dry_run)
+    title = f"update of {prefix}" if any(prefix.glob("conda-meta/*.json")) else "Python"
+    step(title, [conda, "install", *place, *only, *dependencies], env, dry_run)
+    if broken := mixed(prefix):
+        specs = {package_name(dependency): dependency for dependency in dependencies}
+        if not dry_run:
+            delete([file for files in broken.values() for file in files], prefix)
+        again_in = [conda, "install", *place, *only, "--force-reinstall", *(specs.get(name, name) for name in broken)]
+        step(f"repair of {', '.join(broken)}, which pip had overwritten", again_in, env, dry_run)
+    if not dry_run:
+        if not python_in(prefix).exists():
+            raise SetupError(f"{conda} made no Python in {prefix}: see {LOG}.{again()}")
+        remove_older_python(prefix)
+
+
+def remove_older_python(prefix: Path) -> None:
+    """Delete what pip installed for a Python that conda has replaced: nothing uses it, and it is 3 to 9 GiB."""
+    current = site_packages(prefix)
+    for folder in prefix.glob("lib/python3.*"):
+        old = not folder.is_symlink() and current and folder.name != current.parent.name
+        if old and {path.name for path in folder.iterdir()} <= {"site-packages", "__pycache__"}:
+            shutil.rmtree(folder)
 
 
 def make_venv(prefix: Path, least: str, dry_run: bool) -> None:
@@ -259,7 +259,7 @@ def make_venv(prefix: Path, least: str, dry_run: bool) -> None:
     if not moved and works([python, "-c", ""]):
         if not dry_run:
             write_stamp(prefix, f"begun\n{prefix}\n")
-        if not shutil.which("uv") and not works([python, "-m", "pip", "--version"]):
+        if not shutil.which("uv") and not works([python, "-I", "-m", "pip", "--version"]):
             step("pip", [str(python), "-m", "ensurepip"], dict(os.environ), dry_run)
         return
     if sys.version_info < tuple(int(part) for part in least.split(".")):

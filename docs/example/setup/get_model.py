@@ -22,11 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Before anything imports the hub's library.
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "setup"))
+import no_telemetry  # noqa: E402, F401 - before any library
 from model_folder import (  # noqa: E402 - shared with finetuning/ and inference/
     DEMO,
     Found,
@@ -112,7 +110,8 @@ def build_demo(found: Found | None) -> None:
         print(f"The demo model is there: {found.folder}")
         return
     command = [sys.executable, "-m", "training.tiny_model"]
-    if subprocess.run(command, cwd=ROOT / "finetuning", check=False).returncode != 0:
+    env = {**os.environ, "PYTHONSAFEPATH": ""}  # -m finds it in the current folder
+    if subprocess.run(command, cwd=ROOT / "finetuning", env=env, check=False).returncode != 0:
         raise ModelError("finetuning/training/tiny_model.py failed, as shown above: correct that and run this again.")
 
 
@@ -165,6 +164,8 @@ def fetch(model: str, commit: str, sizes: dict[str, int]) -> None:
     missing = sum(sizes.get(name, 0) for name in lacking)
     check_disk(Path(constants.HF_HUB_CACHE), missing)
     if lacking:
+        if "config.json" in lacking:
+            check_kind(model, commit)
         print(f"Downloading {model}: {size(missing)}", flush=True)
     else:
         utils.disable_progress_bars()
@@ -174,6 +175,24 @@ def fetch(model: str, commit: str, sizes: dict[str, int]) -> None:
         if faults(snapshot, [name], sizes):  # this does not replace a copy (on Windows there are no links)
             (snapshot / name).unlink(missing_ok=True)
             hf_hub_download(model, name, revision=commit)
+
+
+def check_kind(model: str, commit: str) -> None:
+    """Raise ModelError if transformers cannot load this kind of model to train it, by its config.json on the hub.
+
+    If that cannot be asked, the check does it after the download.
+    """
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    config = get_session().get(hf_hub_url(model, "config.json", revision=commit), headers=build_hf_headers())
+    if config.status_code == 200:
+        command = [sys.executable, "-m", "planning.text_model", model]
+        asked = subprocess.run(
+            command, cwd=ROOT / "finetuning", input=config.text, capture_output=True, encoding="utf-8", check=False
+        )
+        if asked.stdout:
+            raise ModelError(asked.stdout)
 
 
 def limit_wait(request: Any) -> None:

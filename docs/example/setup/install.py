@@ -17,12 +17,16 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from installed import ROOT, canonical, conda_distributions, project, python_in, site_packages, torch_versions
+
 LOG = ROOT / "setup" / "create_env.log"
 TORCH_INDEX = {"cpu": "https://download.pytorch.org/whl/cpu", "gpu": "https://download.pytorch.org/whl/cu130"}
 # uv has its own names for pip's settings.
 PIP_NAMES = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "PIP_CERT")
 UV_NAMES = ("UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_INSECURE_HOST", "SSL_CERT_FILE")
+# With these, pip installs elsewhere, or takes packages of another environment for installed.
+ELSEWHERE = ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN")
+HERE = {"PIP_USER": "0", "PYTHONNOUSERSITE": "1", "PIP_REQUIRE_VIRTUALENV": "0"}
 
 
 class SetupError(Exception):
@@ -32,10 +36,12 @@ class SetupError(Exception):
 def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
     """Install torch from its own index, if the lock has it, then the rest. Raises SetupError."""
     command, env = installer(python_in(prefix))
-    pins = re.findall(r"^([\w.-]+)==(\S+)", lock.read_text(encoding="utf-8"), re.MULTILINE)
-    version = dict(pins).get("torch")
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)", lock.read_text(encoding="utf-8"), re.MULTILINE))
+    by_conda = dict(project(folder) for _, _, folder in conda_distributions(prefix))
+    version = pins.get("torch")
     # Its index has a build for each device. macOS has only one build, which the lock takes from the usual index.
-    if version and sys.platform != "darwin" and not right_torch(prefix, version, device):
+    others = sys.platform == "darwin" or "torch" in by_conda
+    if version and not others and not right_torch(prefix, version, device):
         options = ["--no-deps", "--reinstall" if "uv" in command else "--force-reinstall", f"torch=={version}"]
         for place, more, env_torch in torch_sources(env, device):
             done = step(f"torch {version} from {place}", [*command, *more, *options], env_torch, dry_run, may_fail=True)
@@ -44,15 +50,60 @@ def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
         else:
             build = "for the CPU only" if sys.platform == "win32" else "with CUDA, 4 GiB"
             print(f"  torch's own index cannot be used; yours is asked for torch (usually a build {build}).")
+    for name in sorted(set(pins) & set(by_conda) - {"pip", "setuptools"}):
+        if pins[name] != by_conda[name]:
+            print(f"  {name} {by_conda[name]} is conda's and stays; the lock has {pins[name]}.")
     options = ["--no-index"] if env.get("PIP_NO_INDEX") else []
     # With compiled bytecode, scripts start in half the time; pip compiles by default.
     env = {"UV_COMPILE_BYTECODE": "1", **env}
-    step(f"{len(pins)} locked packages", [*command, *options, "-r", str(lock)], env, dry_run)
+    file, count = requirements(prefix, lock, set(by_conda), dry_run)
+    step(f"{count} locked packages", [*command, *options, "-r", str(file)], env, dry_run)
+    if not dry_run:
+        check_arrived(prefix, file)
+
+
+def install_more(prefix: Path, packages: list[str], dry_run: bool) -> None:
+    """Install the user's own packages of pip. Raises SetupError."""
+    command, env = installer(python_in(prefix))
+    step(f"{len(packages)} packages of pip, from conda-environment.yml", [*command, *packages], env, dry_run)
+
+
+def check_arrived(prefix: Path, file: Path) -> None:
+    """Raise SetupError if packages are not in the environment, although the installer said that it succeeded."""
+    site = site_packages(prefix)
+    here = {project(path.name)[0] for path in site.glob("*-info")} if site else set()
+    pins = re.findall(r"^([\w.-]+)==[^;]*$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    if missing := sorted({canonical(name) for name in pins} - here):
+        settings = quoted([str(python_in(prefix)), "-m", "pip", "config", "list"])
+        raise SetupError(
+            f"{missing[0]} was installed, but not into {prefix}: remove `target`, `prefix`, `root` or `dry-run` from "
+            f"pip's settings, which `{settings}` shows.{again()}"
+        )
+
+
+def requirements(prefix: Path, lock: Path, by_conda: set[str], dry_run: bool) -> tuple[Path, int]:
+    """Return a file with what is to be installed, and the number of packages: the lock, or what fits of it."""
+    lines = re.findall(r"^[\w.-]+==.*", lock.read_text(encoding="utf-8"), re.MULTILINE)
+    locked = TORCH_INDEX["gpu"].rpartition("/")[2]
+    if any("+cu" in found and not found.endswith(f"+{locked}") for found in torch_versions(prefix)):
+        # The lock's libraries are for another CUDA than this torch, which itself names its own, with their versions.
+        lines = [line for line in lines if not line.startswith(("nvidia-", "cuda-"))]
+    elif prefix.parent == ROOT:
+        return lock, len(lines)
+    # pip would replace the files of conda's packages, conda would forget that it has them, and then mix the two.
+    lines = [line for line in lines if canonical(line.partition("==")[0]) not in by_conda]
+    file = prefix / lock.name
+    if not dry_run:
+        file.write_text(
+            "\n".join([f"# {lock}, without what conda and torch bring along", *lines, ""]), encoding="utf-8"
+        )
+    return file, len(lines)
 
 
 def installer(python: Path) -> tuple[list[str], dict[str, str]]:
     """Return the command that installs into `python`, and its variables: pip's settings also apply to uv."""
-    env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+    env = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
+    env.update(HERE, PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1")
     if not shutil.which("uv"):
         if "UV_FIND_LINKS" in env:
             env.setdefault("PIP_FIND_LINKS", env["UV_FIND_LINKS"].replace(",", " "))
@@ -82,23 +133,17 @@ def torch_sources(env: dict[str, str], device: str) -> Iterator[tuple[str, list[
     yield hide_passwords(index), [], only
 
 
-def python_in(prefix: Path) -> Path:
-    """Return the environment's own Python."""
-    if sys.platform != "win32":
-        return prefix / "bin" / "python"
-    return prefix / "Scripts" / "python.exe" if prefix.parent == ROOT else prefix / "python.exe"
+def asked_build(prefix: Path) -> bool:
+    """Return whether torch, if installed, is for the CUDA that TORCH_INDEX_URL names; any is, if it names none."""
+    asked = re.search(r"/(cu\d+)/?$", os.environ.get("TORCH_INDEX_URL", ""))
+    return not asked or all(found.endswith(f"+{asked.group(1)}") for found in torch_versions(prefix) if "+cu" in found)
 
 
 def right_torch(prefix: Path, version: str, device: str) -> bool:
     """Return whether the environment has this torch version, built for the device."""
     wrong = version + ("+cpu" if device == "gpu" else "+cu")
-    return any(found.split("+")[0] == version and not found.startswith(wrong) for found in torch_versions(prefix))
-
-
-def torch_versions(prefix: Path) -> list[str]:
-    """Return the torch versions in the environment: none, one, or several after an interruption."""
-    names = "lib/python3.*/site-packages/torch-*.dist-info", "Lib/site-packages/torch-*.dist-info"
-    return [folder.stem[len("torch-") :] for name in names for folder in prefix.glob(name)]
+    same = [found for found in torch_versions(prefix) if found.split("+")[0] == version]
+    return any(not found.startswith(wrong) for found in same) and asked_build(prefix)
 
 
 # ------------------------------------------------------------------------------------------------ Running commands

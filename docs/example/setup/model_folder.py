@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import site
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -37,16 +40,44 @@ FILES = (
     "model-*.safetensors",
     INDEX,
 )
+ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 # Downloaded but not required: a cache filled by another tool may lack these files.
 EXTRA = ("LICENSE*",)
 EXTRA_BESIDE_TOKENIZER_JSON = ("vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+POINTER = b"version https://git-lfs"  # what git keeps of a large file that was not fetched
 COMMIT = re.compile(r"[0-9a-f]{40}")
+CONVERT = (
+    "convert them with transformers (from_pretrained, then save_pretrained), or on "
+    "huggingface.co/spaces/safetensors/convert"
+)
 GET = "run `python setup/get_model.py`"
+
+
+def prepare_process() -> None:
+    """Import the packages of this environment first, and give libraries a home folder that they can write to.
+
+    Called at the import of this file, which every script does before it imports a library.
+    """
+    others = [str(Path(folder).absolute()) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    if Path(sys.prefix, "conda-meta").is_dir():  # a venv does not see the packages in ~/.local
+        others.append(site.getusersitepackages())
+    sys.path.sort(key=lambda folder: folder in others and ROOT not in Path(folder).parents)
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path's fails for an account without one
+    # In a container an account may have none, or /. Without HOME, libraries make a folder named ~.
+    if not (home / ".cache").is_dir() and not (home.is_absolute() and os.access(home, os.W_OK)):
+        os.environ["HOME"] = str(ROOT / "models" / "home")
+
+
+prepare_process()
 
 
 class ModelError(Exception):
     """An error about the model: what is wrong, where, and what to do, in one sentence."""
+
+
+class OldWeightsError(ModelError):
+    """The model is whole, but its weights are not safetensors."""
 
 
 class ModelMissingError(ModelError):
@@ -69,12 +100,17 @@ def find_model(model: str, revision: str | None, workspace: Path) -> Found:
     branch or tag of that repository; None means its main branch. Raises ModelError.
     """
     try:
-        folder = workspace / Path(model).expanduser()
+        folder = workspace / Path(os.path.expanduser(model))  # noqa: PTH111 - Path's fails for ~ and a name that nobody has
         if folder.is_dir():
             check_folder(folder, model)
             return Found(folder)
         if model == DEMO:
             raise ModelMissingError(f"{DEMO} is not on this machine yet: {GET}, which builds it.")
+        if folder.is_file():
+            raise ModelError(
+                f"{folder} is a file: set model_path to the folder of a model (config.json, tokenizer.json, "
+                f"model.safetensors){', a GGUF file cannot be trained' if folder.suffix == '.gguf' else ''}."
+            )
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith((".", "models/")):
             raise ModelError(
                 f"The folder {folder} is not there: put the model there, or correct model_path in "
@@ -96,7 +132,13 @@ def check_folder(folder: Path, model: str) -> None:
     for name, fault in faults(folder, names, {}).items():
         if model == DEMO:
             raise ModelMissingError(f"{DEMO} is not whole ({name} {fault}): {GET}, which builds it again.")
-        raise ModelError(f"{folder / name} {fault}: copy the model there again.")
+        what = f"run `git lfs pull` in {folder}" if "Git LFS" in fault else "copy that file there again"
+        raise ModelError(f"{folder / name} {fault}: {what}.")
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} holds an adapter beside a model, and transformers would load the adapter's own base model: "
+            "move adapter_config.json and adapter_model.safetensors to another folder."
+        )
 
 
 def find_snapshot(model: str, revision: str | None) -> Found:
@@ -114,11 +156,15 @@ def find_snapshot(model: str, revision: str | None) -> Found:
     try:
         names = needed([path.name for path in snapshot.iterdir()] if sizes is None else sizes, model)
     except ModelError as error:
-        if sizes is None:  # the hub may have more files than these
-            raise ModelMissingError(
-                f"{model} is only partly on this machine: {GET}, which fetches the rest."
-            ) from error
-        raise
+        if sizes is not None:
+            raise
+        part = f"{model} is only partly on this machine: {GET}, which fetches the rest."  # the hub may have more files
+        if isinstance(error, OldWeightsError):
+            part = (
+                f"{model} is on this machine with pytorch_model.bin, and safetensors are needed: {GET}, which fetches "
+            )
+            part += "them if the hub has them."
+        raise ModelMissingError(part) from error
     extra = EXTRA + (EXTRA_BESIDE_TOKENIZER_JSON if "tokenizer.json" in names else ())
     names = [name for name in names if not matches(name, extra)]
     for name, fault in faults(snapshot, names, sizes or {}).items():
@@ -170,19 +216,31 @@ def not_here(model: str, revision: str | None) -> str:
 def needed(names: Collection[str], where: str) -> list[str]:
     """Return the files of a repository that make up the model. Raises ModelError if they are not a model."""
     chosen = [name for name in names if matches(name, FILES) and "/" not in name]
+    weights = "model.safetensors" in chosen or INDEX in chosen
+    if "adapter_config.json" in names and not weights:
+        raise ModelError(
+            f"{where} is an adapter, not a model: set model_path to the model it was trained on, which its "
+            "adapter_config.json names (base_model_name_or_path)."
+        )
+    if "model_index.json" in names:
+        raise ModelError(f"{where} is a pipeline of diffusers, which makes images: set model_path to a text model.")
+    if not weights and "config.json" in names and any(name.startswith("pytorch_model") for name in names):
+        raise OldWeightsError(
+            f"{where} has its weights as pytorch_model.bin alone, and safetensors are needed, which cannot run code: "
+            f"{CONVERT}, or take a revision or a model with model.safetensors."
+        )
+    if not weights and any(name.endswith(".gguf") for name in names):
+        raise ModelError(
+            f"{where} has GGUF files, which cannot be trained: set model_path to the model that they were made from, "
+            "with model.safetensors."
+        )
     if "config.json" not in names:
-        if "adapter_config.json" in names:
-            raise ModelError(f"{where} is an adapter, not a model: set model_path to the model it was trained on.")
-        raise ModelError(f"{where} is no model: it has no config.json; correct model_path.")
+        empty = "is empty" if not names else "is no model: it has no config.json"
+        raise ModelError(f"{where} {empty}; put a model there, or correct model_path.")
+    if not weights:
+        raise ModelError(f"{where} has no weights that transformers reads (model.safetensors): choose another model.")
     if "model.safetensors" in chosen:  # transformers reads it, and ignores a sharded copy
         chosen = [name for name in chosen if not fnmatch(name, "model-*.safetensors") and name != INDEX]
-    elif INDEX not in chosen:
-        if any(name.startswith("pytorch_model") for name in names):
-            raise ModelError(
-                f"{where} has its weights as pytorch_model.bin alone, which can run code when it is read: take a "
-                "revision or a model with model.safetensors (huggingface.co/spaces/safetensors/convert makes one)."
-            )
-        raise ModelError(f"{where} has no weights that transformers reads (model.safetensors): choose another model.")
     if not any(matches(name, VOCABULARY) for name in chosen):
         raise ModelError(f"{where} has no tokenizer (tokenizer.json): copy or choose a model that has one.")
     return chosen
@@ -194,7 +252,7 @@ def matches(name: str, patterns: Collection[str]) -> bool:
 
 
 def faults(folder: Path, names: Collection[str], sizes: Mapping[str, int]) -> dict[str, str]:
-    """Return what is wrong with the files of a model, by name: `is missing` or `is cut off or damaged`.
+    """Return what is wrong with the files of a model, by name: `is missing`, `is cut off or damaged`, or a pointer.
 
     `sizes` are bytes, as far as known.
     """
@@ -208,9 +266,17 @@ def faults(folder: Path, names: Collection[str], sizes: Mapping[str, int]) -> di
         file = folder / name
         if not file.is_file():
             found[name] = "is missing"
+        elif is_pointer(file):
+            found[name] = "is a Git LFS pointer, not the file itself"
         elif sizes.get(name, file.stat().st_size) != file.stat().st_size or not is_whole(file):
             found[name] = "is cut off or damaged"
     return found
+
+
+def is_pointer(file: Path) -> bool:
+    """Return whether git has written a pointer to a large file instead of the file."""
+    with file.open("rb") as stream:
+        return stream.read(len(POINTER)) == POINTER
 
 
 def is_whole(file: Path) -> bool:

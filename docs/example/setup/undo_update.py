@@ -74,9 +74,11 @@ def restore_index(workspace: Path, state: dict[str, list[str]]) -> None:
     prefix = state["prefix"]
     before = {line.partition("\t")[2]: line.split()[:3] for line in state["index"]}
     lines = []
+    # git takes a file of another size for changed, even one that differs only in line ends: let it compare them again
+    written = {*git(workspace, "diff-files", "--name-only", "--relative", "-z").split("\0")}
     for line in git(workspace, "ls-files", "--stage", "-z").split("\0"):
         name = line.partition("\t")[2]
-        if name and before.get(name) == line.split()[:3]:
+        if name and before.get(name) == line.split()[:3] and name not in written:
             del before[name]  # unchanged
         elif name:
             lines.append(f"0 {'0' * 40}\t{prefix}{name}")

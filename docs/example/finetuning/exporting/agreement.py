@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from preparing.tokens import NO_THINKING, load_tokenizer, tokenise
+from preparing.tokenised import tokenise_rows
+from preparing.tokens import last_answer, load_tokenizer, tokenise
 from settings.config_file import ConfigError
 
 COMPARED_TOKENS = 64  # per answer; more takes longer and barely changes the figures
+WAITING = {"session.intra_op.allow_spinning": "0"}  # waiting threads sleep: awake, they slow down a busy machine
 
 
-def compare(merged: Path, folder: Path, rows: list[Any], dtype: str) -> dict[str, Any]:
+def compare(merged: Path, folder: Path, rows: list[Any], dtype: str, thinking: bool) -> dict[str, Any]:
     """Generate answers to held-out rows greedily with the ONNX model, and check whether torch chooses the same tokens.
 
     Returns `rows`; `answers`, the share of answers (up to COMPARED_TOKENS) that torch gives token for token; `tokens`,
@@ -31,8 +33,8 @@ def compare(merged: Path, folder: Path, rows: list[Any], dtype: str) -> dict[str
     context = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["context_length"]
     alike: list[Any] = []
     differences = []
-    for row in rows:
-        prompt = prompt_of(tokenizer, row)[-(context - COMPARED_TOKENS) :]
+    for whole in prompts_of(tokenizer, rows, thinking):
+        prompt = whole[-(context - COMPARED_TOKENS) :]
         tokens, logits = answer_greedily(onnx, prompt)
         with torch.inference_mode():
             ids = torch.tensor([prompt + tokens], device=model.device)
@@ -53,7 +55,9 @@ def load_onnx(folder: Path) -> Any:
     import onnxruntime_genai
 
     try:
-        return onnxruntime_genai.Model(str(folder))
+        config = onnxruntime_genai.Config(str(folder))
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": WAITING}}}))
+        return onnxruntime_genai.Model(config)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -61,13 +65,17 @@ def load_onnx(folder: Path) -> Any:
         ) from error
 
 
-def prompt_of(tokenizer: Any, row: list[Any]) -> list[int]:
-    """Return the tokens before the last answer of a conversation; for plain text, its first half."""
-    if len(row) > 1 and row[-1]["role"] == "assistant":
-        options = {"add_generation_prompt": True, "return_dict": False, **NO_THINKING}
-        return list(tokenizer.apply_chat_template(list(row[:-1]), **options))
-    tokens: list[int] = tokenise(tokenizer, row, "all")["input_ids"]
-    return tokens[: (len(tokens) + 1) // 2]
+def prompts_of(tokenizer: Any, rows: list[Any], thinking: bool) -> list[list[int]]:
+    """Return the tokens before the last answer of each conversation; of plain text, its first half."""
+    prompts = []
+    for row in tokenise_rows(tokenizer, rows, max_bad_rows=1, thinking="on" if thinking else "off").rows:
+        _, answer = last_answer(tokenizer, row, thinking)
+        if answer:
+            prompts.append(answer.ids[: answer.start])
+        else:
+            tokens = tokenise(tokenizer, row, "all")[0]["input_ids"]
+            prompts.append(tokens[: (len(tokens) + 1) // 2])
+    return prompts
 
 
 def answer_greedily(model: Any, prompt: list[int]) -> tuple[list[int], Any]:

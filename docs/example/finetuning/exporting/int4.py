@@ -108,7 +108,7 @@ def build_int4(run: RunRecord, agreement: float, debug: bool, made_for: MadeFrom
             f"torch, or serve {shown(MERGED)}, which is complete."
         ) from error
     print("Comparing it with the merged model on held-out rows", flush=True)
-    figures = compare(MERGED, unfinished, held_out_rows(run), run["dtype"])
+    figures = compare(MERGED, unfinished, held_out_rows(run), run["dtype"], run.get("thinking", False))
     if figures["tokens"] < agreement:
         shutil.rmtree(unfinished)
         raise ConfigError(

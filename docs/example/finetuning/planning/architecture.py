@@ -22,6 +22,7 @@ class Shape:
     head_dim: int
     vocabulary: int
     tied: bool  # the output layer shares the embedding
+    context: int | None = None  # tokens that it reads; None: not said
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Shape:
@@ -38,6 +39,7 @@ class Shape:
             head_dim=facts.get("head_dim") or hidden // heads,
             vocabulary=facts.get("vocab_size") or facts["vocabulary"],
             tied=bool(facts.get("tie_word_embeddings")),
+            context=facts.get("max_position_embeddings") or facts.get("context"),
         )
 
     @property

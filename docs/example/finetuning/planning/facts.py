@@ -40,6 +40,7 @@ class ModelFacts(TypedDict):
     download_bytes: int
     parameters: int | None
     trained_parameters: int | None
+    no_int4: str | None  # why export.py can make no int4 ONNX model of it
 
 
 class RowFacts(TypedDict):
@@ -47,6 +48,7 @@ class RowFacts(TypedDict):
 
     rows: dict[str, int]
     steps: int
+    learning_steps: int  # with a learning rate above 0
     rows_a_step: int
     epochs: float
     decided_by: str  # epochs or max_steps

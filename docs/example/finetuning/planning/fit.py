@@ -14,10 +14,13 @@ from planning.facts import AzureGpus
 from planning.memory import GIB, memory
 from planning.model_facts import Model, find
 from planning.row_lengths import Lengths
-from planning.token_counts import Tokens, lengths_of
+from planning.schedule import learning_steps
+from planning.token_counts import Tokens, lengths_of, tokens_of
+from planning.vocabulary import beyond
+from preparing.tokenised import Tokenised
 from preparing.workspace import ROOT
 from settings.config_file import ConfigError
-from settings.run_settings import Settings, TokenSettings
+from settings.run_settings import Settings
 
 LEAST_ROWS = 8  # to train on; one held-out row is enough for a figure, however uncertain
 MARGIN = 0.85  # of the memory: above it, checkpointing is switched on unless the settings decide
@@ -60,26 +63,44 @@ def problem(
         return model.problem
     if azure["target"] != "azure" and (missing := hardware.lacking(settings, here)):
         return missing
-    for part, tokens in counted.items():
-        if complaint := cut_answers(tokens, settings.data[part].tokens):
-            return complaint
+    if complaint := cut_answers(counted, settings, model.context):
+        return complaint
     if model.shape is None or not lengths["train"].tokens:
         return None
     return too_large(model.shape, settings, lengths, limit(settings, here, azure), here.disk_free, model.download)
 
 
-def cut_answers(tokens: Tokens, settings: TokenSettings) -> str | None:
-    """Return the error if max_seq_len cuts off too many answers, with a sufficient length; None otherwise."""
-    starts = sorted(t - n + 1 for t, n in zip(tokens.tokens, tokens.labels, strict=True))  # with the first label
-    lost = sum(start > settings.max_seq_len for start in starts)
-    allowed = int(settings.max_bad_rows * len(starts))
-    if not lost or (lost <= allowed and lost < len(starts)):
+def cut_answers(counted: Mapping[str, Tokens], settings: Settings, context: int | None) -> str | None:
+    """Return the error if max_seq_len is too long for the model or cuts off too many answers; None otherwise.
+
+    The length that it names is enough for both parts. `context` is what the model reads, in tokens, if it is known.
+    """
+    longest = settings.max_seq_len
+    if context and longest > context and any(length > context for part in counted.values() for length in part.tokens):
+        return (
+            f"max_seq_len {longest} is more than the {context} tokens that the model reads: set max_seq_len: {context} "
+            "in olive-config.yaml."
+        )
+    enough, complaint = 0, ""
+    for part, tokens in counted.items():
+        starts = sorted(tokens.first_labels)
+        lost = sum(start > longest for start in starts)
+        allowed = int(settings.data[part].tokens.max_bad_rows * len(starts))
+        if lost and (lost > allowed or lost == len(starts)) and not complaint:
+            complaint = (
+                f"max_seq_len {longest} cuts off every answer of {lost} in {len(starts)} rows, and max_bad_rows allows "
+                f"{allowed}: "
+            )
+        enough = max(enough, starts[len(starts) - 1 - min(allowed, len(starts) - 1)] if starts else 0)
+    if not complaint:
         return None
-    enough = starts[len(starts) - 1 - min(allowed, len(starts) - 1)]
-    return (
-        f"max_seq_len {settings.max_seq_len} cuts off every answer of {lost} in {len(starts)} rows, and max_bad_rows "
-        f"allows {allowed}: set max_seq_len: {enough} or more in olive-config.yaml."
-    )
+    if context and enough > context:
+        beyond = sum(start > context for tokens in counted.values() for start in tokens.first_labels)
+        return (
+            f"{complaint}the model reads {context} tokens, and {beyond} rows have no answer before that: shorten or "
+            "drop these rows, or raise max_bad_rows in olive-config.yaml."
+        )
+    return f"{complaint}set max_seq_len: {enough} or more in olive-config.yaml."
 
 
 def too_large(
@@ -103,13 +124,23 @@ def too_large(
     return None
 
 
-def settle(settings: Settings, tokens: Mapping[str, list[dict[str, list[int]]]]) -> tuple[Settings, float, str]:
-    """Check memory and disk as --check does, before a run, and decide on gradient checkpointing.
+def settle(settings: Settings, found: Mapping[str, Tokenised]) -> tuple[Settings, float, str]:
+    """Check lengths, memory and disk as --check does, before a run, and decide on gradient checkpointing.
 
-    `tokens` are the rows of both parts, as chat_tokens returns them. Returns the settings, the estimate in bytes, and
+    `found` are the rows of both parts. Returns the settings, the estimate in bytes, and
     a line that describes it. Raises ConfigError if the run cannot work.
     """
     model, here = find(settings), hardware.look()
+    tokens = {part: rows.examples for part, rows in found.items()}
+    steps, _ = settings.steps(len(tokens["train"]))
+    complaint = (
+        model.problem
+        or cut_answers({part: tokens_of(rows) for part, rows in found.items()}, settings, model.context)
+        or learns_nothing(steps, learning_steps(settings, steps))
+        or beyond(model, (row["input_ids"] for rows in tokens.values() for row in rows))
+    )
+    if complaint:
+        raise ConfigError(complaint)
     if model.shape is None:
         return settings, 0.0, "not estimated: config.json names its numbers in a way of its own"
     room = limit(settings, here, None)
@@ -123,6 +154,17 @@ def settle(settings: Settings, tokens: Mapping[str, list[dict[str, list[int]]]])
         on = settled.gradient_checkpointing
         line += f"; gradient checkpointing {'on, to save memory' if on else 'off, not needed'}"
     return settled, needed, line
+
+
+def learns_nothing(steps: int, learning: int) -> str | None:
+    """Return the error if no step has a learning rate above 0, so that the run would train nothing; None otherwise."""
+    if learning or not steps:
+        return None
+    its = "its only step has" if steps == 1 else f"all its {steps} steps have"
+    return (
+        f"The run would train nothing: {its} the learning rate 0: set warmup_steps: 0, or take more steps (max_steps, "
+        "num_train_epochs, a lower gradient_accumulation_steps), in olive-config.yaml."
+    )
 
 
 def check_count(rows: Mapping[str, list[Any]]) -> None:

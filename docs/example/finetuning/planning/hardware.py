@@ -16,6 +16,10 @@ from preparing.workspace import ROOT
 from settings.config_file import ConfigError
 from settings.run_settings import Settings
 
+# Oldest driver and compute capability for each CUDA; setup/gpu.py has the same, and installs PyTorch by it.
+OLDEST = {"13": (580, 7.5), "12": (525, 5.0)}
+CUDA_12 = "TORCH_INDEX_URL=https://download.pytorch.org/whl/cu126 python setup/create_env.py"
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -31,6 +35,7 @@ class Machine:
     vram: int = 0
     vram_free: int = 0
     bf16: bool = False  # whether the GPU itself computes in bfloat16
+    too_old: str | None = None  # what the GPU or its driver lacks for this PyTorch
 
 
 def look() -> Machine:
@@ -45,6 +50,7 @@ def look() -> Machine:
         "ram": total,
         "ram_free": min(memory.available + used, total),
         "disk_free": shutil.disk_usage(ROOT).free,
+        "too_old": too_old(torch.version.cuda, torch.cuda.is_available()),
     }
     if torch.cuda.is_available():
         index = int(os.environ.get("LOCAL_RANK", "0"))  # each of several processes has its own GPU
@@ -64,11 +70,38 @@ def container_limit() -> int:
 
 def driver() -> str | None:
     """Return the version of NVIDIA's driver, as reported by nvidia-smi."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return next((row[0] for row in nvidia_smi("driver_version")), None)
+
+
+def nvidia_smi(fields: str) -> list[list[str]]:
+    """Return the fields of each GPU as reported by nvidia-smi; none if it is missing, fails or does not know them."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.split(", ", fields.count(",")) for line in done.stdout.splitlines() if line.strip()]
+
+
+def too_old(cuda: str | None, seen: bool) -> str | None:
+    """Return in one sentence what the newest GPU or its driver lacks for PyTorch's CUDA; `seen`: PyTorch sees a GPU."""
+    oldest = OLDEST.get((cuda or "").partition(".")[0])
+    rows = nvidia_smi("driver_version,compute_cap,name") if oldest else []
+    found = [(float(capability), version, name) for version, capability, name in rows if capability[:1].isdigit()]
+    if oldest and not rows:  # an older nvidia-smi
+        found = [(oldest[1], version, name) for version, name in nvidia_smi("driver_version,name")]
+    if not oldest or not found:
         return None
+    capability, version, name = max(found)
+    major = version.partition(".")[0]
+    old_driver = not seen and major.isdigit() and int(major) < oldest[0]
+    if not old_driver and capability >= oldest[1]:
+        return None
+    known = f" and compute capability {capability}" if rows else ""
+    return (
+        f"The {name} has driver {version}{known}, and this PyTorch for CUDA {cuda} needs driver {oldest[0]} and "
+        f"compute capability {oldest[1]} or newer: {'update the driver, or ' if old_driver else ''}run `{CUDA_12}`."
+    )
 
 
 def lacking(settings: Settings, machine: Machine) -> str | None:
@@ -78,6 +111,8 @@ def lacking(settings: Settings, machine: Machine) -> str | None:
             "type: QLoRA needs bitsandbytes, which a CPU environment lacks: set type: LoRA in olive-config.yaml, "
             "or `copier update --trust --data device=gpu` for a machine with an NVIDIA GPU."
         )
+    if settings.gpu and machine.too_old:
+        return machine.too_old
     if settings.gpu and machine.gpu is None:
         return (
             "PyTorch sees no NVIDIA GPU: see whether `nvidia-smi` lists it, or train on the CPU with "

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from planning.architecture import Shape
+from planning.text_model import no_int4, refused
 from preparing.workspace import (
     DEMO,
     MODEL_FACTS,
@@ -44,6 +45,12 @@ class Model:
     commit: str | None = None  # of the hub's repository; None: a folder, or not on this machine
     problem: str | None = None  # why it cannot be downloaded, and what to do
     own_template: bool = True  # whether its tokenizer has a chat template, as far as known
+    no_int4: str | None = None  # why export.py can make no int4 ONNX model of it, as far as known
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens it reads, as far as known."""
+        return self.shape.context if self.shape else None
 
     @property
     def is_demo(self) -> bool:
@@ -71,8 +78,18 @@ def find(settings: Settings) -> Model:
     config = json.loads((found.folder / "config.json").read_text(encoding="utf-8"))
     counted = count_parameters(found.folder, bool((config.get("text_config") or config).get("tie_word_embeddings")))
     own_template = has_template(found.folder)
+    problem = refused(name, config)
     return Model(
-        name, revision, str(found.folder), shape_in(config), counted, 0, found.commit, own_template=own_template
+        name,
+        revision,
+        str(found.folder),
+        shape_in(config),
+        counted,
+        0,
+        found.commit,
+        problem,
+        own_template,
+        None if problem else no_int4(config),
     )
 
 
@@ -113,7 +130,14 @@ def elsewhere(name: str, revision: str | None, facts: Mapping[str, Any]) -> Mode
         page = f"{constants.ENDPOINT}/{name}"
         problem = f"{name} is gated: accept its licence on {page}, then `hf auth login`, or set HF_TOKEN."
     return Model(
-        name, revision, None, known.get("shape"), known.get("parameters"), known.get("bytes", 0), None, problem
+        name,
+        revision,
+        None,
+        known.get("shape"),
+        known.get("parameters"),
+        known.get("bytes", 0),
+        problem=problem,
+        no_int4=known.get("no_int4"),
     )
 
 
@@ -133,8 +157,13 @@ def ask_hub(name: str, revision: str | None, known: dict[str, Any]) -> None:
         config = get_session().get(url, headers=build_hf_headers(), timeout=WAIT)
         if config.status_code in (401, 403):
             known["problem"] = f"This token has no access to {name}: accept its licence on the model's page."
-        elif config.status_code == 200 and (shape := shape_in(config.json())):
-            known["shape"] = shape
+        elif config.status_code == 200:
+            if shape := shape_in(config.json()):
+                known["shape"] = shape
+            if problem := refused(name, config.json()):
+                known["problem"] = problem
+            else:
+                known["no_int4"] = no_int4(config.json())
     except ModelError as error:
         known["problem"] = str(error)
     except errors.RepositoryNotFoundError:

@@ -24,12 +24,16 @@ from planning.facts import (
     RowFacts,
     RunFacts,
 )
-from planning.fit import USABLE, check_count, decided, limit, problem
+from planning.fit import USABLE, check_count, decided, learns_nothing, limit, problem
 from planning.memory import GIB, adapter_parameters, memory
 from planning.model_facts import Model, find
 from planning.row_lengths import Lengths
+from planning.schedule import learning_steps
 from planning.token_counts import Tokens, count
+from planning.vocabulary import unknown_tokens
 from preparing.dataset import chat_rows
+from preparing.thoughts import has_thought
+from preparing.turns import Message
 from preparing.workspace import MODELS, ROOT
 from settings.run_settings import METHODS, Settings
 from settings.validation import validate
@@ -52,6 +56,7 @@ def plan(settings: Settings, show: Callable[[str, Any], None]) -> Plan:
     show("machine", report["machine"])
     validate(settings)  # heavy imports
     rows = read_rows(settings)
+    settings = with_thinking(settings, rows["train"])
     model = find(settings)
     report["model"] = model_facts(model, settings)
     show("model", report["model"])
@@ -67,7 +72,11 @@ def plan(settings: Settings, show: Callable[[str, Any], None]) -> Plan:
         report["azure"] = AzureFacts(target=azure["target"], gpus=azure_facts(model.shape, settings, lengths, azure))
         if azure["target"] == "azure" or (report["estimate"]["seconds"] or LONG) >= LONG:
             show("azure", report["azure"])
-    report["problem"] = problem(model, settings, counted, lengths, here, azure)
+    report["problem"] = (
+        problem(model, settings, counted, lengths, here, azure)
+        or learns_nothing(report["data"]["steps"], report["data"]["learning_steps"])
+        or unknown_tokens(model, settings, rows)
+    )
     return report
 
 
@@ -76,6 +85,18 @@ def read_rows(settings: Settings) -> Rows:
     rows = {part: chat_rows(part, **vars(data.rows)) for part, data in settings.data.items()}
     check_count(rows)
     return rows
+
+
+def with_thinking(settings: Settings, rows: list[list[Message]]) -> Settings:
+    """Decide on `thinking: auto`, for both parts and for the chat: on if the rows to train on have thoughts."""
+    thinks = any(map(has_thought, rows))
+    data = {
+        name: replace(part, tokens=replace(part.tokens, thinking="on" if thinks else "off"))
+        if part.tokens.thinking == "auto"
+        else part
+        for name, part in settings.data.items()
+    }
+    return replace(settings, data=data)
 
 
 def run_facts(settings: Settings) -> RunFacts:
@@ -99,6 +120,7 @@ def model_facts(model: Model, settings: Settings) -> ModelFacts:
         "download_bytes": model.download,
         "parameters": model.parameters or (model.shape.parameters if model.shape else None),
         "trained_parameters": adapter_parameters(model.shape, settings) if model.shape else None,
+        "no_int4": model.no_int4,
     }
 
 
@@ -108,26 +130,25 @@ def row_facts(settings: Settings, rows: Rows, trained: int) -> RowFacts:
     return {
         "rows": {part: len(rows[part]) for part in rows},
         "steps": steps,
+        "learning_steps": learning_steps(settings, steps),
         "rows_a_step": settings.rows_a_step,
         "epochs": settings.num_train_epochs,
         "decided_by": "max_steps" if steps < of_epochs else "epochs",
         "steps_of_epochs": of_epochs,
         "max_steps": settings.max_steps,
-        "warnings": repeated_rows(rows),
+        "warnings": [*large_steps(settings, trained), *repeated_rows(rows)],
     }
 
 
 def data_facts(settings: Settings, rows: Rows, train: Tokens) -> DataFacts:
     """Return rows, tokens, and what max_seq_len cuts."""
     ordered, total = sorted(train.tokens), sum(train.tokens)
-    cut = Lengths(train.tokens, train.labels).cut(settings.max_seq_len)
-    kept = sum(labels > 0 for labels in cut.labels)
-    scale = train.rows / max(len(ordered), 1)
+    kept = sum(start <= settings.max_seq_len for start in train.first_labels)
     width = max(1, -(-(ordered[-1] - ordered[0] + 1) // 12))
     return {
-        **row_facts(settings, rows, round(kept * scale)),
+        **row_facts(settings, rows, train.examples(kept)),
         "tokens_estimated": train.estimated,
-        "rows_counted": len(ordered),
+        "rows_counted": train.sampled,
         "tokens": {
             "min": ordered[0],
             "median": ordered[len(ordered) // 2],
@@ -140,8 +161,8 @@ def data_facts(settings: Settings, rows: Rows, train: Tokens) -> DataFacts:
         },
         "answer_share": round(sum(train.labels) / max(total, 1), 4),
         "max_seq_len": settings.max_seq_len,
-        "truncated": round(scale * sum(tokens > settings.max_seq_len for tokens in ordered)),
-        "without_answer": round(scale * (len(ordered) - kept)),
+        "truncated": train.examples(sum(tokens > settings.max_seq_len for tokens in ordered)),
+        "without_answer": train.examples(len(ordered) - kept),
     }
 
 
@@ -197,6 +218,16 @@ def azure_facts(shape: Shape, settings: Settings, lengths: dict[str, Lengths], a
             }
         )
     return found
+
+
+def large_steps(settings: Settings, trained: int) -> list[str]:
+    """Return a warning if one step takes more rows than there are."""
+    if settings.rows_a_step <= trained or settings.gradient_accumulation_steps == 1:
+        return []
+    return [
+        f"warning: a step takes {settings.rows_a_step} rows and there are {trained}, so an epoch is one step: lower "
+        "gradient_accumulation_steps to get more."
+    ]
 
 
 def repeated_rows(rows: Rows) -> list[str]:

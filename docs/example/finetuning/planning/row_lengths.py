@@ -16,7 +16,7 @@ class Lengths:
     labels: Sequence[int]
 
     def cut(self, longest: int) -> Lengths:
-        """Cut all rows at a length; the answers are at the end, so they lose what is cut."""
+        """Cut all rows at a length, as if the answers were at their ends."""
         pairs = list(zip(self.tokens, self.labels, strict=True))
         return Lengths([min(t, longest) for t, _ in pairs], [max(n - max(t - longest, 0), 0) for t, n in pairs])
 

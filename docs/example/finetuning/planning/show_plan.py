@@ -107,6 +107,8 @@ def model_lines(facts: ModelFacts) -> Lines:
     if trained := facts["trained_parameters"]:
         share = f"{trained / facts['parameters']:.2%}"
         lines.append(("adapter", f"{number(trained)} parameters, {share} of the base"))
+    if facts["no_int4"]:
+        lines.append(("export", facts["no_int4"]))
     if not facts["own_template"]:
         lines.append(("template", "the model has no chat template: the one in setup/model.yaml is used"))
     return lines
@@ -156,6 +158,11 @@ def row_lines(facts: RowFacts) -> Lines:
     return [
         ("data", f"{rows['train']} rows to train on, {rows['held_out']} held out"),
         ("length", length),
+        *(
+            [("", f"{learning} of them with a learning rate above 0")]
+            if (learning := facts["learning_steps"]) < steps
+            else []
+        ),
         *(("", warning) for warning in facts["warnings"]),
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -10,7 +10,9 @@ import yaml
 from planning.model_facts import Model
 from planning.row_lengths import Lengths
 from preparing.dataset import chat_rows
-from preparing.tokens import IGNORED, load_tokenizer, tokenise, with_system
+from preparing.tokenised import Tokenised, tokenise_rows
+from preparing.tokens import IGNORED, Example, load_tokenizer, with_system
+from preparing.turns import Message
 from preparing.workspace import MODEL_FACTS, SAMPLE
 from settings.run_settings import TokenSettings
 from training.tiny_model import build_tokenizer
@@ -22,34 +24,54 @@ MARKS = 6  # tokens that a chat template adds to a turn
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens and labels of rows before max_seq_len cuts them."""
+    """The tokens of a part before max_seq_len cuts its rows, and which of them are labels."""
 
-    rows: int
-    tokens: list[int]  # of at most SAMPLED rows
-    labels: list[int]
+    rows: int  # of the part, without those that the chat template refuses
+    sampled: int  # of which this many were tokenised
+    masks: list[bytes]  # a byte for each token of an example, 1 for a label; a row can have several examples
     estimated: bool  # from the number of characters
 
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens of each example."""
+        return [len(mask) for mask in self.masks]
+
+    @property
+    def labels(self) -> list[int]:
+        """The labels of each example."""
+        return [mask.count(1) for mask in self.masks]
+
+    @property
+    def first_labels(self) -> list[int]:
+        """The tokens of each example up to its first label: a shorter max_seq_len leaves nothing to learn."""
+        return [mask.find(1) + 1 for mask in self.masks]
+
+    def examples(self, kept: int) -> int:
+        """Return how many examples the whole part has if `kept` of these are trained on."""
+        return round(kept * self.rows / max(self.sampled, 1))
+
     def cut(self, longest: int) -> Lengths:
-        """Return the lengths that the training sees: a row that lost its answer is left out."""
-        cut = Lengths(self.tokens, self.labels).cut(longest)
-        kept = [pair for pair in zip(cut.tokens, cut.labels, strict=True) if pair[1]]
-        copies = max(1, round(self.rows / max(len(self.tokens), 1)))
-        return Lengths([tokens for tokens, _ in kept] * copies, [labels for _, labels in kept] * copies)
+        """Return the lengths that the training sees: an example that lost its labels is left out."""
+        cut = [mask[:longest] for mask in self.masks if 1 in mask[:longest]]
+        copies = max(1, round(self.rows / max(self.sampled, 1)))
+        return Lengths([len(mask) for mask in cut] * copies, [mask.count(1) for mask in cut] * copies)
 
 
 def count(settings: TokenSettings, rows: list[Any], model: Model) -> Tokens:
-    """Count the tokens and labels of the rows; if there are many, of an evenly spaced sample."""
-    chosen = [with_system(row, settings.system_prompt) for row in rows[:: -(-len(rows) // SAMPLED) or 1]]
-    if model.folder:
-        tokenizer = load_tokenizer(model.folder)
-    elif model.is_demo:
-        tokenizer = demo_tokenizer()
-    else:
-        guessed = [guess(row, settings.train_on) for row in chosen]
-        return Tokens(len(rows), [tokens for tokens, _ in guessed], [labels for _, labels in guessed], estimated=True)
-    examples = [tokenise(tokenizer, row, settings.train_on)["labels"] for row in chosen]
-    labels = [sum(label != IGNORED for label in example) for example in examples]
-    return Tokens(len(rows), [len(example) for example in examples], labels, estimated=False)
+    """Count the tokens and labels of the rows; if there are many, of an evenly spaced sample. Raises DataError."""
+    chosen = rows[:: -(-len(rows) // SAMPLED) or 1]
+    if not model.folder and not model.is_demo:
+        masks = [guess(with_system(row, settings.system_prompt), settings.train_on) for row in chosen]
+        return Tokens(len(rows), len(chosen), masks, estimated=True)
+    tokenizer = load_tokenizer(model.folder) if model.folder else demo_tokenizer()
+    found = tokenise_rows(tokenizer, chosen, **vars(settings))
+    return replace(tokens_of(found), rows=round(len(rows) * len(found.rows) / len(chosen)))
+
+
+def tokens_of(found: Tokenised) -> Tokens:
+    """Return the tokens of rows that are tokenised already."""
+    masks = [bytes(label != IGNORED for label in one["labels"]) for row in found.whole for one in row]
+    return Tokens(len(found.rows), len(found.rows), masks, estimated=False)
 
 
 def demo_tokenizer() -> Any:
@@ -58,15 +80,17 @@ def demo_tokenizer() -> Any:
     return build_tokenizer(facts, chat_rows("train", train_file=str(SAMPLE), held_out_file=str(SAMPLE)))
 
 
-def guess(row: list[dict[str, str]], train_on: str) -> tuple[int, int]:
+def guess(row: list[Message], train_on: str) -> bytes:
     """Estimate a row's tokens and labels from its length in characters (UTF-8 bytes)."""
-    turns = [(turn["role"], len(turn["content"].encode()) / CHARACTERS) for turn in row]
-    tokens = int(sum(length + MARKS for _, length in turns)) + 1
-    answers = int(sum(length + 1 for role, length in turns if role == "assistant"))
-    return tokens, tokens if train_on == "all" else answers
+    mask = b"\0"
+    for turn in row:
+        length = int(len((turn["content"] + turn.get("reasoning_content", "")).encode()) / CHARACTERS)
+        learnt = train_on == "all" or (turn["role"] == "assistant" and turn.get("learn", True))
+        mask += bytes(MARKS - 1) + bytes([learnt]) * (length + 1)
+    return mask
 
 
-def lengths_of(rows: list[dict[str, list[int]]]) -> Lengths:
+def lengths_of(rows: list[Example]) -> Lengths:
     """Return the lengths of rows that are already tokenised and cut."""
     labels = [sum(label != IGNORED for label in row["labels"]) for row in rows]
     return Lengths([len(row["input_ids"]) for row in rows], labels)

@@ -10,18 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 
 from preparing.conversations import read
-from preparing.formats import Message
-from preparing.rows import DataError
-from preparing.tokens import IGNORED, load_tokenizer, place, tokenise, with_system
+from preparing.problems import DataError
+from preparing.tokenised import tokenise_rows
+from preparing.tokens import Example, load_tokenizer, place
+from preparing.turns import Message
 from preparing.workspace import ROOT, find_model
+
+ALWAYS = 8  # a run needs as many rows (LEAST_ROWS in planning/fit.py)
 
 
 def chat_rows(
     part: str,
-    train_file: str | None = None,
-    held_out_file: str | None = None,
+    train_file: str | list[str] | None = None,
+    held_out_file: str | list[str] | None = None,
     dataset_name: str | None = None,
     dataset_split: str = "train",
     dataset_format: str = "auto",
@@ -31,17 +35,19 @@ def chat_rows(
     data_seed: int = 42,
     max_rows: int | None = None,
     max_bad_rows: float = 0.05,
+    encoding: str | None = None,
 ) -> list[list[Message]]:
     """Read one part (`train` or `held_out`) of the data as conversations: lists of {role, content} with a `place`.
 
-    Without a `held_out_file`, the held-out rows are taken from the training rows: a share (`eval_split` below 1) or a
-    number of rows. The choice depends on `data_seed` and the row's content, never on its position, so rows added later
-    do not move the others. Unusable rows are rejected, up to the share `max_bad_rows`. Raises DataError.
+    A file can also be a folder, a pattern or a list of them. Without a `held_out_file`, the held-out rows are taken
+    from the training rows: a share (`eval_split` below 1, at least one row) or a number of rows. The choice depends on
+    `data_seed` and the rows' content, and rows that are appended do not change it. Unusable rows are rejected, up to
+    the share `max_bad_rows`. Raises DataError.
     """
     file, name = train_file, dataset_name
     if held_out_file and part == "held_out":
         file, name = held_out_file, None
-    read_as = (dataset_format, prompt_template, completion_template, max_bad_rows)
+    read_as = (dataset_format, prompt_template, completion_template, max_bad_rows, encoding)
     conversations: list[list[Message]] = [*read(file, name, dataset_split, *read_as)]
     if not held_out_file:
         held_out = held_out_positions(conversations, eval_split, data_seed)
@@ -53,15 +59,22 @@ def chat_rows(
     return conversations[:max_rows]
 
 
-def held_out_positions(conversations: list[list[Message]], eval_split: float, data_seed: int) -> set[int]:
-    """Choose the held-out rows by a hash of seed and content: a share if below 1, otherwise a number of rows."""
+def held_out_positions(conversations: Sequence[list[Message]], eval_split: float, data_seed: int) -> set[int]:
+    """Choose the held-out rows by a hash of seed and content: a share if below 1, otherwise a number of rows.
+
+    Of the first ALWAYS rows, the one with the lowest hash is always held out: a short file has one too, and it stays
+    when rows are appended.
+    """
     digests = [
         hashlib.sha256(f"{data_seed}:{json.dumps(row, sort_keys=True)}".encode()).hexdigest() for row in conversations
     ]
     if eval_split >= 1:
         by_digest = sorted(range(len(digests)), key=digests.__getitem__)
         return set(by_digest[: int(eval_split)])
-    return {i for i, digest in enumerate(digests) if int(digest[:8], 16) < eval_split * 2**32}
+    if not eval_split or not digests:
+        return set()
+    lowest = min(digests[:ALWAYS])
+    return {i for i, digest in enumerate(digests) if digest == lowest or int(digest[:8], 16) < eval_split * 2**32}
 
 
 def chat_tokens(
@@ -72,32 +85,25 @@ def chat_tokens(
     max_seq_len: int = 1024,
     train_on: str = "responses",
     max_bad_rows: float = 0.05,
-) -> list[dict[str, list[int]]]:
+    thinking: str | bool = "auto",
+) -> list[Example]:
     """Tokenise conversations into {input_ids, attention_mask, labels}, each of the same length up to max_seq_len.
 
     Labels are the tokens of the assistant's turns including the end of turn, and IGNORED elsewhere; with
     `train_on: all`, every token is a label. The number of rows cut at max_seq_len is printed; a row that loses all its
     answers is left out, as it has no labels. Raises DataError if these are more than the share `max_bad_rows`, or all
-    rows, or if the chat template cannot render a row.
+    rows, and in the cases of tokenise_rows.
     """
     tokenizer = load_tokenizer(str(find_model(model_path, revision, ROOT).folder))
-    examples = [tokenise(tokenizer, with_system(row, system_prompt), train_on) for row in rows]
-    cut = [{key: ids[:max_seq_len] for key, ids in example.items()} for example in examples]
-    learnable = [any(label != IGNORED for label in example["labels"]) for example in cut]
-    lost = [place(row) for row, some in zip(rows, learnable, strict=True) if not some]
-    longer = sum(len(example["input_ids"]) > max_seq_len for example in examples)
-    if lost and (len(lost) > max_bad_rows * len(rows) or len(lost) == len(rows)):
+    found = tokenise_rows(tokenizer, rows, system_prompt, max_seq_len, train_on, max_bad_rows, thinking)
+    if (lost := found.lost) and (len(lost) > max_bad_rows * len(rows) or len(lost) == len(found.rows)):
         raise DataError(
-            f"{lost[0]}: max_seq_len {max_seq_len} cuts off the whole answer, as in {len(lost)} of {len(rows)} rows "
-            f"(max_bad_rows allows a share of {max_bad_rows:g}): raise max_seq_len in olive-config.yaml."
+            f"{place(lost[0])}: max_seq_len {max_seq_len} cuts off the whole answer, as in {len(lost)} of {len(rows)} "
+            f"rows (max_bad_rows allows a share of {max_bad_rows:g}): raise max_seq_len in olive-config.yaml."
         )
-    if longer:
-        first = f" (the first: {lost[0]})" if lost else ""
-        print(
-            f"{longer} of {len(rows)} rows are longer than max_seq_len {max_seq_len} and were cut; "
-            f"{len(lost)} of them lost their whole answer and were left out{first}."
-        )
-    return [example for example, some in zip(cut, learnable, strict=True) if some]
+    if line := found.cut_in_words():
+        print(line)
+    return found.examples
 
 
 def register() -> None:

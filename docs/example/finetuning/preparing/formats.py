@@ -1,27 +1,16 @@
-"""One raw row → its chat messages, in any of the supported formats."""
+"""One raw row → its chat messages, in any of the supported formats. What a single turn says is read by turns.py."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from preparing.rows import DataError, short
+from preparing.problems import DataError, short
+from preparing.thoughts import divided
+from preparing.turns import Message, kind, message, read_turn, unused_keys
 
-ROLES = {
-    "system": "system",
-    "developer": "system",  # OpenAI's newer name
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
 # the column that identifies a format, its name, and the columns it uses
 FORMATS = {
     "messages": ("messages", {"messages"}),
@@ -31,10 +20,9 @@ FORMATS = {
     "completion": ("prompt-completion", {"prompt", "completion"}),
     "text": ("text", {"text"}),
 }
-KINDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", type(None): "null"}
 COLUMN = re.compile(r"\{([^{}]+)\}")
-
-Message = dict[str, str]
+# columns in which KTO's rows (of TRL and LLaMA-Factory) say whether the answer is a good or a bad example
+GOOD_OR_BAD = ("label", "kto_tag")
 
 
 def to_messages(
@@ -90,15 +78,30 @@ def detect(row: dict[str, Any], prompt_template: str | None) -> str:
     return there[0]
 
 
-def used_columns(
-    row: dict[str, Any], dataset_format: str, prompt_template: str | None, completion_template: str | None
-) -> set[str]:
-    """Return the columns that the messages of a row can come from."""
+def unused(row: Any, dataset_format: str, prompt_template: str | None, completion_template: str | None) -> set[str]:
+    """Return the columns of a row, and the keys of its turns, from which nothing gets into the messages."""
+    if isinstance(row, list):
+        row = {"messages": row}
     if dataset_format == "auto":
         dataset_format = detect(row, prompt_template)
     if dataset_format == "columns":
-        return set(COLUMN.findall(f"{prompt_template} {completion_template}"))
-    return set().union(*(columns for name, columns in FORMATS.values() if name == dataset_format))
+        return row.keys() - set(COLUMN.findall(f"{prompt_template} {completion_template}"))
+    used = set().union(*(columns for name, columns in FORMATS.values() if name == dataset_format))
+    columns = [column for column in used & row.keys() if isinstance(row[column], list)]
+    return (row.keys() - used) | {
+        f"{column}[].{key}" for column in columns for turn in row[column] for key in unused_keys(turn)
+    }
+
+
+def bad_example(row: Any, dataset_format: str, prompt_template: str | None) -> str:
+    """Return the column that marks the answer of a row as a bad example, as KTO's rows have it; "" if there is none."""
+    if not isinstance(row, dict):
+        return ""
+    with contextlib.suppress(DataError):
+        dataset_format = detect(row, prompt_template) if dataset_format == "auto" else dataset_format
+    if dataset_format in ("auto", "columns", "text"):
+        return ""
+    return next((column for column in GOOD_OR_BAD if str(row.get(column)).lower() == "false"), "")
 
 
 def turns(row: dict[str, Any], column: str, role_of_text: str) -> list[Message]:
@@ -108,59 +111,23 @@ def turns(row: dict[str, Any], column: str, role_of_text: str) -> list[Message]:
         return [message(role_of_text, value)]
     if not isinstance(value, list):
         raise DataError(f"column {column!r} is {kind(value)}, not a list of turns.")
-    messages = []
-    for number, turn in enumerate(value, start=1):
-        if not isinstance(turn, dict):
-            raise DataError(f"turn {number} is {kind(turn)}, not an object with role and content.")
-        role = turn.get("role") or turn.get("from")
-        content = turn.get("value") if turn.get("content") is None else turn["content"]
-        if not isinstance(role, str) or role not in ROLES:
-            shown = short(json.dumps(role, default=str))
-            raise DataError(f"turn {number} has the role {shown}: use system, user, assistant or tool.")
-        calls = turn.get("tool_calls") or turn.get("function_call")
-        if calls and ROLES[role] == "assistant":
-            content = "\n".join(filter(None, [message(role, content or "")["content"], *tool_calls(calls)]))
-        messages.append(message(ROLES[role], content))
-    return messages
-
-
-def tool_calls(calls: Any) -> Iterator[str]:
-    """Yield each call as a line of JSON with name and arguments: every chat template can render text."""
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function") or call if isinstance(call, dict) else call
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError("a tool call has no name of a function.")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):  # OpenAI's format has them as a JSON string
-            with contextlib.suppress(ValueError):
-                arguments = json.loads(arguments)
-        yield json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False, default=str)
-
-
-def message(role: str, content: Any) -> Message:
-    """Return one message; content is text or a list of text parts as in OpenAI's chat format."""
-    if isinstance(content, list):
-        parts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
-        if not all(isinstance(part, str) for part in parts):
-            raise DataError(f"the {role}'s content has a part that is not text: only text is supported.")
-        content = "".join(map(str, parts))
-    if not isinstance(content, str):
-        raise DataError(f"the {role}'s content is {kind(content)}, not text.")
-    return {"role": role, "content": content}
+    return [read_turn(turn, number) for number, turn in enumerate(value, start=1)]
 
 
 def check_messages(messages: list[Message]) -> None:
     """Raise DataError unless the last turn is an answer and no turn is empty or breaks a tokenizer."""
-    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
+    answers = [turn for turn in messages if turn["role"] == "assistant" and divided(turn)[1].strip()]
+    if not answers:
         raise DataError("no assistant turn with text: there is nothing to learn from; add an answer or drop the row.")
+    if not any(turn.get("learn", True) for turn in answers):
+        raise DataError("its marks leave no assistant turn to learn from: change one, or drop the row.")
     if messages[-1]["role"] != "assistant":
         raise DataError(f"the last turn is the {messages[-1]['role']}'s: add the answer to it, or drop the turn.")
     for turn in messages:
-        if not turn["content"].strip() and turn["role"] != "tool":
+        if not divided(turn)[1].strip() and turn["role"] != "tool":
             raise DataError(f"the {turn['role']}'s content is empty: fill it or drop the turn.")
-        if "\0" in turn["content"] or not is_unicode(turn["content"]):
+        said = turn["content"] + turn.get("reasoning_content", "")
+        if "\0" in said or not is_unicode(said):
             raise DataError(f"the {turn['role']}'s content has a NUL or half a character: remove it.")
 
 
@@ -202,7 +169,8 @@ def fill(template: str | None, row: dict[str, Any], setting: str) -> str:
     if not template:
         raise DataError(f"{setting} is empty: dataset_format columns needs it in olive-config.yaml.")
     for name in COLUMN.findall(template):
-        if name not in row and name.isidentifier():
+        alike = name.strip().casefold() in {column.strip().casefold() for column in row}
+        if name not in row and (name.isidentifier() or alike):
             raise DataError(f"{setting} names {{{name}}}, but the row has {short(', '.join(row), 300)}.")
         if isinstance(row.get(name), dict | list):
             raise DataError(f"column {name!r} is {kind(row[name])}, not text.")
@@ -211,8 +179,3 @@ def fill(template: str | None, row: dict[str, Any], setting: str) -> str:
         return match[0] if match[1] not in row else "" if row[match[1]] is None else str(row[match[1]])
 
     return COLUMN.sub(value, template)
-
-
-def kind(value: Any) -> str:
-    """Return the kind of a value in JSON terms."""
-    return KINDS.get(type(value), type(value).__name__)

@@ -5,28 +5,19 @@ Text files are read with the standard library: it gives the line of every row, a
 
 from __future__ import annotations
 
-import codecs
 import csv
-import gzip
 import io
 import json
 import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from preparing.workspace import MODELS
+from preparing.data_files import ENDINGS, REJECTED, file_text, is_saved
+from preparing.problems import DataError, short
 
-ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
-REJECTED = ".rejected.jsonl"
-
-
-class DataError(Exception):
-    """What is wrong with the data, where, and what to do: always one line, whatever the data contains."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(one_line(text))
+ROWS_KEYS = ("train", "data", "rows", "examples", "instances")  # the usual names of the rows in a JSON object
+ROW_KEYS = {"messages", "conversations", "conversation", "instruction", "completion", "text", "prompt", "role", "from"}
 
 
 class Row(NamedTuple):
@@ -37,59 +28,28 @@ class Row(NamedTuple):
     problem: str = ""
 
 
-def one_line(text: str) -> str:
-    """Return the text without line breaks and other control characters."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+def file_rows(file: str, split: str, encoding: str | None, notify: Callable[[str], None]) -> Iterator[Row]:
+    """Yield the rows of a local file, or of the part `split` of a folder that `save_to_disk` wrote.
 
-
-def short(value: Any, longest: int = 60) -> str:
-    """Return a value as text that fits into a sentence."""
-    text = str(value)
-    return text if len(text) <= longest else f"{text[:longest]}…"
-
-
-def file_rows(file: str) -> Iterator[Row]:
-    """Yield the rows of a local file. Raises DataError if it is missing, damaged or of an unknown kind."""
+    `notify` gets a sentence about what is left out. Raises DataError if the file is damaged or of an unknown kind.
+    """
     name = file.lower().removesuffix(".gz")
-    if not Path(file).is_file():
-        raise DataError(f"The dataset {file} is not there: put it there, or change the path in olive-config.yaml.")
+    if is_saved(Path(file)):
+        return saved_rows(file, split)
     if name.endswith(REJECTED):
         raise DataError(f"{file}, line 1: these rows were rejected. Repair them in the file that they come from.")
     if not name.endswith(ENDINGS) or file.lower().endswith(".parquet.gz"):
         raise DataError(f"{file} has an unknown ending: use {', '.join(ENDINGS)}; all but .parquet also with .gz.")
     if name.endswith(".parquet"):
         return parquet_rows(file)
-    text = file_text(file)
+    text = file_text(file, encoding)
     if name.endswith(".csv"):
         return csv_rows(file, text)
     if name.endswith(".txt"):
         return (Row(number, {"text": line}) for number, line in lines(text))
-    return array_rows(file, text) if name.endswith(".json") and text.lstrip().startswith("[") else json_rows(text)
-
-
-def file_text(file: str) -> str:
-    """Return the text of a file, unpacked and decoded."""
-    raw = bytearray()
-    try:
-        with gzip.open(file) if file.lower().endswith(".gz") else Path(file).open("rb") as stream:
-            while piece := stream.read1(2**20):
-                raw += piece
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        line = raw.count(b"\n") + 1
-        raise DataError(f"{file}, line {line}: the gzip file is damaged or not gzip ({error}). Replace it.") from error
-    except OSError as error:
-        raise DataError(f"{file}, line 1: it cannot be read: {error.strerror}. Repair or replace it.") from error
-    encoding = "UTF-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "UTF-8"
-    nul = raw.find(0, 0, 8000) if encoding == "UTF-8" else -1  # git detects binary files the same way
-    if nul >= 0:
-        line = raw.count(b"\n", 0, nul) + 1
-        raise DataError(f"{file}, line {line}: not text, or UTF-16 without its mark: save it as UTF-8.")
-    raw = raw.removeprefix(codecs.BOM_UTF8)
-    try:
-        return raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].decode(encoding, "ignore").count("\n") + 1
-        raise DataError(f"{file}, line {line}: byte {error.start + 1} is not {encoding}: save it as UTF-8.") from error
+    if name.endswith(".json") and text.lstrip().startswith("["):
+        return array_rows(file, text, text.index("["))
+    return rows_in_object(file, text, notify) or json_rows(text)
 
 
 def lines(text: str) -> Iterator[tuple[int, str]]:
@@ -100,10 +60,10 @@ def lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def json_rows(text: str) -> Iterator[Row]:
-    """Yield the rows of a file with one JSON value per line."""
+    """Yield the rows of a file with one JSON value per line; a comma after it, as in an array, does no harm."""
     for number, line in lines(text):
         try:
-            yield Row(number, json.loads(line))
+            yield Row(number, json.loads(line.rstrip().removesuffix(",")))
         except RecursionError:
             yield Row(number, line, "it is nested too deeply.")
         except ValueError as error:
@@ -114,8 +74,50 @@ def json_rows(text: str) -> Iterator[Row]:
             yield Row(number, line, f"it is not JSON ({reason}).{hint}")
 
 
-def array_rows(file: str, text: str) -> Iterator[Row]:
-    """Yield the elements of a file that is one JSON array. Raises DataError: rows after a mistake cannot be found."""
+def rows_in_object(file: str, text: str, notify: Callable[[str], None]) -> Iterator[Row] | None:
+    """Return the rows of a file that is one JSON object with the rows under a key; None for any other file.
+
+    Raises DataError if the key cannot be found.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # one object per line, or damaged: json_rows says where
+    if not isinstance(value, dict) or value.keys() & ROW_KEYS:
+        return None
+    lists = [key for key, rows in value.items() if isinstance(rows, list)]
+    chosen = [key for key in ROWS_KEYS if key in lists] or lists
+    if not chosen or (len(chosen) > 1 and chosen == lists):
+        names = short(", ".join(map(repr, value)), 300)
+        raise DataError(
+            f"{file}, line 1: it is one JSON object with the keys {names}: write the list of the rows alone, or under "
+            f"the key {ROWS_KEYS[0]!r}."
+        )
+    others = [key for key in value if key != chosen[0]]
+    unused = f"; {short(', '.join(map(repr, others)), 300)} are not used" if others else ""
+    notify(f"{file}: the rows are those under {chosen[0]!r}{unused}.")
+    return array_rows(file, text, start_of(text, chosen[0]))
+
+
+def start_of(text: str, wanted: str) -> int:
+    """Return where the value of a key of the outermost JSON object starts. A repeated key counts the last time."""
+    space, decoder, found = re.compile(r"[ \t\r\n,:]*"), json.JSONDecoder(), 0
+    position = text.index("{") + 1
+    while True:
+        position = space.match(text, position).end()  # type: ignore[union-attr]
+        if text.startswith("}", position):
+            return found
+        key, position = decoder.raw_decode(text, position)
+        position = space.match(text, position).end()  # type: ignore[union-attr]
+        found = position if key == wanted else found
+        _, position = decoder.raw_decode(text, position)
+
+
+def array_rows(file: str, text: str, start: int) -> Iterator[Row]:
+    """Yield the elements of a JSON array that starts at a position of the text, and is all of it or in an object.
+
+    Raises DataError: rows after a mistake cannot be found.
+    """
     space, decoder = re.compile(r"[ \t\r\n]*"), json.JSONDecoder()
 
     def skip(position: int) -> int:
@@ -123,7 +125,7 @@ def array_rows(file: str, text: str) -> Iterator[Row]:
         return match.end() if match else position
 
     line = 1
-    counted, position = 0, skip(text.index("[") + 1)
+    counted, position = 0, skip(start + 1)
     try:
         while not text.startswith("]", position):
             line += text.count("\n", counted, position)
@@ -135,7 +137,7 @@ def array_rows(file: str, text: str) -> Iterator[Row]:
                 position = skip(position + 1)
             elif not text.startswith("]", position):
                 raise json.JSONDecodeError("Expecting a comma or ]", text, position)
-        if text[position + 1 :].strip():
+        if text[position + 1 :].strip() and not text.lstrip().startswith("{"):
             raise json.JSONDecodeError("Extra data after the array", text, skip(position + 1))
     except json.JSONDecodeError as error:
         raise DataError(f"{file}, line {error.lineno}: it is damaged or not JSON ({error.msg}). Repair it.") from error
@@ -144,16 +146,22 @@ def array_rows(file: str, text: str) -> Iterator[Row]:
 
 
 def csv_rows(file: str, text: str) -> Iterator[Row]:
-    """Yield the records of a CSV file; its first line has the column names and determines the separator."""
+    """Yield the records of a CSV file; its first line has the column names and determines the separator.
+
+    A line `sep=;` before it, as spreadsheets write and read it, names the separator. Records and columns without any
+    content are skipped.
+    """
     csv.field_size_limit(2**31 - 1)
     stream = io.StringIO(text, newline="")
+    named = re.match(r"sep=(.)\r?\n", text, re.IGNORECASE)
+    skipped = stream.readline() if named else ""
     first = stream.readline()
-    separator = max(",;\t", key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
-    stream.seek(0)
-    reader = csv.reader(stream, delimiter=separator, strict=True)
+    guessed = max(",;\t", key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
+    stream.seek(len(skipped))
+    reader = csv.reader(stream, delimiter=named[1] if named else guessed, strict=True)
     header: list[str] = []
     while True:
-        number, cells, problem = reader.line_num + 1, [], ""
+        number, cells, problem = reader.line_num + 1 + bool(named), [], ""
         try:
             cells = next(reader)
         except StopIteration:
@@ -166,27 +174,64 @@ def csv_rows(file: str, text: str) -> Iterator[Row]:
             if not header:
                 raise DataError(f"{file}, line {number}: the names of the columns are no CSV ({error}).") from error
             problem = f"it is not CSV ({error})."
-        if not header:
-            header = [cell.strip() for cell in cells]
-            if len(set(header)) < len(header):
-                raise DataError(f"{file}, line {number}: two columns have the same name: {short(header)}.")
-        elif problem or len(cells) not in (0, len(header)):
-            problem = problem or f"it has {len(cells)} cells, and {len(header)} columns are named in the first line."
+        if problem:
             yield Row(number, cells, problem)
-        elif cells:
-            yield Row(number, dict(zip(header, cells, strict=True)))
+        elif not any(cell.strip() for cell in cells):
+            continue
+        elif not header:
+            header = [cell.strip() for cell in cells]
+            if len(set(filter(None, header))) < len([*filter(None, header)]):
+                raise DataError(f"{file}, line {number}: two columns have the same name: {short(header)}.")
+        else:
+            yield record(number, cells, header)
+
+
+def record(number: int, cells: list[str], header: list[str]) -> Row:
+    """Return a record of a CSV file as a row, without blank columns."""
+    while len(cells) > len(header) and not cells[-1].strip():
+        cells = cells[:-1]
+    if len(cells) != len(header):
+        return Row(number, cells, f"it has {len(cells)} cells, and {len(header)} columns are named in the first line.")
+    for place, (name, cell) in enumerate(zip(header, cells, strict=True), start=1):
+        if not name and cell.strip():
+            return Row(number, cells, f"cell {place} has content, but its column has no name: name it, or empty it.")
+    return Row(number, {name: cell for name, cell in zip(header, cells, strict=True) if name})
 
 
 def parquet_rows(file: str) -> Iterator[Row]:
     """Yield the rows of a Parquet file."""
-    from datasets import load_dataset
+    from pyarrow.parquet import ParquetFile
 
-    try:  # keep the cache of `datasets` in the workspace
-        rows = load_dataset("parquet", data_files=file, split="train", cache_dir=str(MODELS / "cache"))
-        yield from (Row(number, row) for number, row in enumerate(rows, start=1))
+    number = 0
+    try:  # a file, not a name: `datasets` would take brackets in it for a pattern
+        with Path(file).open("rb") as stream:
+            for batch in ParquetFile(stream).iter_batches():
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(number, value)
     except Exception as error:
-        cause = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{file}, row 1: it cannot be read as Parquet: {cause} Repair or replace it.") from error
+        cause = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DataError(
+            f"{file}, row {number + 1}: it cannot be read as Parquet: {cause}. Repair or replace it."
+        ) from error
+
+
+def saved_rows(folder: str, split: str) -> Iterator[Row]:
+    """Yield the rows of a dataset that `save_to_disk` wrote; one with several splits is read at `split`."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        rows = load_from_disk(folder)
+        rows = rows[split] if isinstance(rows, DatasetDict) else rows
+        values = [*rows]
+    except KeyError as error:
+        raise DataError(
+            f"{folder} has no split {split}: set dataset_split in olive-config.yaml to one of {', '.join(rows)}."
+        ) from error
+    except Exception as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DataError(f"{folder}: it cannot be read as a saved dataset: {cause}. Save it again.") from error
+    return (Row(number, value) for number, value in enumerate(values, start=1))
 
 
 def hub_rows(dataset_name: str, dataset_split: str) -> Iterator[Row]:

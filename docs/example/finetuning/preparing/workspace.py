@@ -1,4 +1,4 @@
-"""The paths of the workspace, and the folder of a model."""
+"""The paths of the workspace, and the folder of a model. Importing this file turns off the libraries' telemetry."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ MODELS = ROOT / "models"
 SAMPLE = ROOT / "dataset" / "sample-train.jsonl"
 MODEL_FACTS = ROOT / "setup" / "model.yaml"
 
-sys.path.append(str(ROOT / "setup"))
-from model_folder import (  # noqa: E402 - one file for setup/, inference/ and this folder
+sys.path.append(str(ROOT / "setup"))  # two files for setup/, inference/ and this folder
+import no_telemetry  # noqa: E402, F401 - before any library
+from model_folder import (  # noqa: E402
     DEMO,
     Found,
     ModelError,

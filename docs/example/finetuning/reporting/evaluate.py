@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from planning.cost import ANSWERS
-from preparing.formats import Message
-from preparing.tokens import IGNORED, NO_THINKING, load_tokenizer, with_system
+from preparing.chat_template import ends_of_answer
+from preparing.thoughts import END
+from preparing.tokens import IGNORED, Answer, last_answer, load_tokenizer, with_system
+from preparing.turns import Message
 from settings.run_settings import Settings
 from training import batches
 
@@ -37,18 +39,24 @@ def evaluate(
     """Evaluate the base model in `folder`, with the adapter when there is one, on held-out rows.
 
     `examples` are the rows' tokens and labels, as chat_tokens returns them.
-    eval_loss is the mean over all answer tokens; accuracy is the share of the first ANSWERS rows whose last turn is
-    generated exactly as in the row, by greedy decoding.
+    eval_loss is the mean over all answer tokens; accuracy is the share of the first ANSWERS rows whose last answer is
+    generated exactly as in the row, apart from a thought before it, by greedy decoding.
     """
     started = time.monotonic()
     model = load_model(folder, adapter, settings)
     tokenizer = load_tokenizer(folder)
-    batch_size = settings.per_device_eval_batch_size
-    rows = [with_system(row, settings.data["held_out"].tokens.system_prompt) for row in rows]
+    batch_size, options = settings.per_device_eval_batch_size, settings.data["held_out"].tokens
     loss = held_out_loss(model, tokenizer, examples, batch_size)
-    asked = [row for row in rows if len(row) > 1 and row[-1]["role"] == "assistant"][:ANSWERS]
-    answers = generate(model, tokenizer, asked, batch_size, end_of_turn(tokenizer, examples))
-    right = sum(answer.strip() == row[-1]["content"].strip() for answer, row in zip(answers, asked, strict=True))
+    asked: list[list[Message]] = []
+    expected: list[Answer] = []
+    for row in rows:
+        messages, answer = last_answer(tokenizer, with_system(row, options.system_prompt), options.thinking == "on")
+        if answer and len(asked) < ANSWERS:
+            asked.append(messages)
+            expected.append(answer)
+    answers = generate(model, tokenizer, expected, batch_size)
+    wanted = [tokenizer.decode(one.ids[one.start : one.end], skip_special_tokens=True) for one in expected]
+    right = sum(said(answer) == said(want) for answer, want in zip(answers, wanted, strict=True))
     metrics = {
         "eval_loss": round(loss, 4),
         "perplexity": round(math.exp(min(loss, 700)), 4),
@@ -90,7 +98,7 @@ def load_base(folder: str, dtype: str, quantization: Any = None) -> Any:
         local_files_only=True,
         trust_remote_code=False,  # otherwise transformers asks in a terminal whether to run the model's code
     )
-    if model.config.hidden_size < 256:
+    if model.config.get_text_config().hidden_size < 256:
         torch.set_num_threads(1)  # for matrices as small as the demo's, more threads are slower
     return model.eval()
 
@@ -107,21 +115,17 @@ def held_out_loss(model: Any, tokenizer: Any, examples: list[batches.Row], batch
     return loss / labels
 
 
-def generate(
-    model: Any, tokenizer: Any, conversations: list[list[Message]], batch_size: int, stop: list[int]
-) -> list[str]:
-    """Answer the last turn of each conversation, greedily, in batches. Returns the texts without special tokens."""
+def generate(model: Any, tokenizer: Any, expected: list[Answer], batch_size: int) -> list[str]:
+    """Answer the questions before these answers, greedily, in batches. Returns the texts without special tokens."""
     from transformers import GenerationConfig
 
-    options = {"add_generation_prompt": True, "return_dict": False, **NO_THINKING}
-    prompts = [tokenizer.apply_chat_template(row[:-1], **options) for row in conversations]
-    expected = [tokenizer(row[-1]["content"], add_special_tokens=False)["input_ids"] for row in conversations]
-    longest = max(map(len, expected), default=0)
+    prompts = [one.ids[: one.start] for one in expected]
+    longest = max((one.end - one.start for one in expected), default=0)
     # not the model's own settings: they may sample, or penalise repetition
     settings = GenerationConfig(
         max_new_tokens=longest + 8,  # a longer answer is wrong anyway
         do_sample=False,
-        eos_token_id=stop,
+        eos_token_id=ends_of_answer(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     # PEFT passes it on to the base model for LoRA, but not for LoHa and LoKr
@@ -140,8 +144,6 @@ def generate(
     return answers
 
 
-def end_of_turn(tokenizer: Any, examples: list[dict[str, list[int]]]) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's end of sequence and the chat template's end of turn."""
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    last_labels = {[label for label in example["labels"] if label != IGNORED][-1] for example in examples}
-    return sorted({tokenizer.eos_token_id} | (last_labels & special))
+def said(answer: str) -> str:
+    """Return an answer without its thought, and without spaces around it."""
+    return answer.rpartition(END)[2].strip()

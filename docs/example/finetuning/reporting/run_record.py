@@ -16,8 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypedDict
 
-from preparing.formats import Message
-from preparing.tokens import IGNORED, load_tokenizer, tokenise, with_system
+from preparing.chat_template import ends_of_answer
+from preparing.conversations import Conversation
+from preparing.rejected import count_rejected
+from preparing.tokenised import Tokenised
+from preparing.tokens import IGNORED, load_tokenizer
+from preparing.turns import Message
 from preparing.workspace import ROOT
 from settings.config_file import the_pass
 from settings.run_settings import Settings, olive_config
@@ -33,6 +37,7 @@ class RunRecord(TypedDict, total=False):
     adapter: str  # a folder relative to the workspace
     dtype: str
     system_prompt: str
+    thinking: bool  # whether it is asked with thoughts
     dataset_sha256: str
     config_sha256: str
     config: dict[str, dict[str, Any]]  # the settings that affect the result, by group
@@ -61,6 +66,7 @@ def describe(settings: Settings, rows: dict[str, list[list[Message]]], commit: s
         "adapter": (results / "adapter").relative_to(ROOT).as_posix(),
         "dtype": settings.torch_dtype,
         "system_prompt": settings.data["train"].tokens.system_prompt or "",
+        "thinking": settings.data["train"].tokens.thinking == "on",
         "dataset_sha256": sha256(rows),
         "config_sha256": sha256(config),
         "config": settings_in_use(settings, config),
@@ -76,7 +82,7 @@ def settings_in_use(settings: Settings, config: dict[str, Any]) -> dict[str, dic
     return {
         "model": {"model_path": settings.model_path} | config["input_model"]["load_kwargs"],
         "rows": vars(settings.data["train"].rows),
-        "tokens": {name: getattr(tokens, name) for name in ("system_prompt", "max_seq_len", "train_on")},
+        "tokens": {name: getattr(tokens, name) for name in ("system_prompt", "max_seq_len", "train_on", "thinking")},
         "adapter": adapter,
         "training": olive_pass["training_args"],
     }
@@ -118,31 +124,26 @@ def keep_logs(settings: Settings, folder: Path) -> None:
         "TENSORBOARD_LOGGING_DIR": folder / "tensorboard" / f"{datetime.now():%Y-%m-%d-%H%M%S}",  # one curve per run
         # relative to the workspace: an absolute path may contain characters that a URL cannot
         "MLFLOW_TRACKING_URI": f"sqlite:///{(folder / 'mlflow.db').relative_to(ROOT).as_posix()}",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
         "TRACKIO_DIR": folder / "trackio",
         "WANDB_DIR": folder,
         "WANDB_CACHE_DIR": folder / "wandb" / "cache",
         "WANDB_CONSOLE": "off",
-        "WANDB_ERROR_REPORTING": "false",
     }.items():
         os.environ.setdefault(variable, str(value))
 
 
-def data_facts(settings: Settings, rows: dict[str, list[list[Message]]], folder: str) -> dict[str, Any]:
-    """Count the data of the run, in rows and in tokens of the model's tokenizer in `folder`.
+def data_facts(
+    settings: Settings, rows: dict[str, list[list[Message]]], found: Tokenised, tokenizer: Any
+) -> dict[str, Any]:
+    """Count the data of the run, in rows and in tokens. `found` are the rows to train on, `rows` those of both parts.
 
-    The rows are tokenised again here, so the training starts without waiting for this. tokens_per_row is before the cut
-    at max_seq_len; answer_share is the share of `tokens` (those trained on) that count for the loss.
+    tokens_per_row is before the cut at max_seq_len; answer_share is the share of `tokens` (those trained on) that count
+    for the loss.
     """
-    from reporting.evaluate import end_of_turn
-
-    source, options = settings.data["train"].rows, settings.data["train"].tokens
-    tokenizer, longest = load_tokenizer(folder), options.max_seq_len
-    examples = [tokenise(tokenizer, with_system(row, options.system_prompt), options.train_on) for row in rows["train"]]
-    lengths = sorted(len(example["input_ids"]) for example in examples)
-    answers = [sum(label != IGNORED for label in example["labels"][:longest]) for example in examples]
-    kept = [example for example, tokens in zip(examples, answers, strict=True) if tokens]
-    trained_on = sum(min(len(example["input_ids"]), longest) for example in kept)
+    source = settings.data["train"].rows
+    lengths = sorted(len(one["input_ids"]) for row in found.whole for one in row)
+    trained_on = sum(len(one["input_ids"]) for one in found.examples)
+    answers = sum(label != IGNORED for one in found.examples for label in one["labels"])
     train, held_out = ([json.dumps(row, sort_keys=True) for row in rows[part]] for part in ("train", "held_out"))
     train_source = source.dataset_name or source.train_file
     return {
@@ -151,18 +152,21 @@ def data_facts(settings: Settings, rows: dict[str, list[list[Message]]], folder:
         "train_rows": len(train),
         "held_out_rows": len(held_out),
         "tokens": trained_on,
-        "answer_share": round(sum(answers) / trained_on, 4),
+        "answer_share": round(answers / trained_on, 4),
         "tokens_per_row": {
             "min": lengths[0],
             "median": statistics.median_low(lengths),
             "p95": lengths[math.ceil(0.95 * len(lengths)) - 1],
             "max": lengths[-1],
         },
-        "cut_rows": sum(length > longest for length in lengths),
-        "left_out_rows": answers.count(0),
+        "cut_rows": found.longer,
+        "left_out_rows": len(found.lost),
+        "set_aside_rows": count_rejected(
+            {row.source: row.is_from_hub for part in rows.values() for row in part if isinstance(row, Conversation)}
+        ),
         "duplicate_rows": len(train) - len(set(train)),
         "held_out_rows_trained_on": len(set(held_out) & set(train)),
-        "end_of_answer": tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer, kept)),
+        "end_of_answer": tokenizer.convert_ids_to_tokens(ends_of_answer(tokenizer)),
     }
 
 

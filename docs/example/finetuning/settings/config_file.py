@@ -24,6 +24,8 @@ NEEDED = {
     "local_system": ("accelerators",),
     "accelerators": ("device",),
 }
+# of the training_args: YAML reads an unquoted no as false
+NO = {"eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
 NEEDED_BY_QLORA = ("compute_dtype", "quant_type", "double_quant")
 
 

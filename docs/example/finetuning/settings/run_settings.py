@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from preparing.dataset import chat_rows, chat_tokens
-from settings.config_file import CONFIG, RESTORE, ConfigError, line_of, read_file, the_pass
+from settings.config_file import CONFIG, NO, RESTORE, ConfigError, line_of, read_file, the_pass
 
 METHODS = {name.lower(): name for name in ("LoRA", "QLoRA", "DoRA", "LoHa", "LoKr")}
 PARTS = ("train", "held_out")  # the names of the data_configs
@@ -31,8 +31,8 @@ EVALUATIONS = 10  # checkpoints of a run, as eval_steps and save_steps of 0.1 ma
 class RowSettings:
     """Where the rows of a part are, how a row is read, and which rows are held out: arguments of chat_rows."""
 
-    train_file: str | None
-    held_out_file: str | None
+    train_file: str | list[str] | None
+    held_out_file: str | list[str] | None
     dataset_name: str | None
     dataset_split: str
     dataset_format: str
@@ -42,6 +42,7 @@ class RowSettings:
     data_seed: int
     max_rows: int | None
     max_bad_rows: int | float
+    encoding: str | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class TokenSettings:
     max_seq_len: int
     train_on: str
     max_bad_rows: int | float
+    thinking: str  # auto, on or off
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Settings:
     # set by accelerate launch or torchrun
     processes: int = 1  # processes that share the rows
     sharded: bool = False  # FSDP: they share the weights too
+    smoke: bool = False  # a smoke run, which checks the gradients after its training
     file: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the whole file
 
     @property
@@ -129,8 +132,10 @@ class Settings:
 
         The values are not checked here: validation.py does that.
         """
+        config = deepcopy(dict(config))
         model, olive_pass = config["input_model"], the_pass(config)
         arguments = olive_pass["training_args"]
+        arguments |= {key: word for key, word in NO.items() if arguments.get(key) is False}
         method = str(olive_pass["type"]).lower()
         if method not in METHODS:
             raise ConfigError(
@@ -185,6 +190,7 @@ def part_settings(config: Mapping[str, Any], part: str) -> PartSettings:
             rows = arguments_of(chat_rows, data_config["load_dataset_config"], {"part"})
             others = {"rows", "model_path", "revision"}
             tokens = arguments_of(chat_tokens, data_config["pre_process_data_config"], others)
+            tokens["thinking"] = {True: "on", False: "off"}.get(tokens["thinking"], tokens["thinking"])
             return PartSettings(RowSettings(**rows), TokenSettings(**tokens))
     raise ConfigError(f"{CONFIG.name}: data_configs has no entry named {part}. {RESTORE}.")
 

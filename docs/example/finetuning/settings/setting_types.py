@@ -6,16 +6,18 @@ Types are read from the code that uses the settings; this file adds what that co
 from __future__ import annotations
 
 from functools import cache
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from preparing.dataset import chat_rows, chat_tokens
+from settings.config_file import NO
 from settings.value_types import as_yaml, within
 
 CHOICES = {
     "name": ("train", "held_out"),
     "train_on": ("responses", "all"),
+    "thinking": ("auto", "on", "off", True, False),  # YAML 1.1 reads on and off as true and false
     "dataset_format": ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "columns", "text"),
     "torch_dtype": ("float32", "bfloat16", "float16"),
     "compute_dtype": ("float32", "bfloat16", "float16"),
@@ -110,4 +112,7 @@ def narrowed(key: str, kind: Any) -> Any:
     """Return the type of a setting, narrowed by what the library does not specify."""
     if key in CHOICES:
         return Literal[CHOICES[key]]
-    return within(TYPES.get(key) or as_yaml(kind), LIMITS.get(key, ()))
+    kind = within(TYPES.get(key) or as_yaml(kind), LIMITS.get(key, ()))
+    if key not in NO:
+        return kind
+    return Literal[(*get_args(kind), False)] if get_origin(kind) is Literal else kind | Literal[False]

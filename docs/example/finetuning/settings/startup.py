@@ -9,6 +9,8 @@ import sys
 import warnings
 from unittest.mock import MagicMock
 
+import preparing.workspace  # noqa: F401 - turns off the telemetry
+
 
 def explain(error: Exception) -> str:
     """Return what is wrong and what to do, in one sentence."""
@@ -24,17 +26,13 @@ def explain(error: Exception) -> str:
 
 
 def quiet() -> None:
-    """Disable telemetry and output of the libraries. Olive sends nothing if CI is set."""
-    os.environ.update(
-        OLIVE_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_TELEMETRY="1", ORT_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1"
-    )
-    os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # `datasets` reports every file that it reads, even a local one
+    """Disable the output of the libraries."""
     for name, value in (
-        ("CI", "1"),
         ("TOKENIZERS_PARALLELISM", "false"),
         ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("TRANSFORMERS_VERBOSITY", "error"),
+        ("OMP_WAIT_POLICY", "PASSIVE"),  # PyTorch's waiting threads sleep: awake, they slow down a busy machine
     ):
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)

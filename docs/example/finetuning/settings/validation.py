@@ -6,10 +6,12 @@ import difflib
 import importlib.util
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from settings.allowed import fixed_values, reasons
+from settings.combinations import conflict, training_arguments
 from settings.config_file import CONFIG, ConfigError, line_of, sections
 from settings.run_settings import Settings, olive_config
 from settings.setting_types import TRACKERS, setting_types
@@ -77,34 +79,45 @@ def check_types(settings: Settings, path: Path) -> None:
 
 def validate_values(settings: Settings, path: Path) -> None:
     """Validate the values with Olive and transformers. Raises ConfigError with the first error."""
-    import tempfile
-
     from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
     from olive.passes.olive_pass import create_pass_from_dict
-    from olive.passes.pytorch.lora import HFTrainingArguments
     from olive.workflows.run.config import RunConfig
     from pydantic import ValidationError
 
     from settings.olive_pass import pass_class
 
-    config = olive_config(settings)
-    if settings.early_stopping_patience and settings.eval_strategy == "no":
-        line = line_of(path, "early_stopping_patience")
-        raise ConfigError(
-            f"{path.name}, line {line}: early_stopping_patience needs evaluations: set eval_strategy: steps."
-        )
+    if found := conflict(settings):
+        key, reason = found
+        raise ConfigError(f"{path.name}, line {line_of(path, key)}: {key} {reason}.")
     try:
-        run_config = RunConfig.model_validate(config)
+        run_config = RunConfig.model_validate(olive_config(settings))
         ((chosen,),) = run_config.passes.values()
         with tempfile.TemporaryDirectory() as folder:
             chosen.config["training_args"] |= {"output_dir": folder, "use_cpu": True}
             create_pass_from_dict(pass_class(settings.method), chosen.config, True, DEFAULT_CPU_ACCELERATOR)
-            # Olive takes what does not fit the class as a plain dict: build it again to get the error
-            HFTrainingArguments.model_validate(chosen.config["training_args"]).create_training_args()
+        check_optimizer(settings, training_arguments(settings), path)
     except ValidationError as error:
         problem = error.errors()[0]
         key = next((part for part in reversed(problem["loc"]) if line_of(path, str(part)) > 1), problem["loc"][0])
         message = f"{key}: {problem['msg'].lower()}, not {problem['input']!r}."
         raise ConfigError(f"{path.name}, line {line_of(path, str(key))}: {message}") from error
     except (ValueError, TypeError, AssertionError, ImportError, OSError) as error:
-        raise ConfigError(f"{path.name}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{path.name}: {' '.join(str(error).split())}") from error
+
+
+def check_optimizer(settings: Settings, arguments: Any, path: Path) -> None:
+    """Raise ConfigError for an optimizer whose package is not installed, unless the GPU for it is elsewhere."""
+    import torch
+    from transformers import Trainer
+
+    if settings.gpu and not torch.cuda.is_available():
+        return
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ImportError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".!")
+        if "install" in reason:  # others are about the model, which is not loaded here
+            raise ConfigError(
+                f"{path.name}, line {line_of(path, 'optim')}: optim {settings.optim} cannot be used here ({reason}): "
+                "choose adamw_torch, or install what it needs."
+            ) from error

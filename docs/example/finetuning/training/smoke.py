@@ -41,6 +41,7 @@ def shrink(settings: Settings, results: Path) -> Settings:
         eval_steps=STEPS // 2,
         save_steps=STEPS // 2,
         report_to="none",
+        smoke=True,
         data={part: shrink_part(settings.data[part]) for part in settings.data},
     )
     facts = yaml.safe_load(MODEL_FACTS.read_text(encoding="utf-8"))

@@ -21,7 +21,9 @@ from typing import Any
 import yaml
 
 from preparing.dataset import chat_rows
+from preparing.problems import DataError
 from preparing.tokens import tokenise
+from preparing.turns import Message
 from preparing.workspace import DEMO, MODEL_FACTS, ROOT, SAMPLE, ModelMissingError, find_model
 from training.whole_files import replace_folder
 
@@ -31,9 +33,7 @@ BATCH_SIZE = 16
 LEARNING_RATE = 3e-3
 
 
-def build(
-    folder: Path, facts: dict[str, Any], rows: list[list[dict[str, str]]], steps: int = STEPS, seed: int = 42
-) -> None:
+def build(folder: Path, facts: dict[str, Any], rows: list[list[Message]], steps: int = STEPS, seed: int = 42) -> None:
     """Build a tiny model of the architecture in `facts` (setup/model.yaml) from conversations, and save it to `folder`.
 
     The folder appears only when complete. Raises ValueError for an architecture that transformers does not know.
@@ -58,7 +58,7 @@ def build(
     replace_folder(unfinished, folder)
 
 
-def build_tokenizer(facts: dict[str, Any], rows: list[list[dict[str, str]]]) -> Any:
+def build_tokenizer(facts: dict[str, Any], rows: list[list[Message]]) -> Any:
     """Train a byte-level BPE tokenizer on the rows, with the special tokens and chat template of the model's family."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -110,7 +110,7 @@ def tiny_config(facts: dict[str, Any], tokenizer: Any) -> Any:
     )
 
 
-def teach_form(model: Any, tokenizer: Any, rows: list[list[dict[str, str]]], steps: int, seed: int) -> None:
+def teach_form(model: Any, tokenizer: Any, rows: list[list[Message]], steps: int, seed: int) -> None:
     """Train all weights on conversations with shuffled answers: this teaches the form, not the task.
 
     The loss covers every token: a base model knows its language, and its embeddings are trained.
@@ -123,7 +123,10 @@ def teach_form(model: Any, tokenizer: Any, rows: list[list[dict[str, str]]], ste
     shuffle = random.Random(seed)
     answers = [row[-1] for row in rows]
     shuffle.shuffle(answers)
-    examples = [tokenise(tokenizer, [*row[:-1], answer], "all") for row, answer in zip(rows, answers, strict=True)]
+    examples = []
+    for row, answer in zip(rows, answers, strict=True):
+        with contextlib.suppress(DataError):  # the run itself rejects what the chat template does not take
+            examples += tokenise(tokenizer, [*row[:-1], answer], "all")[:1]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
     model.train()
@@ -162,8 +165,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     os.environ.update(
-        HF_UPDATE_DOWNLOAD_COUNTS="0",
-        HF_HUB_DISABLE_TELEMETRY="1",
         HF_DATASETS_DISABLE_PROGRESS_BARS="1",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
     )

@@ -20,10 +20,12 @@ from olive.workflows.run.config import RunConfig
 
 from preparing import dataset
 from preparing.tokens import IGNORED
+from settings.config_file import ConfigError
 from settings.olive_pass import ExtraSettings, pass_class
 from settings.run_settings import Settings, olive_config
 from training import batches
 from training.checkpoints import Checkpoints, newest_checkpoint
+from training.gradients import check_gradients
 from training.processes import share
 from training.progress import Progress
 
@@ -62,7 +64,7 @@ def train(
     transformers.set_seed(settings.seed)  # adapters are initialised before the Trainer sets the seed
     kind = pass_class(settings.method, Training)
     olive_pass = create_pass_from_dict(kind, chosen.config, True, DEFAULT_CPU_ACCELERATOR)
-    olive_pass.tokens = tokens
+    olive_pass.tokens, olive_pass.smoke = tokens, settings.smoke
     output = olive_pass.run(run_config.input_model.create_model(), str(run_folder / "output"))
     return Path(output.adapter_path), olive_pass.timings, olive_pass.history
 
@@ -101,18 +103,23 @@ class Training(ExtraSettings):
         if config.early_stopping_patience:
             trainer.add_callback(transformers.EarlyStoppingCallback(config.early_stopping_patience))
         steps_an_epoch = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
-        if trainer.args.max_steps > steps_an_epoch * trainer.args.num_train_epochs:
+        if not 0 < trainer.args.max_steps <= steps_an_epoch * trainer.args.num_train_epochs:
             trainer.args.max_steps = -1  # it can end a run before its epochs, but never extend it
+        start = first_to_move(model)
         with checkpoints:
             trainer.train(resume_from_checkpoint=newest_checkpoint(Path(trainer.args.output_dir)))
         if checkpoints.stopped_by:
             raise KeyboardInterrupt(checkpoints.stopped_by)
+        if self.smoke:
+            batch = trainer._prepare_inputs(trainer.data_collator(train_rows[: arguments.train_batch_size]))
+            print(check_gradients(model, batch, config.torch_dtype, trainer.compute_loss_context_manager))
         self.timings = shown.timings()
         self.history = trainer.state.log_history
 
         adapter = Path(output_model_path) / "adapter"
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
         if trainer.is_world_process_zero():
+            check_moved(start, weights or dict(model.named_parameters()), trainer.state)
             # the embeddings are the base model's: only what was trained is saved
             model.save_pretrained(adapter, state_dict=weights, save_embedding_layers=False)
         share()  # the adapter is on disk before any process continues
@@ -150,6 +157,36 @@ class AnswerTrainer(transformers.Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def first_to_move(model: Any) -> dict[str, torch.Tensor]:
+    """Return copies of the adapter's weights that are zero before the training, all of them if none is.
+
+    An adapter starts as zero, so that it changes nothing: in every method, the weights that make it so are the only
+    ones that receive the first gradient. The others also move by weight decay, which teaches nothing.
+    """
+    trained = {name: weight.detach().cpu().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    return {name: weight for name, weight in trained.items() if not weight.any()} or trained
+
+
+def check_moved(start: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], state: Any) -> None:
+    """Raise ConfigError if the adapter has none of the weights changed that `first_to_move` returned.
+
+    `state` is the Trainer's: the weights are those of its best step if there is one, else of the last.
+    """
+    if not all(torch.equal(weight, weights[name].detach().cpu()) for name, weight in start.items()):
+        return
+    losses = {entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+    if len(losses) > 1:  # a later step has changed something, to the worse
+        raise ConfigError(
+            f"The training made nothing better: the lowest held-out loss is that of step {state.best_global_step} of "
+            f"{state.global_step}, at which no weight of the adapter had moved: lower learning_rate, train longer, or "
+            "keep the last step with load_best_model_at_end: false. models/adapter stays as it was."
+        )
+    raise ConfigError(
+        "The training changed no weight of the adapter: see learning_rate and warmup_steps in olive-config.yaml, "
+        "and with torch_dtype: float16 take bfloat16 or float32. models/adapter stays as it was."
+    )
 
 
 def can_pack(model: Any, rows: list[batches.Row]) -> bool:
