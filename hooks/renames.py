@@ -40,7 +40,11 @@ SPLIT_FILES: dict[str, tuple[str, ...]] = {
         "finetuning/planning/plan.py",
         "finetuning/planning/fit.py",
     ),
-    "finetuning/dataset.py": ("finetuning/preparing/tokens.py",),
+    "finetuning/dataset.py": (
+        "finetuning/preparing/tokens.py",
+        "finetuning/preparing/tokenised.py",
+        "finetuning/preparing/chat_template.py",
+    ),
     "finetuning/estimate.py": ("finetuning/planning/architecture.py", "finetuning/planning/row_lengths.py"),
     "finetuning/export.py": (
         "finetuning/exporting/exported_folder.py",
@@ -50,11 +54,25 @@ SPLIT_FILES: dict[str, tuple[str, ...]] = {
     ),
     "finetuning/int4.py": ("finetuning/exporting/agreement.py",),
     "finetuning/invoke_olive.py": ("finetuning/settings/startup.py", "finetuning/reporting/show_results.py"),
-    "finetuning/messages.py": ("finetuning/preparing/conversations.py",),
+    "finetuning/messages.py": (
+        "finetuning/preparing/turns.py",
+        "finetuning/preparing/conversations.py",
+        "finetuning/preparing/rejected.py",
+    ),
+    "finetuning/preparing/conversations.py": ("finetuning/preparing/rejected.py",),
+    "finetuning/preparing/dataset.py": ("finetuning/preparing/tokenised.py",),
+    "finetuning/preparing/formats.py": ("finetuning/preparing/turns.py",),
+    "finetuning/preparing/rows.py": ("finetuning/preparing/data_files.py", "finetuning/preparing/problems.py"),
+    "finetuning/preparing/tokens.py": ("finetuning/preparing/chat_template.py",),
     "finetuning/preview.py": ("finetuning/planning/fit.py",),
     "finetuning/record.py": ("finetuning/training/whole_files.py",),
+    "finetuning/rows.py": ("finetuning/preparing/data_files.py", "finetuning/preparing/problems.py"),
     "finetuning/train.py": ("finetuning/training/checkpoints.py", "finetuning/training/processes.py"),
+    "inference/api.py": ("inference/chat_request.py", "inference/api_error.py"),
     "inference/engine.py": ("inference/load_engine.py", "inference/sources.py"),
+    "inference/server.py": ("inference/guard.py",),
+    "setup/create_env.py": ("setup/conda_environment.py",),
+    "setup/install.py": ("setup/installed.py",),
 }
 # File, by its newest name → old name → new name of a setting.
 RENAMED_SETTINGS: dict[str, dict[str, str]] = {}
