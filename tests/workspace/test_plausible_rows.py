@@ -137,7 +137,8 @@ def draw(rng: random.Random) -> list[Turn]:
     turns = []
     for role in roles or ["assistant"]:
         says = rng.choice(["", " ", "\0", "\ud800"]) if rng.random() < 0.02 else said(rng)
-        turn = Turn(role, says)
+        # an empty system text counts as none
+        turn = Turn(role, says or " " if role == "system" else says)
         if role == "assistant":
             turn.learn = rng.random() > 0.2
             if rng.random() < 0.2:
@@ -349,7 +350,7 @@ def test_what_is_learnt_is_what_was_meant_or_the_row_is_rejected(
         for family, tokenizer in tokenizers.items():
             outcome = judged(turns, row, family, tokenizer, chat, thinking)
             counts[family][outcome if outcome in ("learnt", "rejected") else "wrong"] += 1
-            if outcome not in ("learnt", "rejected"):
+            if outcome not in ("learnt", "rejected") and f"SEED={seed}," not in "".join(wrong):
                 wrong.append(f"PLAUSIBLE_SEED={seed}, {family}, thinking {thinking}: {outcome}\n  {turns}")
     with capsys.disabled():
         print("\n" + "\n".join(f"{family}: {dict(count)}" for family, count in counts.items()))
