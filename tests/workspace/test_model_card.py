@@ -25,10 +25,11 @@ def run_json(**changes: Any) -> dict[str, Any]:
         "adapter": "models/adapter",
         "dtype": "float32",
         "system_prompt": "",
+        "thinking": False,
         "dataset_sha256": "da7a" * 16,
         "config": {
             "rows": {"dataset_name": None},
-            "tokens": {"max_seq_len": 256, "train_on": "responses"},
+            "tokens": {"max_seq_len": 256, "train_on": "responses", "thinking": "off"},
             "adapter": {"r": 16, "alpha": 32, "target_modules": ["q_proj", "v_proj"]},
             "training": {"learning_rate": 0.004, "num_train_epochs": 8, "save_steps": 0.1},
         },

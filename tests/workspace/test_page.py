@@ -186,13 +186,13 @@ def test_the_settings_reach_the_model_and_retry_answers_once_more(
     asked: list[Any] = []
     generate, encode = engine.backend.generate, engine.backend.encode
     monkeypatch.setattr(engine.backend, "generate", lambda prompt, how: asked.append(how) or generate(prompt, how))
-    monkeypatch.setattr(engine.backend, "encode", lambda messages: asked.append(messages) or encode(messages))
+    monkeypatch.setattr(engine.backend, "encode", lambda text: asked.append(text) or encode(text))
     set_longest(page, SHORT)
     send(page, QUESTIONS[0])
     expect(page.get_by_text(f"The answer was cut at {SHORT} tokens.")).to_be_visible()
     wait_for_rest(page)
     user = {"role": "user", "content": QUESTIONS[0]}
-    assert asked == [[user], Generation(SHORT)]
+    assert asked == [engine.backend.render([user]), Generation(SHORT)]
     asked.clear()
     steps.clear()
     page.get_by_label("System prompt").fill("Be kind.")
@@ -204,7 +204,8 @@ def test_the_settings_reach_the_model_and_retry_answers_once_more(
     button(page, "Retry").click()
     expect(page.get_by_text("The answer was cut at 1 tokens.")).to_be_visible()
     wait_for_rest(page)
-    assert asked == [[{"role": "system", "content": "Be kind."}, user], Generation(1, 2.0, 0.95, 5, 1.5, 7)]
+    with_system = engine.backend.render([{"role": "system", "content": "Be kind."}, user])
+    assert asked == [with_system, Generation(1, 2.0, 0.95, 5, 1.5, 7)]
     assert len(steps) == 1
     expect(answers(page)).to_have_count(1)
 
