@@ -371,6 +371,18 @@ def test_a_budget_is_made_when_an_amount_is_given_and_mails_before_it_is_spent(m
     for notification in properties["notifications"].values():
         assert notification["enabled"] and notification["contactEmails"] == ["me@example.com"]
         assert notification["threshold"] <= 100
+        assert notification["contactRoles"] == ["Owner"]
+    thresholds = {one["threshold"]: one["thresholdType"] for one in properties["notifications"].values()}
+    assert thresholds == {80: "Actual", 100: "Forecasted"}
+
+
+@for_both
+def test_share_and_logs_have_limits(purpose: str, make: Make) -> None:
+    made = make(purpose)
+    (share,), (logs,) = made["storageAccounts/fileServices/shares"], made["workspaces"]
+    assert share["properties"]["shareQuota"] == 1024
+    assert logs["properties"]["workspaceCapping"] == {"dailyQuotaGb": 1}
+    assert logs["properties"]["retentionInDays"] == 30
 
 
 @for_both
@@ -524,6 +536,9 @@ def test_entra_id_stands_before_the_page_when_its_app_is_named(make: Make) -> No
     properties = login["properties"]
     assert login["name"] == "current" and properties["platform"] == {"enabled": True}
     assert properties["globalValidation"]["unauthenticatedClientAction"] == "RedirectToLoginPage"
+    # programs cannot log in on a page: only the key protects these
+    excluded = ["/v1/models", "/v1/chat/completions", "/health"]
+    assert properties["globalValidation"]["excludedPaths"] == excluded
     directory = properties["identityProviders"]["azureActiveDirectory"]
     assert directory["validation"] == {"allowedAudiences": ["an-id", "api://an-id"]}
     issuer = directory["registration"]["openIdIssuer"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -67,6 +68,17 @@ def test_what_az_says_of_rarer_failures_is_one_sentence_too(azure: Azure, said: 
     found = explain(f"ERROR: {said}\nCode: X", {"group": "rg-x", "purpose": "inference"})
     assert sentence in found
     assert "\n" not in found
+
+
+def test_az_runs_with_its_telemetry_off(azure: Azure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from az import az
+
+    program = tmp_path / "az"  # says only what it is given: az itself shows no setting that comes from a variable
+    program.write_text('#!/bin/sh\necho "\\"$AZURE_CORE_COLLECT_TELEMETRY\\""\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("AZURE_CORE_COLLECT_TELEMETRY", "yes")
+    assert az("version") == "no"
 
 
 def test_a_torn_configuration_is_said_in_one_sentence(azure: Azure, workspace: Path) -> None:

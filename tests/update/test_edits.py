@@ -38,7 +38,9 @@ def replace(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
-def test_every_kind_of_edit_is_kept(workspace: Path, copy: Copy, update: Copy, tmp_path: Path) -> None:
+def test_every_kind_of_edit_is_kept(
+    workspace: Path, copy: Copy, update: Copy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     renames = {old: new for old, new in renamed().items() if (workspace / old).exists()}
 
     def before(name: str) -> str:
@@ -70,6 +72,7 @@ def test_every_kind_of_edit_is_kept(workspace: Path, copy: Copy, update: Copy, t
     fresh["README.md"] = fresh["README.md"].replace(b"## Start\n", b"## Start\n\nAsk Ada first.\n")
     fresh[TRAIN] = fresh[TRAIN].replace(b"from __future__ import annotations\n", b"# mine\n\nimport os  # noqa\n", 1)
     assert contents(workspace) == fresh
+    assert f"{CARD} is not text, and cannot be merged; yours is kept." in capfd.readouterr().err
 
 
 def test_a_line_that_both_changed_is_a_conflict_that_git_shows(workspace: Path, update: Copy) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -363,10 +364,13 @@ def test_an_update_is_taken_back_completely_and_nothing_else_is(
     if committed:
         git(workspace, "add", "--all", ".")
         git(workspace, "commit", "--quiet", "--message", "Updated")
+    updated = (workspace / CONFIG).read_bytes()
     done = subprocess.run(
         [sys.executable, workspace / "setup/undo_update.py"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    named = re.search(r"The previous content of these files is in (.+)\.\n", done.stdout)
+    assert named and (Path(named[1]) / CONFIG).read_bytes() == updated
     assert (whole(workspace), git(workspace, "ls-files", "--stage")) == (before, index)
     assert other.read_text() == "not committed\n"
 

@@ -262,6 +262,8 @@ def test_actions_and_packages_are_pinned_and_no_expression_gets_into_a_command()
     text = FILE.read_text("utf-8")
     workflow = yaml.safe_load(text)
     assert set(workflow[True]) == {"schedule", "workflow_dispatch"}  # YAML reads the key `on` as true
+    [schedule] = workflow[True]["schedule"]
+    assert re.fullmatch(r"\d+ \d+ \* \* 1", schedule["cron"])  # Mondays
     actions = re.findall(r"uses: (.*)", text)
     assert len(actions) == 5
     assert all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action) for action in actions)

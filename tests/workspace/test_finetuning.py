@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -256,6 +257,17 @@ def test_the_smoke_run_works_for_every_model_of_the_catalogue(
     assert run.status == 0, run.err
     assert run.json["metrics"]["after"]["eval_loss"] != run.json["metrics"]["before"]["eval_loss"]
     assert (results.read_bytes() if results.exists() else None) == before, "a smoke run touches no result"
+
+
+def test_the_smoke_run_says_what_it_replaces(invoke: Invoke, renders: Path) -> None:
+    rendered = (renders / "demo-qlora" / "finetuning" / "olive-config.yaml").read_text(encoding="utf-8")
+    for key, value in (("dataset_name", "owner/rows"), ("train_file", "null"), ("held_out_file", "null")):
+        rendered, found = re.subn(rf"(?m)^(\s*{key}:) \S+", rf"\1 {value}", rendered)
+        assert found
+    run = invoke("--smoke", edit=lambda _: rendered)
+    assert run.status == 0, run.err
+    assert "The smoke run uses the sample instead of the Hugging Face dataset" in run.out
+    assert "The smoke run trains with LoRA instead of QLoRA" in run.out
 
 
 def test_qlora_trains_and_chats_in_four_bits(workspace: Path, renders: Path) -> None:
