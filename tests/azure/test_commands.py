@@ -37,7 +37,7 @@ def test_destroying_in_a_shared_group_deletes_only_what_is_tagged(
     assert left == {"rg-shared", "theirs", "untagged"}
 
 
-def test_the_estimate_tells_time_and_what_is_not_in_it(azure: Azure) -> None:
+def test_the_estimate_has_the_time_and_what_is_not_included(azure: Azure) -> None:
     done = azure("estimate")
     assert (done.status, done.err) == (0, "")
     assert done.out.startswith("A run of 250 steps:\n  about ")
@@ -62,7 +62,7 @@ def test_the_estimate_tells_time_and_what_is_not_in_it(azure: Azure) -> None:
         ("The content for this response was already consumed", "`az deployment group validate --resource-group rg-x "),
     ],
 )
-def test_what_az_says_of_rarer_failures_is_one_sentence_too(azure: Azure, said: str, sentence: str) -> None:
+def test_rarer_failures_of_az_are_one_sentence_too(azure: Azure, said: str, sentence: str) -> None:
     from az import explain
 
     found = explain(f"ERROR: {said}\nCode: X", {"group": "rg-x", "purpose": "inference"})
@@ -81,7 +81,7 @@ def test_az_runs_with_its_telemetry_off(azure: Azure, tmp_path: Path, monkeypatc
     assert az("version") == "no"
 
 
-def test_a_torn_configuration_is_said_in_one_sentence(azure: Azure, workspace: Path) -> None:
+def test_a_damaged_configuration_is_one_sentence(azure: Azure, workspace: Path) -> None:
     file = workspace / "infra" / "inference.config.json"
     file.write_text('{"ACA_APP_NAME": ', encoding="utf-8")
     done = azure("endpoint")
@@ -92,14 +92,14 @@ def test_a_torn_configuration_is_said_in_one_sentence(azure: Azure, workspace: P
 
 
 @pytest.mark.parametrize("words", [[], ["provision"], ["secret", "set"], ["launch"]])
-def test_a_wrong_command_line_shows_how_it_is_meant(workspace: Path, words: list[str]) -> None:
+def test_a_wrong_command_line_shows_the_usage(workspace: Path, words: list[str]) -> None:
     command = [sys.executable, workspace / "infra" / "azure.py", *words]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: azure.py")
 
 
-def test_help_is_there_at_once_and_names_every_command(workspace: Path) -> None:
+def test_help_is_fast_and_names_every_command(workspace: Path) -> None:
     started = time.monotonic()
     command = [sys.executable, workspace / "infra" / "azure.py", "--help"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
@@ -108,5 +108,5 @@ def test_help_is_there_at_once_and_names_every_command(workspace: Path) -> None:
         assert f"\n{name} " in done.stdout
 
 
-def test_a_workspace_for_this_machine_has_nothing_of_azure() -> None:
+def test_a_local_workspace_has_no_azure_files() -> None:
     assert not (RENDERED / "infra").exists()

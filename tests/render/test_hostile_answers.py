@@ -418,7 +418,7 @@ def check_message(asked: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("question", FREE)
-def test_a_hostile_answer_is_refused_in_a_sentence_or_stands_unchanged_in_every_file(
+def test_a_hostile_answer_is_refused_in_one_sentence_or_rendered_unchanged(
     question: str,
     scene: Callable[[str, str], Scene],
     worker: Callable[..., Any],
@@ -475,7 +475,7 @@ def test_a_hostile_answer_is_refused_in_a_sentence_or_stands_unchanged_in_every_
     assert min(count["refused"], count["carried"]) >= 1 or FREE[question] != "str", count
 
 
-def test_every_question_is_asked_in_a_scene_and_its_answer_is_looked_for(scene: Callable[[str, str], Scene]) -> None:
+def test_every_question_is_asked_in_a_scene_and_its_answer_checked(scene: Callable[[str, str], Scene]) -> None:
     looked_for = set()
     for name in SCENES:
         rendered = scene(name, "hub")
@@ -489,7 +489,7 @@ def test_at_least_a_thousand_sets_are_tried_by_default() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("hub_id", "../`x`\n"), ("revision", '"a/../b"')])
-def test_no_model_gets_into_the_files_past_its_question(name: str, value: str, answer: Callable[..., Answers]) -> None:
+def test_no_model_bypasses_its_question(name: str, value: str, answer: Callable[..., Answers]) -> None:
     with pytest.raises(ValueError, match=f"^Validation error for question '{name}': computed: type custom_model_"):
         answer(**{name: value})
 

@@ -31,7 +31,7 @@ def build(repository: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_a_link_to_a_page_that_is_not_there_stops_the_build(repository: Path) -> None:
+def test_a_broken_link_stops_the_build(repository: Path) -> None:
     with (repository / "docs/how-to/api.md").open("a", encoding="utf-8") as page:
         page.write("\n[nowhere](nowhere.md)\n")
     done = build(repository)

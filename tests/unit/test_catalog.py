@@ -300,7 +300,7 @@ def test_a_question_reads_the_same_whether_its_answer_follows_or_not(family: Fam
 
 
 @each_family
-def test_what_must_be_learnt_is_the_answer_and_its_end_of_turn(family: Family) -> None:
+def test_the_learned_part_is_the_answer_and_its_end_of_turn(family: Family) -> None:
     learnt = re.findall("«(.*?)»", render_marked(family, [SYSTEM, *TURNS]), flags=re.DOTALL)
     answers = [turn["content"] for turn in TURNS if turn["role"] == "assistant"]
     assert len(learnt) == len(answers)
@@ -311,7 +311,7 @@ def test_what_must_be_learnt_is_the_answer_and_its_end_of_turn(family: Family) -
 
 
 @each_family
-def test_what_a_tool_says_is_read_and_never_learnt(family: Family) -> None:
+def test_tool_results_are_read_and_never_learned(family: Family) -> None:
     turns = [TURNS[0], {"role": "assistant", "content": "call()"}, {"role": "tool", "content": "22 degrees"}, TURNS[1]]
     text = render_marked(family, turns)
     learnt = re.findall("«(.*?)»", text, flags=re.DOTALL)
@@ -321,7 +321,7 @@ def test_what_a_tool_says_is_read_and_never_learnt(family: Family) -> None:
 
 
 @each_family
-def test_a_prompt_ends_exactly_where_what_must_be_learnt_begins(family: Family) -> None:
+def test_a_prompt_ends_exactly_where_the_learned_part_begins(family: Family) -> None:
     prompt = render(family, [SYSTEM, *TURNS[:1]], add_generation_prompt=True)
     marked = render_marked(family, [SYSTEM, *TURNS[:2]])
     assert marked[: marked.index("«")] == prompt
@@ -346,7 +346,7 @@ def test_every_mark_in_the_text_is_a_special_token(family: Family) -> None:
     assert marks <= known
 
 
-def test_the_plain_family_needs_nothing_but_an_end() -> None:
+def test_the_plain_family_needs_only_an_end_token() -> None:
     plain = FAMILIES["plain"]
     assert plain.special_tokens.bos_token is None
     assert plain.special_tokens.additional == []

@@ -135,7 +135,7 @@ def test_no_heldout_row_combines_parts_as_a_training_row_does(made: dict) -> Non
 
 
 @pytest.mark.parametrize("part", ["frame", "scene", "person"])
-def test_nothing_but_the_cue_is_bound_to_a_tone(made: dict, part: str) -> None:
+def test_only_the_cue_is_tied_to_a_tone(made: dict, part: str) -> None:
     counts = Counter((getattr(row, part), row.tone) for row in made[TRAIN])
     for value in {value for value, _ in counts}:
         shares = [counts[value, tone] for tone in TONES]

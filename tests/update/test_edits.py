@@ -88,7 +88,7 @@ def test_a_line_that_both_changed_is_a_conflict_that_git_shows(workspace: Path, 
     assert not list(workspace.rglob("*.rej"))
 
 
-def test_a_file_that_a_release_removes_stays_when_it_was_edited(
+def test_an_edited_file_that_a_release_removes_stays(
     workspace: Path, update: Copy, capfd: pytest.CaptureFixture[str]
 ) -> None:
     update(workspace, NOW)
@@ -132,7 +132,7 @@ HUB = {"dataset_source": "huggingface", "dataset_name": "owner/rows"}
     ],
     ids=lambda steps: " then ".join(" ".join(step.values()) for step in steps),
 )
-def test_answers_that_change_give_a_fresh_render_and_the_edits(
+def test_changed_answers_give_a_fresh_render_plus_the_edits(
     steps: list[dict[str, str]], copy: Copy, update: Copy, tmp_path: Path
 ) -> None:
     first = {"platform": "linux", "environment": "venv", "device": "cpu"}
@@ -150,7 +150,7 @@ def test_answers_that_change_give_a_fresh_render_and_the_edits(
         commit(workspace, "Updated")
 
 
-def test_a_file_of_the_old_choice_stays_when_it_was_edited(copy: Copy, update: Copy, tmp_path: Path) -> None:
+def test_an_edited_file_of_the_previous_choice_stays(copy: Copy, update: Copy, tmp_path: Path) -> None:
     workspace = copy(tmp_path / "tone", NOW, platform="linux", device="cpu")
     with (workspace / "setup/requirements-cpu.txt").open("a") as lock:
         lock.write("mine==1.0\n")
@@ -160,7 +160,7 @@ def test_a_file_of_the_old_choice_stays_when_it_was_edited(copy: Copy, update: C
     assert (workspace / "setup/requirements-gpu.txt").exists()
 
 
-def test_the_old_release_is_rendered_again_where_copier_s_copy_cannot_be_found(
+def test_the_old_release_is_rendered_again_if_copiers_copy_cannot_be_found(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     migrate = hook()
@@ -170,7 +170,7 @@ def test_the_old_release_is_rendered_again_where_copier_s_copy_cannot_be_found(
     assert {name: rendered[name] for name in contents(workspace)} == contents(workspace)
 
 
-def test_the_copy_of_another_update_is_never_taken(
+def test_the_copy_of_another_update_is_never_used(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     migrate = hook()
@@ -189,7 +189,7 @@ def test_the_copy_of_another_update_is_never_taken(
     assert update.old_render() == tmp_path / "old_copy.mine"
 
 
-def test_an_incomplete_copy_that_a_killed_update_left_is_never_taken(
+def test_an_incomplete_copy_left_by_a_killed_update_is_never_used(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     migrate = hook()

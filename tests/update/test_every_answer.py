@@ -148,7 +148,7 @@ SETS = combinations()
 SHARES = 8  # a test each: enough for two processes to share them evenly
 
 
-def test_every_two_values_that_go_together_meet() -> None:
+def test_every_valid_pair_of_values_is_covered() -> None:
     met = set[Any]().union(*map(pairs, pairwise()))
     for one, other in itertools.combinations(VALUES, 2):
         for first, second in itertools.product(VALUES[one], VALUES[other]):

@@ -14,7 +14,7 @@ from walks import Named, environment_of, walk, workspace_for
 
 
 @pytest.mark.parametrize("way", ["main", "catalogue"])
-def test_a_model_from_the_hub_goes_the_whole_way(
+def test_a_model_from_the_hub_passes_every_step(
     hub: Hub, ways: dict[str, Named], tiny: Path, tmp_path: Path, way: str
 ) -> None:
     workspace = workspace_for(ways[way], tmp_path / "workspace", tiny)

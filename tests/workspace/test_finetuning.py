@@ -33,7 +33,7 @@ def refused(run: Run, *words: str) -> None:
 
 
 @pytest.mark.parametrize("module", ["invoke_olive", "training.tiny_model"])
-def test_help_is_quick_because_it_imports_nothing_heavy(workspace: Path, module: str) -> None:
+def test_help_is_fast_because_it_imports_nothing_heavy(workspace: Path, module: str) -> None:
     code = """
 import runpy, sys
 module, sys.argv = sys.argv[1], ["script", "--help"]
@@ -90,7 +90,7 @@ def test_the_line_of_a_wrong_setting_is_named(invoke: Invoke, workspace: Path) -
     refused(run, f"olive-config.yaml, line {line}: passes.*.lora_drop_out", "did you mean lora_dropout?")
 
 
-def test_a_full_disk_is_said_before_the_run(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_the_run(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=100 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     refused(invoke(), "0.10 GiB of disk are free")
@@ -112,7 +112,7 @@ def test_the_check_trains_nothing(invoke: Invoke, workspace: Path) -> None:
     assert not [result for result in results if result.exists()]
 
 
-def test_a_run_leaves_what_the_contract_names(invoke: Invoke, workspace: Path) -> None:
+def test_a_run_writes_every_result_that_the_contract_names(invoke: Invoke, workspace: Path) -> None:
     run = invoke(settings=SHORT)
     assert run.status == 0, run.err
     assert set(run.json) >= {
@@ -130,7 +130,7 @@ def test_a_run_leaves_what_the_contract_names(invoke: Invoke, workspace: Path) -
     assert "Next: python inference/console_chat.py" in run.out
 
 
-def test_no_copy_of_the_base_model_is_left(invoke: Invoke, workspace: Path) -> None:
+def test_a_run_leaves_no_copy_of_the_base_model(invoke: Invoke, workspace: Path) -> None:
     base_models = [path for path in (workspace / "models").rglob("model.safetensors") if "smoke" not in path.parts]
     assert base_models == [workspace / "models" / "demo" / "model.safetensors"]
 
@@ -158,7 +158,7 @@ def test_a_changed_dataset_is_trained_again(invoke: Invoke, workspace: Path) -> 
     assert weights(workspace) != before
 
 
-def test_an_interrupted_run_goes_on_and_another_one_never_takes_its_checkpoints(
+def test_an_interrupted_run_resumes_and_another_one_never_uses_its_checkpoints(
     invoke: Invoke, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from training import train
@@ -183,7 +183,7 @@ def test_an_interrupted_run_goes_on_and_another_one_never_takes_its_checkpoints(
     assert len(weights(workspace)) == len(expected)
 
 
-def test_a_torn_model_is_an_error_and_keeps_the_last_result(invoke: Invoke, workspace: Path) -> None:
+def test_a_damaged_model_is_an_error_and_keeps_the_last_result(invoke: Invoke, workspace: Path) -> None:
     assert invoke(settings=SHORT).status == 0
     adapter, record = weights(workspace), (workspace / "models" / "run.json").read_bytes()
     model = workspace / "models" / "demo" / "model.safetensors"

@@ -334,7 +334,7 @@ def heard(turn: Turn, thinking: bool) -> str:
     return thought + answer
 
 
-def test_what_is_learnt_is_what_was_meant_or_the_row_is_rejected(
+def test_the_intended_part_is_learned_or_the_row_is_rejected(
     tokenizers: dict[str, Any], chat: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seeds = range(ROWS) if "PLAUSIBLE_ROWS" not in os.environ else random.SystemRandom().sample(range(2**40), ROWS)
