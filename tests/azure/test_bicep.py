@@ -1,6 +1,6 @@
-"""The Bicep files: right as Bicep, right for Azure as far as its type data says, and safe in what they make.
+"""The Bicep files are valid Bicep, match Azure's type data, and create secure resources.
 
-What Azure makes of them is not tested here: docs/how-to/azure-resources.md says what nobody can prove without it.
+How Azure deploys them is not tested here: docs/how-to/azure-resources.md lists what only Azure can show.
 """
 
 from __future__ import annotations

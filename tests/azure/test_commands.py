@@ -1,4 +1,4 @@
-"""What a command does beside the story: in a group that was there before, without az, without an answer."""
+"""Cases of infra/azure.py outside the story: an existing group, rare failures of az, wrong command lines, telemetry."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""infra/environment.sh, run as the containers run it: by bash, in a folder that stands in for the share, with real uv.
+"""infra/environment.sh, run as in the containers: by bash, with real uv, in a folder that stands in for the share.
 
-The lock names one tiny wheel, which lies beside it, so that nothing is downloaded.
+The lock has one tiny wheel, which is in a local folder: nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The whole story through the real az, in the order in which a user lives it, with all that can go wrong on the way.
+"""All commands through the real az, in the order in which a user runs them, with every failure that can occur.
 
-Each fixture is a chapter, and needs the one before it. What fails is tried again with the same command, which completes
-the work. The job and the app run for real, in the folder that stands in for the share.
+Each fixture is a chapter, and needs the one before it. A failed command is run again, and completes the work. The job
+and the app run their real commands, in the folder that stands in for the share.
 """
 
 from __future__ import annotations

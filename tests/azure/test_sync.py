@@ -1,4 +1,4 @@
-"""What is sent to the share, and what is not; and that whatever interrupts it, the next time sends the rest."""
+"""Which files are sent to the share and which are not; after any interruption, the next command sends the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AGENTS.md says what is true of every workspace; tests/unit/test_docs.py holds its commands against the scripts."""
+"""AGENTS.md is correct for every workspace; tests/unit/test_docs.py compares its commands with the scripts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What surrounds the code of a workspace: README, git, VS Code, dev container and CI say what is true of it."""
+"""README, git settings, VS Code tasks, dev container and CI of a workspace match its answers and scripts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What VS Code's YAML extension needs: the schema beside olive-config.yaml, which takes the file of every answer."""
+"""VS Code's YAML extension finds the schema next to olive-config.yaml, which accepts the file of every answer."""
 
 from __future__ import annotations
 

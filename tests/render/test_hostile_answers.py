@@ -1,7 +1,7 @@
-"""Answers as an attack: each is refused in a sentence, or stands unchanged in all files that hold it, and nowhere else.
+"""Answers as an attack: each is refused in one sentence, or rendered unchanged into its files, and nowhere else.
 
-Hypothesis puts together what breaks quoting, files, paths and command lines, for every question of copier.yml that is
-answered in words or numbers. HOSTILE_SETS=20000 tries that many sets, others each time; unset, always the same.
+Hypothesis combines what breaks quoting, files, paths and command lines, for every question of copier.yml that takes a
+text or a number. HOSTILE_SETS=20000 tries that many sets, different ones each time; unset, always the same.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def documents(folder: Path) -> dict[str, Leaves]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether an answer stands in a file as it was given. Two have a value that says «none» there."""
+    """Whether a file has an answer as it was given. Two answers have a value for «none» there."""
     return (one, isinstance(one, str)) == (other, isinstance(other, str)) or (one, other) in {("", None), (0, -1)}
 
 
@@ -253,7 +253,7 @@ def check_documents(scene: Scene, answers: Answers, found: dict[str, Leaves]) ->
 
 
 def check_readme(scene: Scene, answers: Answers, text: str) -> None:
-    """The README is the same as for harmless answers, but for these; each stands where Markdown leaves it alone."""
+    """The README is the same as for harmless answers, except for these; each is where Markdown does not change it."""
     expected = scene.readme
     for name in scene.asked:
         sample, value = scene.samples[name], answers[name]
@@ -381,7 +381,7 @@ def check_workspace(asked: Any, workspace: Path, harmless: Scene, hostile: Answe
 
 
 def check_environment(module: ModuleType, conda: Path, workspace: Path, name: str) -> None:
-    """The conda environment lies among the others under the name that was given; no argument is made of it."""
+    """The conda environment is next to the others under the given name, which never becomes an option."""
     prefix = conda.parents[1] / "envs" / name
     assert prefix == Path(os.path.normpath(prefix))
     commands: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""The questions: their names, their defaults, what they refuse and in which words, and how many a person meets."""
+"""The questions: their names, their defaults, their refusals, and how many of them are asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make site` stops at what would be wrong on the site, and says where it is."""
+"""`make site` stops at an error that would be on the site, and says where it is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PYTHON = ROOT / ".cache" / "site" / "bin" / "python"
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """What the site is made from."""
+    """The sources of the site."""
     for name in ("docs", "catalog", "benchmarks"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("README.md", "CHANGELOG.md", "LICENSE", "copier.yml"):

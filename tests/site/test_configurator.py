@@ -1,4 +1,4 @@
-"""The configurator in a browser: what its command gives in a shell, what it greys out, and who can use it."""
+"""The configurator in a browser: the result of its command in a shell, its disabled choices, its accessibility."""
 
 from __future__ import annotations
 

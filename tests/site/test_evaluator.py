@@ -1,4 +1,4 @@
-"""The configurator asks as Copier does: the same questions, defaults, choices and refusals, for the same answers."""
+"""The configurator agrees with Copier: the same questions, defaults, choices and refusals for the same answers."""
 
 from __future__ import annotations
 

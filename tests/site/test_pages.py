@@ -1,4 +1,4 @@
-"""The built site: every link leads somewhere, no page asks another host, all fit a phone, and the search finds."""
+"""The built site: every link has a target, no page contacts another host, every page fits a phone, the search works."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ each_page = pytest.mark.parametrize("page", HTML, ids=lambda page: page.relative
 
 
 class Page(HTMLParser):
-    """What a page is made of: where its links lead, what it loads, the names of its places, its titles."""
+    """The content of a page: its links, what it loads, its anchors, its titles."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The catalogue: every entry is complete and consistent, and every chat template keeps its promises."""
+"""The catalogue: every entry is complete and consistent, and every chat template works for training and chat."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 (jinja2's own spelling)
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Put the marks around what stands between the tags."""
+        """Put the marks around the text between the tags."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
@@ -176,7 +176,7 @@ class Generation(Extension):
 
 
 def render_marked(family: Family, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-    """Render a conversation as transformers does, with «» around what must be learnt."""
+    """Render a conversation as transformers does, with «» around the part to learn."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation])
     tokens = {key: value for key, value in family.special_tokens.model_dump(exclude={"additional"}).items() if value}
     template = environment.from_string(family.template)

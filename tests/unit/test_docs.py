@@ -1,4 +1,4 @@
-"""The documentation: every command in it exists, every link leads somewhere, and what is made is current."""
+"""The documentation: every command exists, every link has a target, and generated pages are current."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def fenced(text: str) -> Iterator[str]:
 
 
 def inline(text: str) -> Iterator[str]:
-    """Yield what stands in the prose between backticks."""
+    """Yield the texts between backticks in the prose."""
     yield from CODE.findall(FENCE.sub("", text))
 
 
 def complaint(command: str) -> str:
-    """Return what is wrong with a command, "" when a user can type it as it stands."""
+    """Return what is wrong with a command, "" if a user can type it as it is."""
     if command in FOREIGN or command.startswith("curl "):  # tests/workspace/test_api.py runs these
         return ""
     program, *words = shlex.split(command)

@@ -1,4 +1,4 @@
-"""hooks/create_env.py runs in a new workspace and never fails: Copier would delete what it has just made."""
+"""hooks/create_env.py runs in a new workspace and never fails: otherwise Copier would delete the workspace."""
 
 from __future__ import annotations
 

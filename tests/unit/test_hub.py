@@ -1,4 +1,4 @@
-"""tests/hub.py, held against the client that the real hub has: huggingface_hub, and transformers above it."""
+"""tests/hub.py, tested with the real hub's client: huggingface_hub, and transformers, which uses it."""
 
 from __future__ import annotations
 

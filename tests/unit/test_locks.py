@@ -1,4 +1,4 @@
-"""The locks pin what their inputs name, for every platform, and name no place to get it from."""
+"""The locks pin the packages of their inputs, for every platform, and name no index."""
 
 from __future__ import annotations
 

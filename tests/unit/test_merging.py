@@ -1,4 +1,4 @@
-"""One file of an update: what the user changed in code that the template moved, and beside lines that it changed."""
+"""One file of an update: the user's edits in code that the template moved, and next to lines that it changed."""
 
 from __future__ import annotations
 

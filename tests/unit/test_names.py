@@ -1,4 +1,4 @@
-"""The template's files can be made on Windows, macOS and Linux alike, and be merged."""
+"""The template's files are valid on Windows, macOS and Linux, and can be merged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/release.py cuts a release of a clean main whose changelog says what is new, and of nothing else."""
+"""tools/release.py cuts a release only of a clean main with a changelog entry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files the rows come from, and what other tools and spreadsheets write into them."""
+"""The files that rows come from, with what other tools and spreadsheets write into them."""
 
 from __future__ import annotations
 

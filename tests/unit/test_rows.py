@@ -1,6 +1,6 @@
-"""Files → rows → messages: what is read, what is set aside, and what is refused, always by file and line.
+"""Files → rows → messages: what is read, rejected and refused, always with file and line.
 
-The modules need no package, so that thousands of broken files can be tried in seconds.
+The modules need no package, so thousands of broken files can be tried in seconds.
 """
 
 from __future__ import annotations

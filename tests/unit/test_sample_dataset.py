@@ -1,4 +1,4 @@
-"""The sample data: what it promises to whoever learns from it, and that it is what the generator writes."""
+"""The sample data: its properties, and that the files are what the generator writes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def plain(phrase: str) -> str:
 
 
 def cues_in(phrase: str, generator: ModuleType) -> list[tuple[str, str]]:
-    """Return every (tone, cue) that stands in the phrase as whole words."""
+    """Return every (tone, cue) that the phrase has as whole words."""
     return [
         (tone, cue)
         for tone, kinds in generator.CUES.items()

@@ -1,6 +1,6 @@
-"""Every command of a workspace turns off the telemetry of its libraries, in one place, before it imports any of them.
+"""Every command of a workspace turns off the telemetry of its libraries, in one module, before it imports any of them.
 
-That this is enough is watched from outside, in tests/workspace/test_demo.py.
+tests/workspace/test_demo.py watches the processes from outside, and shows that this is enough.
 """
 
 from __future__ import annotations

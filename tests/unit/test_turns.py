@@ -1,4 +1,4 @@
-"""What a turn says in the formats of OpenAI, ShareGPT and LLaMA-Factory, and what of it is used."""
+"""The keys of a turn in the formats of OpenAI, ShareGPT and LLaMA-Factory, and which of them are used."""
 
 from __future__ import annotations
 

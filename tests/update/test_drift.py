@@ -1,4 +1,4 @@
-"""setup/drift.py tells what differs between a workspace and the template at the workspace's own release."""
+"""setup/drift.py lists the differences between a workspace and the template at the workspace's own release."""
 
 from __future__ import annotations
 

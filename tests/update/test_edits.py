@@ -1,4 +1,4 @@
-"""What a user did to a workspace is there after an update, or stands in a conflict that everybody sees."""
+"""After an update, the user's edits are kept, or marked as a conflict that git shows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A workspace that nobody edited equals a fresh one after an update, whatever the answers.
+"""After an update, an unedited workspace equals a fresh one, for any answers.
 
-`make test` takes answers in which every pair of values meets; `make test-all` (EVERY_ANSWER=1) every valid combination
-of those that the files depend on most.
+`make test` uses sets of answers that cover every pair of values; `make test-all` (EVERY_ANSWER=1) every valid
+combination of those that the files depend on most.
 """
 
 from __future__ import annotations

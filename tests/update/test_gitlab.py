@@ -1,4 +1,4 @@
-"""The jobs for GitLab in docs/how-to/update-in-ci.md: they are run here, with a remote on this machine."""
+"""The GitLab jobs of docs/how-to/update-in-ci.md, run here with a remote on this machine."""
 
 from __future__ import annotations
 

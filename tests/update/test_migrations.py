@@ -1,4 +1,4 @@
-"""What a release renames is renamed in a workspace, with the edits in it; a deprecated model is kept, and said."""
+"""Files and settings that a release renames are renamed in a workspace, with its edits; a deprecated model is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways in which an update lost edits or left half a workspace: each keeps them now, or is refused before it begins."""
+"""Cases in which an update once lost edits or ended half-way: now it keeps them, or is refused before any change."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Whatever a user did, however git is set and wherever the workspace lies: an update loses nothing.
+"""For any edits, git settings and location of the workspace: an update loses nothing.
 
-Each draw makes a workspace, lets a user change it, updates it, and looks at every file by rules that share no code with
-the update itself: it went well and everything is there, or it did not begin, or undo_update.py brings all of it back.
+Each draw creates a workspace, changes it as a user, updates it, and checks every file by rules that share no code with
+the update itself: it succeeded and kept everything, or it did not begin, or undo_update.py restores everything.
 
 UPDATE_DRAWS=2000     how many draws (150)
 UPDATE_SEED=123       that draw alone, as a failure names it

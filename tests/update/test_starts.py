@@ -1,4 +1,4 @@
-"""Where updates start from: an adopted folder, a template that moved, and what Copier says where none can start."""
+"""The start of an update: an adopted folder, a template that moved, and Copier's own refusals."""
 
 from __future__ import annotations
 

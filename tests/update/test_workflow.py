@@ -1,4 +1,4 @@
-"""The workspace's workflow `update`: its steps are run here, with a remote on this machine and without GitHub."""
+"""The workspace's workflow `update`: its steps, run here with a remote on this machine and without GitHub."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def jobs() -> dict[str, dict[str, Any]]:
 
 
 class GitHub:
-    """A workspace with a remote, pull requests, and whoever allows them."""
+    """A workspace with a remote, pull requests, and the setting that allows them."""
 
     def __init__(self, folder: Path, workspace: Path) -> None:
         self.folder, self.workspace = folder, workspace

@@ -1,4 +1,4 @@
-"""Every way to name a model, online and offline, and with a cache that another tool filled: `make test-all`."""
+"""Every way to name a model, online and offline, and with a cache filled by another tool: `make test-all`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""A model from the hub goes the whole way: get_model → check → train → chat with the base → chat → export.
+"""A model from the hub passes every step: get_model → check → train → chat with the base model → chat → export.
 
-As a user goes it: a rendered workspace, each step a process of its own. Two walks here, all of them in
-test_every_walk.py.
+As a user does it: a rendered workspace, and a process for each step. Two walks are here, all in test_every_walk.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The API, asked by OpenAI's own client: on the demo's base model, and on a backend that repeats what it is asked."""
+"""The API, with OpenAI's own client: on the demo's base model, and on a backend that repeats the prompt."""
 
 from __future__ import annotations
 
@@ -644,7 +644,7 @@ def test_requests_are_answered_in_order_and_too_many_get_a_retry_after(
     _, address = echo_server
     echo.gate.clear()
     streams = []
-    for i in range(33):  # one is answered, 32 wait: who has the first event stands in the line
+    for i in range(33):  # one is answered, 32 wait: after its first event, a request has its ticket
         streams.append(ask(parrot, [{"role": "user", "content": f"{i}"}], stream=True))
         next(streams[-1])
     assert json.loads(fetch(address, "/health")[2]) == {"status": "ok", "running": 1, "waiting": 32}
@@ -652,7 +652,7 @@ def test_requests_are_answered_in_order_and_too_many_get_a_retry_after(
         ask(parrot)
     assert caught.value.code == "rate_limit_exceeded"
     assert int(caught.value.response.headers["retry-after"]) > 0
-    streams.pop(2).close()  # one that waits goes, and its place is free
+    streams.pop(2).close()  # one that waits disconnects, and its ticket is free
     patient = openai.OpenAI(base_url=f"{address}v1", api_key="none", max_retries=5)
     with ThreadPoolExecutor() as pool:
         late = pool.submit(ask, patient, [{"role": "user", "content": "late"}])

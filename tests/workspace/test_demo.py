@@ -1,6 +1,6 @@
-"""The demo as a user runs it: each command a process of its own, started elsewhere, with the network watched.
+"""The demo as a user runs it: each command is its own process, started in another folder, with the network watched.
 
-The processes get none of the variables that keep libraries silent (CI, HF_HUB_OFFLINE …): the product has to do that.
+The processes get none of the variables that silence libraries (CI, HF_HUB_OFFLINE …): the product has to do that.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Demo:
 
 
 def watched(folder: Path) -> Watch:
-    """Prepare to watch a process, in a folder that is made for it."""
+    """Prepare to watch a process, in a new folder."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
     (folder.parent / "home").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Runs of invoke_olive.py: what it refuses, what it makes, and every trap of Olive that it avoids."""
+"""Runs of invoke_olive.py: its refusals, its results, and every pitfall of Olive that it avoids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One engine, its faces: console, page, API and prompt flow say the same, and refuse alike. For torch and for ONNX."""
+"""The front ends (console, page, API, prompt flow) give the same answers and the same errors, with torch and ONNX."""
 
 from __future__ import annotations
 
@@ -453,12 +453,12 @@ def test_every_error_of_a_front_end_is_one_sentence_with_status_1(
     import export
     import gradio_chat
 
-    faces = {
+    front_ends = {
         "console": lambda: console_chat.main(["--engine", library, "--prompt", "hi"]),
         "page": lambda: gradio_chat.main(["--engine", library, "--port", "0"]),
     }
     if library == "torch":  # what concerns base and adapter concerns the export
-        faces["export"] = export.main
+        front_ends["export"] = export.main
     models = tuned / "models"
     shutil.copytree(models, tmp_path / "models")
     try:
@@ -466,12 +466,12 @@ def test_every_error_of_a_front_end_is_one_sentence_with_status_1(
         if library == "torch":
             shutil.rmtree(models / "merged")  # or it would be used again
         monkeypatch.setattr(sys, "argv", ["export.py"])
-        for face, start in faces.items():
+        for front_end, start in front_ends.items():
             capsys.readouterr()
-            assert start() == 1, face
+            assert start() == 1, front_end
             err = capsys.readouterr().err
-            assert re.fullmatch(rf"error: {words}[^\n]*\.\n", err), (face, err)
-            assert not re.search(r"\. [A-Z]", err), (face, err)
+            assert re.fullmatch(rf"error: {words}[^\n]*\.\n", err), (front_end, err)
+            assert not re.search(r"\. [A-Z]", err), (front_end, err)
     finally:
         shutil.rmtree(models)
         shutil.copytree(tmp_path / "models", models)

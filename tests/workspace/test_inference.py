@@ -241,9 +241,9 @@ def test_help_imports_nothing_heavy(workspace: Path) -> None:
 import contextlib, io, sys
 sys.path.insert(0, {str(workspace / "inference")!r})
 import console_chat, gradio_chat
-for face in (console_chat, gradio_chat):
+for front_end in (console_chat, gradio_chat):
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
-        face.main(["--help"])
+        front_end.main(["--help"])
 heavy = {{"torch", "transformers", "peft", "gradio", "fastapi", "uvicorn", "huggingface_hub", "yaml"}}
 print(sorted(heavy & set(sys.modules)))
 """

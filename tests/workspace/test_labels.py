@@ -1,4 +1,4 @@
-"""What is learnt of a conversation in every template family, and that a chat is tokenised as the training was."""
+"""Which tokens of a conversation are learned in every template family; a chat is tokenised as in training."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def only(examples: list[dict[str, list[int]]]) -> dict[str, list[int]]:
 
 
 def learnt(example: dict[str, list[int]], ignored: int) -> list[list[int]]:
-    """Return each run of tokens that is learnt."""
+    """Return each run of learned tokens."""
     runs: list[list[int]] = [[]]
     for token, label in zip(example["input_ids"], example["labels"], strict=True):
         if label != ignored:

@@ -1,4 +1,4 @@
-"""The adapter's model card: what the hub reads of it, what a reader may do with it, and what it must not tell."""
+"""The adapter's model card: its metadata for the hub, its code, and what it must not contain."""
 
 from __future__ import annotations
 

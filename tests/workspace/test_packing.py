@@ -1,4 +1,4 @@
-"""Packed rows do not see each other: each has the loss it has alone, through the code that trains."""
+"""Packed rows do not see each other: each has the same loss as alone, in the code that trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chat page in a browser: Debian's Chromium, without a window, on the demo with an adapter of chance."""
+"""The chat page in a browser: Debian's Chromium, headless, on the demo with a random adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHORT, LONG = 12, 256  # tokens of an answer: as the tests set it, and as the pa
 
 @pytest.fixture(scope="module")
 def engine(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The demo with an adapter of chance, which says letters and spaces and never comes to an end by itself."""
+    """The demo with a random adapter, which says letters and spaces and never ends by itself."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,4 +1,4 @@
-"""One run in several processes, as accelerate launch and torchrun start them: here two on the CPU, over gloo."""
+"""One run in several processes, as accelerate launch and torchrun start them: here two on the CPU, with gloo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page and the API behind a reverse proxy that is set up as nginx is by default, and as its recipes say."""
+"""The page and the API behind a reverse proxy, with nginx's default headers and with its usual recipes."""
 
 from __future__ import annotations
 

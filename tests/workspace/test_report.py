@@ -1,4 +1,4 @@
-"""The report of a run: one page that needs no network, and shows what run.json and the Trainer's log say."""
+"""The report of a run: one page that needs no network, with the content of run.json and the Trainer's log."""
 
 from __future__ import annotations
 

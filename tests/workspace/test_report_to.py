@@ -1,4 +1,4 @@
-"""Reporting to other tools while a run goes on: what is refused, what is written, and where."""
+"""Reporting to other tools during a run: what is refused, what is written, and where."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def environment() -> Iterator[None]:
 
 @pytest.fixture
 def tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make TensorBoard importable: it lies beside the environment, as the locks go without it."""
+    """Make TensorBoard importable: it is next to the environment, because the locks do not have it."""
     if not (TENSORBOARD / "tensorboard").is_dir():
         pytest.skip("tensorboard is not in .cache: `make test` puts it there")
     monkeypatch.syspath_prepend(TENSORBOARD)

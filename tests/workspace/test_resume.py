@@ -1,4 +1,4 @@
-"""Interrupted runs go on, whatever interrupted them, and end as if nothing had."""
+"""Interrupted runs resume after any interruption, and end as if there had been none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAME = 3e-4  # nats: a twentieth of what these short runs learn, and far below o
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs that were killed at random moments, one that was told to stop, and one that nobody touched."""
+    """Runs that were killed at random moments, one that was terminated, and an uninterrupted one."""
     folder = tmp_path_factory.mktemp("killed") / "workspace"
     shutil.copytree(RENDERED, folder, ignore=shutil.ignore_patterns(".venv", "models", ".git"))
     config = folder / "finetuning" / "olive-config.yaml"

@@ -1,4 +1,4 @@
-"""Rows that a chat template does not take, thoughts, and rows of Arrow: learnt right, or rejected by name."""
+"""Rows that a chat template refuses, thoughts, and rows of Arrow: learned correctly, or rejected with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The schema that editors read takes what the validation takes, over every setting that either knows."""
+"""The schema for editors accepts what the validation accepts, for every setting that either of them knows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first tutorial, command by command, in one shell: what it promises is what the commands show."""
+"""The first tutorial, command by command, in one shell: the commands show what the page promises."""
 
 from __future__ import annotations
 
