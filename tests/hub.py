@@ -265,7 +265,7 @@ class Hub:
         return about(repository, commit, asked)
 
     def resolve(self, repository: Repository, commit: str, path: str, user: str) -> Answer:
-        """Answer with a small file, or with the location of a large one. The real hub redirects to small ones as well."""
+        """Answer with a small file, or the location of a large one. The real hub redirects to small ones as well."""
         if repository.gated and user != "good":
             limit = f"Access to {repository.kind} {repository.name} is restricted"
             if not user:

@@ -82,7 +82,9 @@ def find_model(model: str, revision: str | None, workspace: Path) -> Found:
             )
         return find_snapshot(model, revision)
     except OSError as error:
-        raise ModelError(f"{error.filename} cannot be read ({error.strerror}): give yourself the right to.") from error
+        raise ModelError(
+            f"{error.filename} cannot be read ({error.strerror}): give yourself read permission."
+        ) from error
 
 
 def check_folder(folder: Path, model: str) -> None:
@@ -116,7 +118,7 @@ def find_snapshot(model: str, revision: str | None) -> Found:
     except ModelError as error:
         if sizes is None:  # the hub may have more files than these
             raise ModelMissingError(
-                f"{model} is only partly on this machine: {GET}, which fetches the rest."
+                f"{model} is only partly on this machine: {GET}, which downloads the rest."
             ) from error
         raise
     extra = EXTRA + (EXTRA_BESIDE_TOKENIZER_JSON if "tokenizer.json" in names else ())
@@ -173,14 +175,14 @@ def needed(names: Collection[str], where: str) -> list[str]:
     if "config.json" not in names:
         if "adapter_config.json" in names:
             raise ModelError(f"{where} is an adapter, not a model: set model_path to the model it was trained on.")
-        raise ModelError(f"{where} is no model: it has no config.json; correct model_path.")
+        raise ModelError(f"{where} is not a model: it has no config.json; correct model_path.")
     if "model.safetensors" in chosen:  # transformers reads it, and ignores a sharded copy
         chosen = [name for name in chosen if not fnmatch(name, "model-*.safetensors") and name != INDEX]
     elif INDEX not in chosen:
         if any(name.startswith("pytorch_model") for name in names):
             raise ModelError(
-                f"{where} has its weights as pytorch_model.bin alone, which can run code when it is read: take a "
-                "revision or a model with model.safetensors (huggingface.co/spaces/safetensors/convert makes one)."
+                f"{where} has its weights as pytorch_model.bin alone, which can run code when it is loaded: use a "
+                "revision or a model with model.safetensors (huggingface.co/spaces/safetensors/convert creates one)."
             )
         raise ModelError(f"{where} has no weights that transformers reads (model.safetensors): choose another model.")
     if not any(matches(name, VOCABULARY) for name in chosen):

@@ -49,7 +49,7 @@ def test_the_estimate_has_the_time_and_what_is_not_included(azure: Azure) -> Non
     [
         (
             "(DeploymentActive) The deployment is still active.",
-            "A deployment to rg-x is still under way: `az deployment ",
+            "A deployment to rg-x is still running: `az deployment ",
         ),
         (
             "(RequestDisallowedByPolicy) Resource 'st' was disallowed by policy 'no-public-access'.",

@@ -101,7 +101,7 @@ def test_nothing_runs_before_it_is_provisioned(provisioned: Chapter) -> None:
 
 
 def test_a_dry_run_changes_nothing_not_even_the_group(provisioned: Chapter) -> None:
-    assert "It would make the group rg-my-ft" in provisioned.said["dry run"].out
+    assert "It would create the group rg-my-ft" in provisioned.said["dry run"].out
     assert not [identity for identity in provisioned.found["after a dry run"] if "rg-my-ft" in identity]
 
 
@@ -158,7 +158,7 @@ def test_provisioning_again_asks_and_keeps_secrets_and_commands_even_without_the
     secret: Chapter, emulator: Emulator, workspace: Path
 ) -> None:
     assert secret.said["no"].out.endswith(
-        "Nothing was deployed. To do it: python infra/azure.py provision finetuning --yes\n"
+        "Nothing was deployed. To deploy: python infra/azure.py provision finetuning --yes\n"
     )
     assert secret.found["config anew"]["ACA_JOB_NAME"]
     assert (secret.said["yes"].status, secret.said["yes"].err) == (0, "")
@@ -237,10 +237,10 @@ def stumbled(secret: Chapter, emulator: Emulator, azure: Azure, workspace: Path)
     [
         ("share full", "The file share is full: `az storage share-rm update --storage-account "),
         ("share busy", "The file share is busy (ServerBusy): wait a minute, `az storage account show --name "),
-        ("network gone", "Azure cannot be reached: see whether `curl -I https://management.azure.com` answers"),
-        ("throttled", "Azure asks for fewer requests: wait a minute, until `az group list --output table` answers"),
-        ("job failed", "ended as Failed (a command failed, memory was short, or it took longer than `timeout`"),
-        ("job timed out", "ended as Failed (a command failed, memory was short, or it took longer than `timeout`"),
+        ("network gone", "Azure cannot be reached: check whether `curl -I https://management.azure.com` responds"),
+        ("throttled", "Azure throttles the requests: wait a minute, until `az group list --output table` works"),
+        ("job failed", "ended as Failed (a command failed, memory ran out, or it took longer than `timeout`"),
+        ("job timed out", "ended as Failed (a command failed, memory ran out, or it took longer than `timeout`"),
         ("signed out", "az is not logged in, or its login has expired: run `az login`"),
         ("pull", "The job has no result yet: `python infra/azure.py status`"),
     ],
@@ -262,7 +262,7 @@ def test_following_a_run_again_prints_every_line_once_although_the_log_is_cut(st
     done = stumbled.said["signed in again"]
     assert (done.status, done.err) == (0, "")
     first, *lines = done.out.splitlines()
-    assert "is still running, so nothing is sent and none is started; `az containerapp job stop " in first
+    assert "is still running, so nothing is sent or started; `az containerapp job stop " in first
     assert lines == ["begun", "ended", f"{first.split()[0]} has succeeded.", "Next: python infra/azure.py pull"]
 
 
@@ -326,7 +326,7 @@ def trained(
         ("wrong subscription", "az's login has no subscription another: `az account list --output table`"),
         ("unregistered Microsoft.App", "run `az provider register --namespace Microsoft.App --wait`"),
         ("no gpu in region", "The region swedencentral has no Consumption-GPU-NC8as-T4"),
-        ("refused", "This login may not do Microsoft.Resources/deployments/write: ask an owner"),
+        ("refused", "This login has no permission for Microsoft.Resources/deployments/write: ask an owner"),
         (
             "name taken",
             "is already taken: choose another group with `copier update --trust --data azure_resource_group=…`",

@@ -195,7 +195,7 @@ def test_an_interrupted_edit_that_was_reverted_is_sent_again(
     [
         (
             SETTINGS.replace("dataset/rows.jsonl", "../rows.jsonl"),
-            "is outside of the workspace: `cp` it to dataset/.",
+            "is outside the workspace: copy it to dataset/.",
         ),
         (
             SETTINGS.replace("owner/name", "../my-model"),

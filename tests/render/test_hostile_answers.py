@@ -524,7 +524,7 @@ def test_copier_s_own_copy_and_recopy_run_the_hook_whatever_the_answers_and_the_
     for arguments in (["copy", *options, *data, str(template), str(folder)], ["recopy", *options, str(folder)]):
         done = subprocess.run([*command, *arguments], env=env, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert done.stderr.count("The workspace is complete, but not all is set up.") == 1
+        assert done.stderr.count("The workspace is complete, but its setup is not.") == 1
         recorded = yaml.safe_load((folder / ".copier-answers.yml").read_text(encoding="utf-8"))
         assert {name: recorded[name] for name in answers} == answers
         said = (tmp_path / "says").read_text().split("\0")

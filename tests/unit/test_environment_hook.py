@@ -105,7 +105,7 @@ def test_after_any_failure_the_hook_exits_with_0_and_names_the_command_to_try_ag
     spoil(workspace)
     done = run_hook(workspace, "--download-model")
     assert done.returncode == 0
-    assert "The workspace is complete, but not all is set up." in done.stderr
+    assert "The workspace is complete, but its setup is not." in done.stderr
     assert done.stderr.endswith("  python3 setup/create_env.py\n")
     assert "Traceback" not in done.stderr
 

@@ -62,7 +62,7 @@ def test_changed_and_missing_files_are_listed_and_strict_fails(workspace: Path) 
 def test_every_error_is_one_sentence(workspace: Path, tmp_path: Path) -> None:
     status, out, err = drift(workspace, path=str(tmp_path), isolated=True)
     assert (status, out) == (0, "")
-    assert err == "drift: Copier is not installed: `python -m pip install -r setup/requirements-copier.txt`.\n"
+    assert err == "drift: Copier is not installed: run `python -m pip install -r setup/requirements-copier.txt`.\n"
     assert drift(workspace, "--strict", path=str(tmp_path), isolated=True)[0] == 1
 
     answers = workspace / ".copier-answers.yml"

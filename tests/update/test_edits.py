@@ -72,7 +72,10 @@ def test_every_kind_of_edit_is_kept(
     fresh["README.md"] = fresh["README.md"].replace(b"## Start\n", b"## Start\n\nAsk Ada first.\n")
     fresh[TRAIN] = fresh[TRAIN].replace(b"from __future__ import annotations\n", b"# mine\n\nimport os  # noqa\n", 1)
     assert contents(workspace) == fresh
-    assert f"{CARD} is not text, and cannot be merged; yours is kept." in capfd.readouterr().err
+    assert (
+        f"{CARD} is not text and cannot be merged; yours is kept, without the template's changes."
+        in capfd.readouterr().err
+    )
 
 
 def test_a_line_that_both_changed_is_a_conflict_that_git_shows(workspace: Path, update: Copy) -> None:
@@ -100,7 +103,10 @@ def test_an_edited_file_that_a_release_removes_stays(
     update(workspace, NEXT[1])
     assert (workspace / "later/release_1.py").read_text().startswith("# mine\n")
     assert not (workspace / "finetuning/release_1.py").exists()
-    assert "later/release_1.py is not a part of the workspace any more; yours is kept." in capfd.readouterr().err
+    assert (
+        "later/release_1.py is no longer part of the workspace; yours is kept: delete it if you do not need it."
+        in capfd.readouterr().err
+    )
 
 
 def test_a_workspace_inside_a_larger_repository_keeps_its_edits(copy: Copy, update: Copy, tmp_path: Path) -> None:

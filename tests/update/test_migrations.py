@@ -183,7 +183,7 @@ def test_a_conflict_in_the_lock_waits_for_the_user(template: Path, tmp_path: Pat
         lock.write("mine==1.0\n")
     commit(workspace, "My package")
     said = copier_update(workspace, "v1.3.0")
-    assert "Resolve the conflicts in setup/, then: python3 setup/create_env.py" in said
+    assert "Resolve the conflicts in setup/, then run: python3 setup/create_env.py" in said
     assert not (workspace / ".venv").exists()
 
 
@@ -192,7 +192,7 @@ def test_outside_a_repository_no_update_begins(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(
-        "The update did not begin, and nothing was changed: git does not know .copier-answers"
+        "The update did not begin, and nothing was changed: git does not track .copier-answers"
     )
     assert done.stderr.count("\n") == 1
 

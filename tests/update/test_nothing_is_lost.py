@@ -83,7 +83,7 @@ def test_a_workspace_in_an_ignored_folder_is_refused_unchanged_and_updated_once_
     commit(outer, "Outer")
     replace(workspace / CONFIG, "max_rows: null", "max_rows: 100")
     before = whole(workspace)
-    refused(copier_update(workspace), "git does not know .copier-answers.yml", "git init", "git commit")
+    refused(copier_update(workspace), "git does not track .copier-answers.yml", "git init", "git commit")
     assert whole(workspace) == before
     commit(workspace, "In git")
     done = copier_update(workspace)
@@ -224,7 +224,7 @@ def test_a_sparse_checkout_is_refused(workspace: Path) -> None:
 def test_a_rej_file_elsewhere_in_the_repository_is_refused_and_no_work_is_lost(
     copy: Copy, tmp_path: Path, ignored: bool
 ) -> None:
-    """Copier resets the file beside a .rej, and deletes that, or ends half-way where git does not know the file."""
+    """Copier resets the file beside a .rej, and deletes that, or ends half-way where git does not track the file."""
     workspace = copy(tmp_path / "all/tone", NOW, **ANSWERS)
     other, rejected = tmp_path / "all/other.txt", tmp_path / "all/other.txt.rej"
     other.write_text("committed\n")
@@ -383,7 +383,7 @@ def test_the_copies_of_the_last_three_updates_stay(workspace: Path, update: Copy
 def test_without_an_update_there_is_nothing_to_undo(workspace: Path) -> None:
     script = workspace / "setup/undo_update.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "there is no update to take back" in done.stderr
+    assert done.returncode == 1 and "there is no update to undo" in done.stderr
     assert contents(workspace) and ROOT.is_dir()
 
 
@@ -417,7 +417,9 @@ def test_a_default_that_an_early_release_recorded_follows_the_model_and_a_chosen
     fresh = copy(tmp_path / "fresh/tone", NOW, **ANSWERS | given | typed)
     replace(fresh / CONFIG, "lora_dropout: 0.05", "lora_dropout: 0.3")
     assert contents(workspace) == contents(fresh)
-    line = next(line for line in said.splitlines() if line.startswith("What you never chose follows the new answers: "))
+    line = next(
+        line for line in said.splitlines() if line.startswith("Values that you never chose follow the new answers: ")
+    )
     assert "learning_rate 0.004 -> 0.0002" in line and "method lora -> qlora" in line
     assert "packing False -> True" in line and "epochs" not in line and "eval_batch_size" not in line
     assert "no conflict" in said

@@ -290,7 +290,7 @@ def judged(
         changed = {line for line in set(before.index) ^ set(after.index) if line.partition("\t")[2] not in unmerged}
         found += [f"index: {line!r}" for line in sorted(changed)]
         if place.refused:
-            found.append("it was not refused, though git does not know the workspace")
+            found.append("it was not refused, though git does not track the workspace")
         if found or draw.rng.random() < 0.7:
             return found
         counts["taken back"] += 1
@@ -304,7 +304,7 @@ def judged(
         return ["it stopped half-way", *different(before.workspace, after.workspace, "half-way: ")[:5]]
     counts["taken back"] += 1
     unsaid = fault == "stopped at the end" and "undo_update.py" not in outcome.said
-    return [f"does not say how to take it back: {outcome.said!r}"] * unsaid + taken_back(place, before)
+    return [f"does not say how to undo it: {outcome.said!r}"] * unsaid + taken_back(place, before)
 
 
 def taken_back(place: Place, before: State) -> list[str]:
