@@ -284,9 +284,7 @@ def show_list() -> None:
             row = (model["id"], model["name"], f"{gib:.1f} GiB", licence, fits, "ready" if model["onnx"] else "")
             table.add_row(*row)
     Console().print(table)
-    print(
-        "Fits: to chat in 16 bits, with a fifth to spare. Training needs more: python finetuning/invoke_olive.py --check"
-    )
+    print("Fits: to chat in 16 bits, plus a fifth. Training needs more: python finetuning/invoke_olive.py --check")
 
 
 def memory_gib() -> float:
