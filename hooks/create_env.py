@@ -28,12 +28,12 @@ def main() -> int:
         unchanged = args.after_update and not changed(Path.cwd())
         failed = None if unchanged else prepare(Path.cwd(), args.download_model)
     except KeyboardInterrupt:
-        failed = "It was interrupted. Go on", f"{PYTHON} setup/create_env.py"
+        failed = "The setup was interrupted. Resume it", f"{PYTHON} setup/create_env.py"
     except Exception as error:  # keep the workspace after any error
         failed = f"The environment was not created ({error}). Try again", f"{PYTHON} setup/create_env.py"
     mark(Path.cwd() / "setup" / "create_env.incomplete", failed is not None)
     if failed:
-        print(f"The workspace is complete, but not all is set up. {failed[0]}, in {Path.cwd()}:", file=sys.stderr)
+        print(f"The workspace is complete, but its setup is not. {failed[0]}, in {Path.cwd()}:", file=sys.stderr)
         print(f"  {failed[1]}", file=sys.stderr, flush=True)
     return 0
 
@@ -72,7 +72,7 @@ def changed(workspace: Path) -> bool:
     status = ["git", "status", "--porcelain", "--", *names]
     lines = subprocess.run(status, cwd=workspace, capture_output=True, text=True, check=False).stdout.splitlines()
     if any(line.startswith(("UU", "AA", "DU", "UD")) for line in lines):
-        print(f"Resolve the conflicts in setup/, then: {PYTHON} setup/create_env.py", file=sys.stderr)
+        print(f"Resolve the conflicts in setup/, then run: {PYTHON} setup/create_env.py", file=sys.stderr)
         return False
     return bool(lines)
 

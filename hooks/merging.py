@@ -78,7 +78,9 @@ def merge(
         if old and mine.same(old) and same_mark and mine.executable == old.executable:
             kept.entry = None  # only line ends differ: not an edit
         elif old:
-            kept.notes.append(f"{name} is not a part of the workspace any more; yours is kept.")
+            kept.notes.append(
+                f"{name} is no longer part of the workspace; yours is kept: delete it if you do not need it."
+            )
         return kept
     mode = mine.executable if not old or mine.executable != old.executable else new.executable
     if old and mine.same(old):
@@ -86,7 +88,9 @@ def merge(
     if mine.same(new) or (old and new.same(old)):
         return Outcome(replace(mine, executable=mode))
     if not (mine.is_text and new.is_text and (old is None or old.is_text)):
-        return Outcome(mine, [f"{name} is not text, and cannot be merged; yours is kept."])
+        return Outcome(
+            mine, [f"{name} is not text and cannot be merged; yours is kept, without the template's changes."]
+        )
     base, ours, theirs = lf(old) if old else b"", lf(mine), lf(new)
     notes: list[str] = []
     if old and name.endswith(SETTINGS):
@@ -102,7 +106,9 @@ def merge(
     outcome = Outcome(replace(ended_as(mine, Entry(data)), executable=mode), notes)
     if conflicts:
         outcome.conflict = (lf(old) if old else None, lf(mine), lf(new))
-        outcome.notes.append(f"{name} was changed by you and by the template: the conflict is marked in it.")
+        outcome.notes.append(
+            f"{name} was changed by you and by the template: resolve the conflict that is marked in it."
+        )
     return outcome
 
 
@@ -136,16 +142,16 @@ def edits(base: bytes, ours: bytes) -> list[tuple[bool, list[bytes], list[bytes]
 
 
 def joined(lines: list[bytes]) -> bytes:
-    """Join lines, of which one may have been the last of a file that ended without a newline."""
+    """Join lines; one of them may be from the end of a file without a final newline."""
     return b"".join(line if line.endswith(b"\n") else line + b"\n" for line in lines[:-1]) + b"".join(lines[-1:])
 
 
 def beside(base: bytes, ours: bytes, theirs: bytes) -> tuple[bytes, bytes]:
-    """Put lines that the user added next to a line that the template changed where they were, beside the other one.
+    """Move lines that the user added next to a changed line of the template into the template's text.
 
-    Returns the user's text without them, and the template's with them. git calls such lines a conflict. They stay one
-    where both sides added something in the same place, where the template has such a line too, and where nothing that
-    is left says where they belong.
+    Returns the user's text without them, and the template's with them. For git, such lines are a conflict. They stay a
+    conflict if both sides added something in the same place, if the template has such a line too, or if no remaining
+    line shows where they belong.
     """
     target = theirs.splitlines(keepends=True)
     before = base.splitlines(keepends=True)

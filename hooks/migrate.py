@@ -54,7 +54,7 @@ def main() -> int:
         print(f"The update did not begin, and nothing was changed: {refusal}", file=sys.stderr)
         return 1
     except Exception as error:  # after any error the user must know the state of the workspace
-        where = f"take it back with `python {update.undo}`" if stage == "after" else "nothing was changed"
+        where = f"undo it with `python {update.undo}`" if stage == "after" else "nothing was changed"
         print(f"The update stopped ({first_line(error)}): {where}.", file=sys.stderr)
         return 1
     return 0
@@ -149,8 +149,8 @@ class Update:
             return self.render(str(answers["_src_path"]), str(answers["_commit"]), self.copies / "old", without)
         except Exception as error:
             raise Refusal(
-                f"the old release cannot be rendered ({first_line(error)}): see whether _src_path and _commit in "
-                f"{self.answers_file} are still there."
+                f"the old release cannot be rendered ({first_line(error)}): check that _src_path and _commit in "
+                f"{self.answers_file} still exist."
             ) from error
 
     def recorded_defaults(self) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class Update:
             said, conflicts = self.merge_files(folder, state, folder / "new")
         changed = [f"{name} {old} -> {answers[name]}" for name, old in stale.items() if answers[name] != old]
         if changed:
-            said.append(f"What you never chose follows the new answers: {', '.join(changed)}.")
+            said.append(f"Values that you never chose follow the new answers: {', '.join(changed)}.")
         self.repository.put_back_others(state)
         for line in said:
             print(line, file=sys.stderr)
@@ -194,7 +194,7 @@ class Update:
         for older in sorted(path for path in self.copies.iterdir() if (path / "done").exists())[:-KEPT]:
             shutil.rmtree(older, ignore_errors=True)
         found = f"{len(conflicts)} conflicts, which `git diff` shows" if conflicts else "no conflict"
-        print(f"The update ended with {found}. `python {UNDO}` takes it back.", file=sys.stderr)
+        print(f"The update ended with {found}. `python {UNDO}` undoes it.", file=sys.stderr)
 
     @staticmethod
     def is_edited(folder: Path, state: dict[str, Any]) -> bool:
@@ -255,7 +255,10 @@ class Update:
                 if edited and not outcome.conflict and not own.same(entry):
                     self.write(name, read(folder / "mine", name))
                     self.write(target, own)
-                    said.append(f"{name} is {target} now, and you have a file of that name: yours are both kept.")
+                    said.append(
+                        f"{name} is now called {target}, and you already have a file with that name: both of your "
+                        "files are kept; merge them yourself."
+                    )
                     continue
             if target != name:
                 self.write(name, None)

@@ -24,21 +24,21 @@ def refuse(repository: Repository, answers_file: str, names: set[str], undo: Pat
     """
     if not repository.git("ls-files", "--", answers_file):
         raise Refusal(
-            f"git does not know {answers_file}, so it could not bring anything back: run `git init` in the "
-            "workspace unless it is a part of a larger repository, then `git add -A` and `git commit`."
+            f"git does not track {answers_file}, so nothing could be restored: run `git init` in the workspace unless "
+            "it is part of a larger repository, then `git add -A` and `git commit`."
         )
     if not repository.git("rev-parse", "--verify", "--quiet", "HEAD"):
         raise Refusal("the repository has no commit yet: run `git add -A` and `git commit`.")
     if undo:
-        raise Refusal(f"an update before this one was interrupted: take it back with `python {undo}`, then try again.")
+        raise Refusal(f"an earlier update was interrupted: undo it with `python {undo}`, then try again.")
     hidden = [line[2:] for line in repository.listed("ls-files", "-v", "-z") if line.startswith("S ")]
     if hidden:
-        raise Refusal(f"the checkout is sparse ({hidden[0]} is not here): run `git sparse-checkout disable`.")
+        raise Refusal(f"the checkout is sparse ({hidden[0]} is missing): run `git sparse-checkout disable`.")
     for line in Repository(repository.top).listed("status", "--porcelain", "--ignored", "-z"):
         if line.startswith(("?? ", "!! ")) and line.endswith(".rej"):
             raise Refusal(
-                f"Copier would take {line[3:]} for a patch of its own, reset the file beside it and delete it: "
-                "move it out of the repository, or delete it."
+                f"Copier would mistake {line[3:]} for its own patch, reset the file next to it, and delete it: move it "
+                "out of the repository, or delete it."
             )
     lock = repository.folder / repository.path("--git-path", "index.lock")
     for _ in range(20):  # an editor may hold it for a moment
@@ -46,20 +46,20 @@ def refuse(repository: Repository, answers_file: str, names: set[str], undo: Pat
             break
         time.sleep(0.25)
     else:
-        raise Refusal(f"another program works with the repository: end it, or delete {lock} when there is none.")
+        raise Refusal(f"another program uses the repository: end it, or delete {lock} if there is none.")
     for name in sorted(names):
         path = repository.folder / name
         if path.is_dir() and not path.is_symlink():
-            raise Refusal(f"{name} is a folder, and the template has a file of that name: rename yours.")
+            raise Refusal(f"{name} is a folder, and the template has a file with that name: rename yours.")
         for parent in list(Path(name).parents)[:-1]:
             path = repository.folder / parent
             if path.is_symlink():
                 raise Refusal(
-                    f"{parent} is a link, and Copier writes through none: put the folder itself there, and a link "
-                    "to it where it is now."
+                    f"{parent} is a link, and Copier does not write through links: move the folder itself there, and "
+                    "put a link to it where it is now."
                 )
             if path.exists() and not path.is_dir():
-                raise Refusal(f"{parent} is a file, and the template has a folder of that name: rename yours.")
+                raise Refusal(f"{parent} is a file, and the template has a folder with that name: rename yours.")
 
 
 def try_git(rendered: Path) -> None:
@@ -68,11 +68,11 @@ def try_git(rendered: Path) -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         copy = shutil.copytree(rendered, Path(folder) / "copy", symlinks=True)
         for command, to_do in (
-            ("init --quiet", "see what init.templateDir of git's settings names."),
+            ("init --quiet", "check init.templateDir in git's settings, and try again."),
             ("add .", "run `git config --global core.safecrlf warn`, and try again."),
             (
                 "commit --quiet --message=Rendered --no-gpg-sign --no-verify",
-                "a hook from git's core.hooksPath or init.templateDir forbids it; let it pass, and try again.",
+                "a hook from git's core.hooksPath or init.templateDir forbids it; allow it, and try again.",
             ),
         ):
             done = subprocess.run(

@@ -66,7 +66,7 @@ class Repository:
         raise OSError(done.stderr.decode(errors="replace").strip())
 
     def put_back_others(self, state: dict[str, Any]) -> None:
-        """Restore files that are not part of the template: Copier may have written or restored them."""
+        """Restore files that are not part of the template, in case Copier wrote or restored them."""
         names = set(state["names"])
         ours = [name for line in state["index"] if (name := line.partition(TAB)[2]) not in names]
         for name in self.listed("ls-files", "--modified", "--deleted", "-z"):

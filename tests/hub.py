@@ -52,7 +52,7 @@ SUNDRIES: dict[str, bytes] = {
 
 @dataclass(frozen=True)
 class File:
-    """A file of a commit: a small one lies in git, a large one on the CDN, and a pointer to it (LFS) in git."""
+    """A file of a commit: a small one is in git, a large one on the CDN, and a pointer to it (LFS) in git."""
 
     name: str
     content: bytes | Path
@@ -265,7 +265,7 @@ class Hub:
         return about(repository, commit, asked)
 
     def resolve(self, repository: Repository, commit: str, path: str, user: str) -> Answer:
-        """Answer with a small file, or with where a large one lies. The real hub redirects to small ones as well."""
+        """Answer with a small file, or the location of a large one. The real hub redirects to small ones as well."""
         if repository.gated and user != "good":
             limit = f"Access to {repository.kind} {repository.name} is restricted"
             if not user:
@@ -312,7 +312,7 @@ def about(repository: Repository, commit: str, asked: Mapping[str, list[str]]) -
 
 
 def list_tree(files: Mapping[str, File], folder: str, recursive: bool) -> list[dict[str, Any]]:
-    """Return what lies in a folder: files and folders, by name."""
+    """Return the content of a folder: files and folders, by name."""
     top, rows = f"{folder}/" if folder else "", {}
     for name, file in files.items():
         if name.startswith(top):

@@ -24,9 +24,9 @@ def deploy() -> None:
     sent, gone = send(share)
     print(f"Sent {sent} files, removed {gone}.", flush=True)
     if send_results(share):
-        print("Sent the tuned model of this machine, as it is newer than the share's.")
+        print("Sent this machine's tuned model, because it is newer than the one on the share.")
     elif share.read("models/run.json") is None:
-        print("There is no tuned model yet, here or there: only a command with --baseonly can answer without one.")
+        print("There is no tuned model yet, here or on the share: only a command with --baseonly works without one.")
     revision = app.az("show")["properties"]["latestRevisionName"]
     app.az("revision", "restart", "--revision", revision)
     print("Restarted; waiting until the model answers …", flush=True)
@@ -74,7 +74,7 @@ def endpoint() -> None:
 def status() -> None:
     """Print the state of the app, if there is one. Raises AzureError."""
     if not (INFRA / "inference.config.json").is_file():
-        print("No app: python infra/azure.py provision inference")
+        print("There is no app yet: python infra/azure.py provision inference")
         return
     app = Provisioned("inference")
     revisions = app.az("revision", "list") or []

@@ -19,8 +19,8 @@ NETWORK = (
     r"|ProxyError|RemoteDisconnected|Read timed out|ConnectTimeout"
 )
 UNREACHABLE = (
-    "Azure cannot be reached: see whether `curl -I https://management.azure.com` answers (HTTPS_PROXY names a proxy), "
-    f"{AGAIN}."
+    "Azure cannot be reached: check whether `curl -I https://management.azure.com` responds (HTTPS_PROXY sets a "
+    f"proxy), {AGAIN}."
 )
 SIGNED_OUT = f"az is not logged in, or its login has expired: run `az login`, {AGAIN}."
 # az's output → what it means and what to do. The first match is used; {0} is its group.
@@ -29,41 +29,42 @@ FAILURES = {
     NETWORK: UNREACHABLE,
     r"[Ss]ubscription(?: of)? '?([^' ]+)'? (?:not found|could not be found|doesn't exist)": (
         "az's login has no subscription {0}: `az account list --output table` shows those it has; correct "
-        f"`subscription` in infra/azure.yaml, or log in where it is with `az login --tenant TENANT`, {AGAIN}."
+        f"`subscription` in infra/azure.yaml, or log in to its tenant with `az login --tenant TENANT`, {AGAIN}."
     ),
     r"TooManyRequests|throttl": (
-        f"Azure asks for fewer requests: wait a minute, until `az group list --output table` answers, {AGAIN}."
+        f"Azure throttles the requests: wait a minute, until `az group list --output table` works, {AGAIN}."
     ),
     r"StorageAccountAlreadyTaken|[Ss]torage account (?:named )?\S+ is already taken": (
         "The storage account's name, which comes from group and project, is already taken: choose another group "
-        "with `copier update --trust --data azure_resource_group=…`, or name an account of yours as storageAccountName "
+        "with `copier update --trust --data azure_resource_group=…`, or set storageAccountName to an account of yours "
         f"in infra/provision/{{purpose}}.parameters.json, {AGAIN}."
     ),
     r"perform action '([^']+)'": (
-        "This login may not do {0}: ask an owner of the subscription for the role Contributor (`az role assignment "
-        f"list --all --output table` shows what you have), {AGAIN}."
+        "This login has no permission for {0}: ask an owner of the subscription for the role Contributor (`az role "
+        f"assignment list --all --output table` shows your roles), {AGAIN}."
     ),
     r"RequestDisallowedByPolicy[^\n]*": (
-        "A policy of the subscription forbids it ({0}): `az policy assignment list --output table` names it; ask "
-        "whoever set it, or change in infra/provision/ what it forbids."
+        "A policy of the subscription forbids it ({0}): `az policy assignment list --output table` lists it; ask "
+        "the person who set it, or change what it forbids in infra/provision/."
     ),
     r"MaxNumberOf\w*|[Qq]uota ?[Ee]xceeded|no quota": (
-        "The quota does not allow it: `az containerapp list-usages --location {location}` shows it, and the portal's "
-        f"page Quotas asks for more, {AGAIN}."
+        "The quota is too small: `az containerapp list-usages --location {location}` shows it; request more on the "
+        f"portal's Quotas page, {AGAIN}."
     ),
     r"MissingSubscriptionRegistration[^\n]*namespace '([^']+)'": (
         f"The provider {{0}} is not registered: run `az provider register --namespace {{0}} --wait`, {AGAIN}."
     ),
     r"DeploymentActive": (
-        "A deployment to {group} is still under way: `az deployment group list --resource-group {group} --output "
+        "A deployment to {group} is still running: `az deployment group list --resource-group {group} --output "
         f"table` shows when it has ended, {AGAIN}."
     ),
     r"ResourceGroupNotFound|ResourceNotFound|does not exist": (
-        "What infra/{purpose}.config.json names is not in Azure: run `python infra/azure.py provision {purpose}`."
+        "The resources in infra/{purpose}.config.json do not exist in Azure: run `python infra/azure.py "
+        "provision {purpose}`."
     ),
     r"already consumed": (
-        "Azure refused the deployment, and az lost the reason: `az deployment group validate --resource-group {group} "
-        "--template-file infra/provision/{purpose}.bicep` may show it."
+        "Azure refused the deployment, and az lost the reason: run `az deployment group validate --resource-group "
+        "{group} --template-file infra/provision/{purpose}.bicep`, which may show it."
     ),
 }
 

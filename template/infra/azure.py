@@ -1,8 +1,8 @@
 """Fine-tune and serve this workspace in Azure Container Apps, through the Azure CLI: run `az login` first.
 
-provision finetuning        create the job, its share and logs; shows the changes (--dry-run: only), asks (--yes: not)
-secret set HF_TOKEN         a secret for the job (--for inference: the app), from the terminal, a pipe or that variable
-run                         send the changes, start the job, follow its log (--no-wait: do not)
+provision finetuning        create the job, its share and logs; shows the changes, then asks (--dry-run, --yes)
+secret set HF_TOKEN         a secret for the job (--for inference: the app), from a prompt, a pipe or the variable
+run                         send the changes, start the job, follow its log (unless --no-wait)
 logs --follow               the log of the newest run
 status                      the state of the runs and the app
 pull                        download the results to models/, to chat with the tuned model here

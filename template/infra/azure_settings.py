@@ -32,7 +32,7 @@ class Settings:
             return cls(*(found[key] for key in ("project", "subscription", "resource_group", "location", "profile")))
         except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
             raise AzureError(
-                f"infra/azure.yaml is missing or damaged ({error}): `git checkout` brings it back."
+                f"infra/azure.yaml is missing or damaged ({error}): restore it with `git checkout`."
             ) from error
 
     @property

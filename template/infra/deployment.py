@@ -34,7 +34,7 @@ def provision(purpose: str, yes: bool, dry_run: bool) -> None:
     about = {"purpose": purpose, "group": settings.group, "location": settings.location}
     here = ["--subscription", account["id"]]
     if not exists and dry_run:
-        print(f"It would make the group {settings.group}, which costs nothing; az can say the rest once it is there.")
+        print(f"It would create the group {settings.group}, which costs nothing; az can show the rest once it exists.")
         return
     if not exists:
         az(
@@ -57,10 +57,10 @@ def provision(purpose: str, yes: bool, dry_run: bool) -> None:
     secure = secret.parameters(purpose)
     values = secret.as_json(secure, known)
     if not yes or dry_run:
-        print("az works out what would change …", flush=True)
+        print("az calculates what would change …", flush=True)
         az("deployment", "group", "what-if", *template, *deployment, stdin=values, show=True, about=about)
     if dry_run or not (yes or agreed()):
-        print(f"Nothing was deployed. To do it: python infra/azure.py provision {purpose} --yes")
+        print(f"Nothing was deployed. To deploy: python infra/azure.py provision {purpose} --yes")
         return
     az("deployment", "group", "create", *template, *deployment, "--no-wait", stdin=values, about=about)
     write_config(purpose, follow(deployment, about))
@@ -154,8 +154,8 @@ def check_quota(settings: Settings, *words: str) -> None:
     for usage in az(*words)["value"]:
         if usage["name"]["value"] == QUOTAS.get(settings.profile) and usage["limit"] < 1:
             raise AzureError(
-                f"The quota {usage['name']['value']} in {settings.location} is {usage['limit']:g}: ask for more on the "
-                f"portal's page Quotas (`az {' '.join(words).partition(' --subscription')[0]}` shows it), {AGAIN}."
+                f"The quota {usage['name']['value']} in {settings.location} is {usage['limit']:g}: request more on the "
+                f"portal's Quotas page (`az {' '.join(words).partition(' --subscription')[0]}` shows it), {AGAIN}."
             )
 
 

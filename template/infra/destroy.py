@@ -46,16 +46,16 @@ def destroy() -> None:
 
 def show(settings: Settings, ours: list[dict[str, Any]], whole: bool, others: int) -> None:
     """Print what would be deleted."""
-    print(f"This deletes, for good, {'the group ' + settings.group + ' with' if whole else 'from ' + settings.group}:")
+    print(f"This permanently deletes {'the group ' + settings.group + ' with' if whole else 'from ' + settings.group}:")
     for one in ours:
         print(f"  {one['type']} {one['name']}")
     if others:
         print(f"{others} other resources of the group stay.")
-    print("What the job made and `pull` did not fetch goes with the share.")
+    print("Results on the share that `pull` did not download are deleted too.")
 
 
 def forget() -> None:
     """Delete the configuration files of the deleted resources."""
     for purpose in ("finetuning", "inference"):
         (INFRA / f"{purpose}.config.json").unlink(missing_ok=True)
-    print("Deleted. The workspace and its models/ are as they were.")
+    print("Deleted. The workspace and its models/ did not change.")

@@ -56,9 +56,9 @@ def follow(job: Provisioned, execution: str) -> None:
             time.sleep(POLL)
     if state != "Succeeded":
         raise AzureError(
-            f"{execution} ended as {state} (a command failed, memory was short, or it took longer than `timeout` in "
-            "infra/provision/finetuning.parameters.json): `python infra/azure.py logs` shows why, and once that is put "
-            "right `python infra/azure.py run` resumes from the last checkpoint."
+            f"{execution} ended as {state} (a command failed, memory ran out, or it took longer than `timeout` in "
+            "infra/provision/finetuning.parameters.json): `python infra/azure.py logs` shows why; after you fix it, "
+            "`python infra/azure.py run` resumes from the last checkpoint."
         )
     print(f"{execution} has succeeded.")
 
@@ -108,4 +108,7 @@ def print_kept(job: Provisioned, execution: str) -> None:
     for row in answer["tables"][0]["rows"]:
         print(row[0])
     if not answer["tables"][0]["rows"]:
-        print(f"{execution} is over; its log comes to Log Analytics within some minutes.", file=sys.stderr)
+        print(
+            f"{execution} has ended; its log will be in Log Analytics in some minutes: run this again then.",
+            file=sys.stderr,
+        )

@@ -25,12 +25,12 @@ def estimate() -> None:
         report = json.loads(done.stdout)
     except ValueError as error:
         said = done.stderr.strip().removeprefix("error: ")
-        raise AzureError(f"{said} (`python finetuning/invoke_olive.py --check` tells more)") from error
+        raise AzureError(f"{said} (`python finetuning/invoke_olive.py --check` shows more)") from error
     if report["problem"]:
-        raise AzureError(f"{report['problem']} (`python finetuning/invoke_olive.py --check` tells more)")
+        raise AzureError(f"{report['problem']} (`python finetuning/invoke_olive.py --check` shows more)")
     if "estimate" not in report:
         raise AzureError(
-            "The model's size is not known yet: `python setup/get_model.py` downloads it, then run this again."
+            "The model's size is not known yet: download it with `python setup/get_model.py`, then run this again."
         )
     print(f"A run of {report['data']['steps']} steps:")
     print("\n".join(on_cpu(report) if profile == "Consumption" else on_gpu(report)))

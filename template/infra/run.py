@@ -17,7 +17,7 @@ def run(wait: bool) -> None:
     running = [one["name"] for one in job.executions() if one["properties"]["status"] not in OVER]
     if running:
         stop = f"az containerapp job stop {' '.join(job.named)} --job-execution-name {running[0]}"
-        print(f"{running[0]} is still running, so nothing is sent and none is started; `{stop}` ends it.", flush=True)
+        print(f"{running[0]} is still running, so nothing is sent or started; `{stop}` stops it.", flush=True)
         execution = running[0]
     else:
         execution = start(job)

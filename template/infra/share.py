@@ -31,7 +31,7 @@ FULL = (
     f"(the quota in GiB), {AGAIN}."
 )
 REFUSED = (
-    "The file share refuses what az signed ({0}): see whether this login may use it with `az storage share list "
+    "The file share refuses the signature of az ({0}): check your access with `az storage share list "
     f"--account-name {{1}}`, {AGAIN}."
 )
 
@@ -78,8 +78,13 @@ class Share:
                 f"shows its state, {AGAIN}."
             )
         if code in ("ShareNotFound", "AccountNotFound"):
-            raise AzureError(f"The share {self.name} is gone: run `python infra/azure.py provision finetuning`.")
-        raise AzureError(f"The file share refuses {method} {path} ({code}): `az storage file list --help` looks at it.")
+            raise AzureError(
+                f"The share {self.name} does not exist any more: run `python infra/azure.py provision finetuning`."
+            )
+        raise AzureError(
+            f"The file share refuses {method} {path} ({code}): look at it with `az storage file list --share-name "
+            f"{self.name} --account-name {self.account}`, {AGAIN}."
+        )
 
     def make_folder(self, path: str) -> None:
         """Create a folder unless it exists; its parent must exist."""

@@ -28,7 +28,7 @@ from share import CONNECTIONS, Share
 
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = ".azure-sync.json"
-# Never sent, whatever git says: secrets, what is made here, and what the job makes there.
+# Never sent, even if git does not ignore it: environments, caches, and the repository itself.
 NEVER = {
     ".git",
     ".venv",
@@ -41,7 +41,7 @@ NEVER = {
     ".ruff_cache",
     ".mypy_cache",
 }
-NOTE = 100  # files between writes of the manifest: the most that is sent again after a crash
+NOTE = 100  # files between writes of the manifest: the maximum that is sent again after a crash
 RESULTS = ("models/adapter", "models/report")  # folders; models/run.json comes last, when they are complete
 
 
@@ -96,7 +96,7 @@ def not_ignored(root: Path) -> Iterator[str]:
                 done = subprocess.run(git, env=env, capture_output=True, encoding="utf-8", check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise AzureError(
-            f"git does not work ({error}), and it knows what to send: `git --version` should answer."
+            f"git does not work ({error}), and decides which files to send: check `git --version`."
         ) from error
     yield from (path for path in done.stdout.split("\0") if path and not path.endswith("/"))
 
@@ -108,15 +108,15 @@ def dataset_files(root: Path) -> Iterator[str]:
     is_folder = (root / model).is_dir() or model.startswith((".", "/", "~", "models/")) or re.match(r"[A-Za-z]:", model)
     if is_folder and model != "models/demo":  # which the job builds
         raise AzureError(
-            f"The model is the folder {model}, which the job cannot see: choose one of the hub, as "
-            "`python setup/get_model.py --list` shows them."
+            f"The model is the folder {model}, which the job cannot see: choose one of the hub; "
+            "`python setup/get_model.py --list` shows some."
         )
     for part in config["data_configs"]:
         rows = part["load_dataset_config"]
         for named in [rows.get("train_file"), rows.get("held_out_file")] if not rows.get("dataset_name") else []:
             for file in filter(None, named if isinstance(named, list) else [named]):
                 if not (root / file).resolve().is_relative_to(root.resolve()):
-                    raise AzureError(f"{file} in olive-config.yaml is outside of the workspace: `cp` it to dataset/.")
+                    raise AzureError(f"{file} in olive-config.yaml is outside the workspace: copy it to dataset/.")
                 for path in files_of(root, file):
                     yield path.relative_to(root).as_posix()
 
@@ -152,7 +152,7 @@ def write_manifest(share: Share, entries: dict[str, str]) -> None:
 
 
 def together(action: Callable[[str], object], paths: Iterable[str], now_and_then: Callable[[], object] = bool) -> None:
-    """Call an action for every path, several at a time; the first error ends it."""
+    """Call an action for every path, several in parallel; the first error stops all."""
     pool = ThreadPoolExecutor(CONNECTIONS)
     try:
         for count, future in enumerate(as_completed([pool.submit(action, path) for path in paths]), start=1):
@@ -200,10 +200,10 @@ def fetch(share: Share, root: Path = ROOT) -> str | None:
     models, new = root / "models", root / "models" / ".pull"
     shutil.rmtree(new, ignore_errors=True)
     sizes = {path: size for folder in RESULTS for path, size in share.files(folder)}
-    with bar("Fetching", sum(sizes.values())) as note:
+    with bar("Downloading", sum(sizes.values())) as note:
         together(lambda path: share.fetch(path, new / PurePosixPath(path).relative_to("models"), note), sizes)
     if share.read("models/run.json") != text:
-        raise AzureError("A run ended while its results were fetched: run `python infra/azure.py pull` again.")
+        raise AzureError("A run ended while its results were downloaded: run `python infra/azure.py pull` again.")
     (new / "run.json").write_bytes(text)
     for entry in [*(Path(folder).name for folder in RESULTS), "run.json"]:
         old = models / f".{entry}.old"

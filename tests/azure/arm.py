@@ -72,7 +72,7 @@ class Template:
             )
 
     def resources(self) -> list[dict[str, Any]]:
-        """Return the resources that are to be made, in the order of what they depend on."""
+        """Return the resources to create, in the order of their dependencies."""
         waiting = []
         declared = self.template.get("resources", [])
         for key, resource in declared.items() if isinstance(declared, dict) else enumerate(declared):

@@ -156,11 +156,11 @@ class Bicep:
         return self.unescaped("".join(self.text(child) for child in node.named_children))
 
     def unescaped(self, text: str) -> str:
-        """Return what a string's source stands for."""
+        """Return the value of a string's source."""
         return re.sub(r"\\u\{([0-9a-fA-F]+)\}|\\.", lambda m: chr(int(m[1], 16)) if m[1] else ESCAPES[m[0]], text)
 
     def json(self, node: Node) -> Any:
-        """Return an expression as it stands in a template: values as JSON, the rest as text in brackets."""
+        """Return an expression as it is in a template: values as JSON, the rest as text in brackets."""
         if node.type == "object":
             entries = [child for child in node.named_children if child.type == "object_property"]
             return {self.key(entry.named_children[0]): self.json(entry.named_children[1]) for entry in entries}
@@ -287,7 +287,7 @@ class Bicep:
         return f"resourceId({named})"
 
     def full_name(self, resource: Resource) -> Any:
-        """Return the name of a resource as it stands in a template."""
+        """Return the name of a resource as it is in a template."""
         if resource.parent is None:
             return self.json(resource.body["name"])
         names = self.names(resource)
@@ -312,7 +312,7 @@ class Bicep:
         return {name for child in children for name in self.mentioned(child, seen)}
 
     def template_resource(self, resource: Resource) -> dict[str, Any]:
-        """Return a resource as it stands in a template."""
+        """Return a resource as it is in a template."""
         found: dict[str, Any] = {}
         if resource.condition is not None:
             found["condition"] = self.json(resource.condition)
@@ -335,7 +335,7 @@ class Bicep:
     # ---- the whole
 
     def template_parameter(self, name: str, node: Node) -> dict[str, Any]:
-        """Return a parameter as it stands in a template."""
+        """Return a parameter as it is in a template."""
         kind, decorators = self.text(node.named_children[1]), self.decorators[name]
         found: dict[str, Any] = {"type": f"secure{kind}" if "secure" in decorators else kind}
         if len(node.named_children) > 2:

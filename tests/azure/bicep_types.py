@@ -87,7 +87,7 @@ class Checker:
             yield from self.value(value, wanted)
 
     def possible(self, node: Node) -> Iterator[Node]:
-        """Yield all that an expression may come to: both branches of a condition, what a variable stands for."""
+        """Yield all that an expression may come to: both branches of a condition, the value of a variable."""
         children = [child for child in node.named_children if child.type != "comment"]
         if node.type == "parenthesized_expression":
             yield from self.possible(children[0])

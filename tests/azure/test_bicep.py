@@ -1,6 +1,6 @@
-"""The Bicep files: right as Bicep, right for Azure as far as its type data says, and safe in what they make.
+"""The Bicep files are valid Bicep, match Azure's type data, and create secure resources.
 
-What Azure makes of them is not tested here: docs/how-to/azure-resources.md says what nobody can prove without it.
+How Azure deploys them is not tested here: docs/how-to/azure-resources.md lists what only Azure can show.
 """
 
 from __future__ import annotations
@@ -124,12 +124,12 @@ def test_every_parameter_is_described_in_whole_sentences(purpose: str) -> None:
 
 
 @for_both
-def test_nothing_is_used_that_these_tests_cannot_follow(purpose: str) -> None:
+def test_only_constructs_that_these_tests_understand_are_used(purpose: str) -> None:
     text = (PROVISION / f"{purpose}.bicep").read_text(encoding="utf-8")
     assert not re.search(r"^(module|targetScope|import|func|type|assert)\b|\bfor \w+ in\b|=>", text, flags=re.MULTILINE)
 
 
-def test_what_both_files_have_is_the_same_word_for_word() -> None:
+def test_the_common_parts_of_both_files_are_identical() -> None:
     first, second = read("finetuning"), read("inference")
     for name in set(first.parameters) & set(second.parameters) - {"keyVaultName", "defaultCommands"}:
         assert first.text(first.parameters[name]) == second.text(second.parameters[name]), name
@@ -156,19 +156,19 @@ def test_what_both_files_have_is_the_same_word_for_word() -> None:
         ("param tags object", "module tags 'tags.bicep' = {}", "not known here: module_declaration"),
     ],
 )
-def test_a_mistake_is_an_error_with_its_place(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_a_mistake_is_an_error_with_its_position(tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(BicepError, match=r"finetuning\.bicep\(\d+,\d+\) : Error: ") as caught:
         read("finetuning", (old, new), tmp_path).template()
     assert message in str(caught.value)
 
 
-def test_what_nothing_uses_is_found(tmp_path: Path) -> None:
+def test_unused_declarations_are_found(tmp_path: Path) -> None:
     bicep = read("finetuning", ("replicaTimeout: timeout", "replicaTimeout: 60"), tmp_path)
     bicep.template()
     assert [warning for warning in bicep.warnings() if "timeout" in warning] == bicep.warnings() != []
 
 
-def test_the_command_line_is_as_much_of_the_compilers_as_az_uses(
+def test_the_command_line_has_the_compiler_options_that_az_uses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = shutil.copy(PROVISION / "finetuning.bicep", tmp_path)
@@ -197,7 +197,7 @@ def test_the_real_compiler_builds_it_without_a_warning(purpose: str, tmp_path: P
 
 
 @for_both
-def test_the_bodies_of_the_resources_have_the_types_that_azure_wants(purpose: str) -> None:
+def test_the_resource_bodies_have_the_types_that_azure_expects(purpose: str) -> None:
     if not TYPES.is_dir():
         pytest.skip("no type data beside this checkout (shared/azure-types)")
     wrong, unknown = mistakes(read(purpose), TYPES)
@@ -224,7 +224,7 @@ def test_the_bodies_of_the_resources_have_the_types_that_azure_wants(purpose: st
         ("inference", "{ path: '/health', port: 7860 }", "{ path: '/health' }", "port is missing"),  # in a variable
     ],
 )
-def test_the_type_check_finds(purpose: str, old: str, new: str, message: str, tmp_path: Path) -> None:
+def test_the_type_check_finds_each_mistake(purpose: str, old: str, new: str, message: str, tmp_path: Path) -> None:
     if not TYPES.is_dir():
         pytest.skip("no type data beside this checkout (shared/azure-types)")
     wrong, _ = mistakes(read(purpose, (old, new), tmp_path), TYPES)
@@ -247,7 +247,7 @@ def test_the_parameters_of_every_gpu_are_those_that_the_file_asks_for(
     make(purpose, gpu)  # types, ranges and allowed values are checked as Azure does
 
 
-def test_the_parameters_have_the_names_that_people_know() -> None:
+def test_the_parameters_have_the_names_that_ai_toolkit_users_know() -> None:
     known = {"defaultCommands", "maximumInstanceCount", "location", "storageAccountName", "fileShareName"}
     known |= {"acaEnvironmentName", "acaEnvironmentStorageName", "acaLogAnalyticsName"}
     assert set(read("finetuning").parameters) >= known | {"timeout", "acaJobName"}
@@ -262,9 +262,7 @@ def test_the_outputs_are_the_keys_of_the_config_files_in_their_order() -> None:
 
 @pytest.mark.parametrize("name", ["abc", "a" * 32, "a--b---c", "my-ft", "x" + "-y" * 15])
 @for_both
-def test_names_that_are_made_keep_the_rules_of_azure_whatever_the_project_is_called(
-    purpose: str, name: str, make: Make
-) -> None:
+def test_derived_names_follow_azures_rules_for_any_project_name(purpose: str, name: str, make: Make) -> None:
     made = make(purpose, projectName=name)
     rules = {
         "storageAccounts": r"[a-z0-9]{3,24}",
@@ -282,7 +280,7 @@ def test_names_that_are_made_keep_the_rules_of_azure_whatever_the_project_is_cal
 
 
 @for_both
-def test_a_named_resource_is_used_as_it_is_and_no_other_is_made(purpose: str, make: Make) -> None:
+def test_a_named_resource_is_used_unchanged_and_none_is_created(purpose: str, make: Make) -> None:
     named = {"storageAccountName": "mine", "fileShareName": "files", "acaEnvironmentName": "here"}
     made = make(purpose, **named, acaEnvironmentStorageName="mounted", acaLogAnalyticsName="logs")
     kind, own = {"finetuning": ("jobs", []), "inference": ("containerApps", ["managedEnvironments/storages"])}[purpose]
@@ -294,7 +292,7 @@ def test_a_named_resource_is_used_as_it_is_and_no_other_is_made(purpose: str, ma
         assert storage["properties"]["azureFile"]["accountName"] == "mine"
 
 
-def test_both_purposes_share_account_share_and_logs_and_each_has_an_environment(make: Make) -> None:
+def test_both_purposes_use_one_account_share_and_log_but_separate_environments(make: Make) -> None:
     first, second = make("finetuning"), make("inference")
     for kind in (
         "storageAccounts",
@@ -335,7 +333,7 @@ def test_the_demo_runs_without_a_gpu(purpose: str, make: Make) -> None:
 
 
 @for_both
-def test_there_are_the_profiles_of_the_catalogue_and_no_others(purpose: str) -> None:
+def test_the_sizes_cover_exactly_the_profiles_of_the_catalogue(purpose: str) -> None:
     sizes = read(purpose).template()["variables"]["sizes"]
     assert list(sizes) == ["Consumption", *(gpu["profile"] for gpu in GPUS)]
 
@@ -348,12 +346,12 @@ def test_all_gpus_of_a_profile_are_trained_on(parameters: dict[str, dict[str, di
     assert parameters["cpu"]["finetuning"]["parameters"]["defaultCommands"]["value"][-1].startswith("python ")
 
 
-def test_the_app_ends_when_nobody_uses_it_and_there_is_never_a_second_one(make: Make) -> None:
+def test_the_app_scales_to_zero_when_idle_and_never_beyond_one_replica(make: Make) -> None:
     (app,) = make("inference")["containerApps"]
     assert app["properties"]["template"]["scale"] == {"minReplicas": 0, "maxReplicas": 1, "cooldownPeriod": 300}
 
 
-def test_a_job_starts_when_it_is_told_to_once_and_no_longer_than_its_timeout(make: Make) -> None:
+def test_a_job_starts_manually_runs_once_and_ends_at_its_timeout(make: Make) -> None:
     (job,) = make("finetuning", timeout=7200)["jobs"]
     configuration = job["properties"]["configuration"]
     assert configuration["triggerType"] == "Manual"
@@ -361,7 +359,7 @@ def test_a_job_starts_when_it_is_told_to_once_and_no_longer_than_its_timeout(mak
     assert (configuration["replicaTimeout"], configuration["replicaRetryLimit"]) == (7200, 0)
 
 
-def test_a_budget_is_made_when_an_amount_is_given_and_mails_before_it_is_spent(make: Make) -> None:
+def test_a_budget_is_created_for_an_amount_and_emails_the_owners(make: Make) -> None:
     assert "budgets" not in make("finetuning")
     (budget,) = make("finetuning", budgetAmount=50, budgetContactEmails=["me@example.com"], budgetStart="2026-11-01")[
         "budgets"
@@ -371,10 +369,22 @@ def test_a_budget_is_made_when_an_amount_is_given_and_mails_before_it_is_spent(m
     for notification in properties["notifications"].values():
         assert notification["enabled"] and notification["contactEmails"] == ["me@example.com"]
         assert notification["threshold"] <= 100
+        assert notification["contactRoles"] == ["Owner"]
+    thresholds = {one["threshold"]: one["thresholdType"] for one in properties["notifications"].values()}
+    assert thresholds == {80: "Actual", 100: "Forecasted"}
 
 
 @for_both
-def test_everything_that_can_be_tagged_says_whose_it_is(purpose: str, make: Make) -> None:
+def test_share_and_logs_have_limits(purpose: str, make: Make) -> None:
+    made = make(purpose)
+    (share,), (logs,) = made["storageAccounts/fileServices/shares"], made["workspaces"]
+    assert share["properties"]["shareQuota"] == 1024
+    assert logs["properties"]["workspaceCapping"] == {"dailyQuotaGb": 1}
+    assert logs["properties"]["retentionInDays"] == 30
+
+
+@for_both
+def test_every_resource_that_can_be_tagged_has_the_workspace_tag(purpose: str, make: Make) -> None:
     made = make(purpose, tags={"team": "blue"})
     tagged = [one for kind, found in made.items() for one in found if kind.count("/") == 0]
     assert len(tagged) == 5
@@ -385,7 +395,7 @@ def test_everything_that_can_be_tagged_says_whose_it_is(purpose: str, make: Make
 
 
 @for_both
-def test_the_share_is_reached_with_todays_encryption_only(purpose: str, make: Make) -> None:
+def test_the_share_requires_current_encryption(purpose: str, make: Make) -> None:
     made = make(purpose)
     (account,), (files,) = made["storageAccounts"], made["storageAccounts/fileServices"]
     assert account["properties"]["minimumTlsVersion"] == "TLS1_2"
@@ -407,7 +417,7 @@ def test_commands_run_in_one_shell_that_stops_at_the_first_failure(purpose: str,
     assert template["containers"][0]["args"][0].endswith("&& one && two")
 
 
-def test_a_new_app_on_an_empty_share_answers_and_shows_nothing(make: Make, tmp_path: Path) -> None:
+def test_a_new_app_on_an_empty_share_responds_and_exposes_nothing(make: Make, tmp_path: Path) -> None:
     template = make("inference")["containerApps"][0]["properties"]["template"]
     (prepare,), (app,) = template["initContainers"], template["containers"]
     environment = {"PATH": os.environ["PATH"], "WORKSPACE_MOUNT": str(tmp_path)}
@@ -437,7 +447,7 @@ def test_the_image_is_pinned_by_its_digest(purpose: str, make: Make) -> None:
 
 
 @for_both
-def test_azure_knows_the_containers_and_they_cannot_use_that(purpose: str, make: Make) -> None:
+def test_the_identity_is_not_available_inside_the_containers(purpose: str, make: Make) -> None:
     made = make(purpose)
     (runs,) = made["jobs" if purpose == "finetuning" else "containerApps"]
     identity = made["userAssignedIdentities"][0]["id"]
@@ -461,7 +471,7 @@ def test_with_a_key_vault_no_secret_passes_through_the_deployment(purpose: str, 
 
 
 @for_both
-def test_a_secret_stands_where_secrets_are_kept_and_nowhere_else(purpose: str, make: Make) -> None:
+def test_a_secret_is_stored_only_as_a_secret(purpose: str, make: Make) -> None:
     key = {"chatApiKey": "the key"} if purpose == "inference" else {}
     (runs,) = make(purpose, hfToken="the token", **key)["jobs" if purpose == "finetuning" else "containerApps"]
     kept = runs["properties"]["configuration"].pop("secrets")
@@ -474,7 +484,7 @@ def test_a_secret_stands_where_secrets_are_kept_and_nowhere_else(purpose: str, m
 
 
 @for_both
-def test_each_container_has_every_switch_of_telemetry(purpose: str, make: Make) -> None:
+def test_each_container_turns_off_all_telemetry(purpose: str, make: Make) -> None:
     with patch.dict(os.environ):
         switches = runpy.run_path(str(REPOSITORY / "template" / "setup" / "no_telemetry.py"))
     wanted = [{"name": name, "value": value} for name, value in (switches["OFF"] | switches["OFF_BY_DEFAULT"]).items()]
@@ -503,7 +513,7 @@ def test_secrets_are_secure_parameters_and_in_no_output(purpose: str) -> None:
     assert template["parameters"]["hfToken"]["defaultValue"] == ""
 
 
-def test_the_app_is_never_open(make: Make) -> None:
+def test_the_app_always_requires_a_key(make: Make) -> None:
     template = read("inference").template()
     assert template["parameters"]["chatApiKey"]["defaultValue"] == "[newGuid()]"  # also when nobody gives one
     for more in (
@@ -518,12 +528,15 @@ def test_the_app_is_never_open(make: Make) -> None:
         assert {"name": "CHAT_API_KEY", "secretRef": "chat-api-key"} in container["env"]
 
 
-def test_entra_id_stands_before_the_page_when_its_app_is_named(make: Make) -> None:
+def test_entra_id_protects_the_page_if_its_app_is_named(make: Make) -> None:
     assert "containerApps/authConfigs" not in make("inference")
     (login,) = make("inference", entraClientId="an-id")["containerApps/authConfigs"]
     properties = login["properties"]
     assert login["name"] == "current" and properties["platform"] == {"enabled": True}
     assert properties["globalValidation"]["unauthenticatedClientAction"] == "RedirectToLoginPage"
+    # programs cannot log in on a page: only the key protects these
+    excluded = ["/v1/models", "/v1/chat/completions", "/health"]
+    assert properties["globalValidation"]["excludedPaths"] == excluded
     directory = properties["identityProviders"]["azureActiveDirectory"]
     assert directory["validation"] == {"allowedAudiences": ["an-id", "api://an-id"]}
     issuer = directory["registration"]["openIdIssuer"]
@@ -536,7 +549,7 @@ def test_addresses_can_be_restricted(make: Make) -> None:
     assert app["properties"]["configuration"]["ingress"]["ipSecurityRestrictions"] == office
 
 
-def test_the_app_reads_the_share_and_only_what_runs_before_it_writes(make: Make) -> None:
+def test_the_app_mounts_the_share_read_only_and_its_init_container_can_write(make: Make) -> None:
     made = make("inference")
     modes = {one["name"]: one["properties"]["azureFile"]["accessMode"] for one in made["managedEnvironments/storages"]}
     template = made["containerApps"][0]["properties"]["template"]
@@ -545,7 +558,7 @@ def test_the_app_reads_the_share_and_only_what_runs_before_it_writes(make: Make)
     assert [volumes[one["volumeName"]] for one in template["initContainers"][0]["volumeMounts"]] == ["ReadWrite"]
 
 
-def test_the_probes_ask_the_apps_own_health(make: Make) -> None:
+def test_the_probes_request_the_apps_health(make: Make) -> None:
     template = make("inference")["containerApps"][0]["properties"]["template"]
     probes = {one["type"]: one for one in template["containers"][0]["probes"]}
     assert set(probes) == {"Startup", "Readiness", "Liveness"}

@@ -1,7 +1,8 @@
-"""What a command does beside the story: in a group that was there before, without az, without an answer."""
+"""Cases of infra/azure.py outside the story: an existing group, rare failures of az, wrong command lines, telemetry."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ def test_destroying_in_a_shared_group_deletes_only_what_is_tagged(
     assert left == {"rg-shared", "theirs", "untagged"}
 
 
-def test_the_estimate_tells_time_and_what_is_not_in_it(azure: Azure) -> None:
+def test_the_estimate_has_the_time_and_what_is_not_included(azure: Azure) -> None:
     done = azure("estimate")
     assert (done.status, done.err) == (0, "")
     assert done.out.startswith("A run of 250 steps:\n  about ")
@@ -48,7 +49,7 @@ def test_the_estimate_tells_time_and_what_is_not_in_it(azure: Azure) -> None:
     [
         (
             "(DeploymentActive) The deployment is still active.",
-            "A deployment to rg-x is still under way: `az deployment ",
+            "A deployment to rg-x is still running: `az deployment ",
         ),
         (
             "(RequestDisallowedByPolicy) Resource 'st' was disallowed by policy 'no-public-access'.",
@@ -61,7 +62,7 @@ def test_the_estimate_tells_time_and_what_is_not_in_it(azure: Azure) -> None:
         ("The content for this response was already consumed", "`az deployment group validate --resource-group rg-x "),
     ],
 )
-def test_what_az_says_of_rarer_failures_is_one_sentence_too(azure: Azure, said: str, sentence: str) -> None:
+def test_rarer_failures_of_az_are_one_sentence_too(azure: Azure, said: str, sentence: str) -> None:
     from az import explain
 
     found = explain(f"ERROR: {said}\nCode: X", {"group": "rg-x", "purpose": "inference"})
@@ -69,7 +70,18 @@ def test_what_az_says_of_rarer_failures_is_one_sentence_too(azure: Azure, said: 
     assert "\n" not in found
 
 
-def test_a_torn_configuration_is_said_in_one_sentence(azure: Azure, workspace: Path) -> None:
+def test_az_runs_with_its_telemetry_off(azure: Azure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from az import az
+
+    program = tmp_path / "az"  # says only what it is given: az itself shows no setting that comes from a variable
+    program.write_text('#!/bin/sh\necho "\\"$AZURE_CORE_COLLECT_TELEMETRY\\""\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("AZURE_CORE_COLLECT_TELEMETRY", "yes")
+    assert az("version") == "no"
+
+
+def test_a_damaged_configuration_is_one_sentence(azure: Azure, workspace: Path) -> None:
     file = workspace / "infra" / "inference.config.json"
     file.write_text('{"ACA_APP_NAME": ', encoding="utf-8")
     done = azure("endpoint")
@@ -80,14 +92,14 @@ def test_a_torn_configuration_is_said_in_one_sentence(azure: Azure, workspace: P
 
 
 @pytest.mark.parametrize("words", [[], ["provision"], ["secret", "set"], ["launch"]])
-def test_a_wrong_command_line_shows_how_it_is_meant(workspace: Path, words: list[str]) -> None:
+def test_a_wrong_command_line_shows_the_usage(workspace: Path, words: list[str]) -> None:
     command = [sys.executable, workspace / "infra" / "azure.py", *words]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: azure.py")
 
 
-def test_help_is_there_at_once_and_names_every_command(workspace: Path) -> None:
+def test_help_is_fast_and_names_every_command(workspace: Path) -> None:
     started = time.monotonic()
     command = [sys.executable, workspace / "infra" / "azure.py", "--help"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
@@ -96,5 +108,5 @@ def test_help_is_there_at_once_and_names_every_command(workspace: Path) -> None:
         assert f"\n{name} " in done.stdout
 
 
-def test_a_workspace_for_this_machine_has_nothing_of_azure() -> None:
+def test_a_local_workspace_has_no_azure_files() -> None:
     assert not (RENDERED / "infra").exists()

@@ -1,6 +1,6 @@
-"""infra/environment.sh, run as the containers run it: by bash, in a folder that stands in for the share, with real uv.
+"""infra/environment.sh, run as in the containers: by bash, with real uv, in a folder that stands in for the share.
 
-The lock names one tiny wheel, which lies beside it, so that nothing is downloaded.
+The lock has one tiny wheel, which is in a local folder: nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def uv_that(tmp_path: Path, does: str) -> Path:
     return tools
 
 
-def test_the_first_start_makes_the_environment_and_the_second_installs_nothing(share: Path, tmp_path: Path) -> None:
+def test_the_first_start_creates_the_environment_and_the_second_installs_nothing(share: Path, tmp_path: Path) -> None:
     first = start(share, TELL)
     (environment,) = environments(share)
     assert first.returncode == 0, first.stderr
@@ -89,7 +89,7 @@ def test_the_first_start_makes_the_environment_and_the_second_installs_nothing(s
     assert {path: path.lstat().st_mtime_ns for path in environment.rglob("*")} == written
 
 
-def test_a_changed_lock_makes_an_environment_of_its_own_and_keeps_the_other_for_who_runs_in_it(share: Path) -> None:
+def test_a_changed_lock_gets_a_new_environment_and_the_old_one_stays(share: Path) -> None:
     start(share)
     (old,) = environments(share)
     lock(share, "2.0")
@@ -99,7 +99,7 @@ def test_a_changed_lock_makes_an_environment_of_its_own_and_keeps_the_other_for_
     assert start(share, TELL).stdout.startswith(f"1.0 {old}/lib/")
 
 
-def test_an_interrupted_start_leaves_nothing_that_the_next_one_takes_for_complete(share: Path, tmp_path: Path) -> None:
+def test_an_interrupted_start_is_never_mistaken_for_a_complete_one(share: Path, tmp_path: Path) -> None:
     killed = uv_that(tmp_path, 'case $1 in pip) kill -9 $PPID;; esac; exec "$REAL" "$@"')
     assert start(share, TELL, tools=killed).returncode != 0
     (half,) = environments(share)
@@ -117,7 +117,7 @@ def test_nothing_runs_after_a_failed_installation(share: Path) -> None:
     assert environments(share) == []
 
 
-def test_an_image_without_uv_is_named_as_the_reason(share: Path, tmp_path: Path) -> None:
+def test_an_image_without_uv_is_one_sentence(share: Path, tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("bash", "sed", "sha256sum", "cut", "cat"):
@@ -137,7 +137,7 @@ def test_a_workspace_without_a_lock_is_refused(share: Path) -> None:
     assert not (share / ".cache").exists()
 
 
-def test_two_that_start_at_once_both_get_a_whole_environment(share: Path) -> None:
+def test_two_concurrent_starts_both_get_a_complete_environment(share: Path) -> None:
     both = [
         subprocess.Popen(command(TELL), env=variables(share), stdout=subprocess.PIPE, text=True, cwd="/")
         for _ in range(2)

@@ -1,6 +1,6 @@
-"""The story in Azure itself, in a group of its own, which is deleted at the end. Only for who asks for it.
+"""The story in Azure itself, in its own group, which is deleted at the end. It runs only on request.
 
-It needs az on PATH, logged in, and a subscription in which the login may make things. The demo trains there on a CPU.
+It needs az on PATH, logged in, and a subscription in which the login can create resources. The demo trains on a CPU.
 """
 
 from __future__ import annotations

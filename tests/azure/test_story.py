@@ -1,7 +1,7 @@
-"""The whole story through the real az, in the order in which a user lives it, with all that can go wrong on the way.
+"""All commands through the real az, in the order in which a user runs them, with every failure that can occur.
 
-Each fixture is a chapter, and needs the one before it. What fails is tried again with the same command, which completes
-the work. The job and the app run for real, in the folder that stands in for the share.
+Each fixture is a chapter, and needs the one before it. A failed command is run again, and completes the work. The job
+and the app run their real commands, in the folder that stands in for the share.
 """
 
 from __future__ import annotations
@@ -101,11 +101,11 @@ def test_nothing_runs_before_it_is_provisioned(provisioned: Chapter) -> None:
 
 
 def test_a_dry_run_changes_nothing_not_even_the_group(provisioned: Chapter) -> None:
-    assert "It would make the group rg-my-ft" in provisioned.said["dry run"].out
+    assert "It would create the group rg-my-ft" in provisioned.said["dry run"].out
     assert not [identity for identity in provisioned.found["after a dry run"] if "rg-my-ft" in identity]
 
 
-def test_provisioning_says_what_is_made_and_writes_the_configuration(provisioned: Chapter) -> None:
+def test_provisioning_lists_the_resources_and_writes_the_configuration(provisioned: Chapter) -> None:
     done = provisioned.said["provision"]
     assert (done.status, done.err) == (0, "")
     assert re.search(r"(?m)^  Microsoft.App/jobs ", done.out)
@@ -154,11 +154,11 @@ def test_the_job_gets_its_secret(secret: Chapter, emulator: Emulator, workspace:
     assert [one["secretRef"] for one in variables if one["name"] == "HF_TOKEN"] == ["hf-token"]
 
 
-def test_provisioning_again_asks_and_keeps_secrets_and_commands_even_where_the_configuration_was_lost(
+def test_provisioning_again_asks_and_keeps_secrets_and_commands_even_without_the_configuration(
     secret: Chapter, emulator: Emulator, workspace: Path
 ) -> None:
     assert secret.said["no"].out.endswith(
-        "Nothing was deployed. To do it: python infra/azure.py provision finetuning --yes\n"
+        "Nothing was deployed. To deploy: python infra/azure.py provision finetuning --yes\n"
     )
     assert secret.found["config anew"]["ACA_JOB_NAME"]
     assert (secret.said["yes"].status, secret.said["yes"].err) == (0, "")
@@ -237,10 +237,10 @@ def stumbled(secret: Chapter, emulator: Emulator, azure: Azure, workspace: Path)
     [
         ("share full", "The file share is full: `az storage share-rm update --storage-account "),
         ("share busy", "The file share is busy (ServerBusy): wait a minute, `az storage account show --name "),
-        ("network gone", "Azure cannot be reached: see whether `curl -I https://management.azure.com` answers"),
-        ("throttled", "Azure asks for fewer requests: wait a minute, until `az group list --output table` answers"),
-        ("job failed", "ended as Failed (a command failed, memory was short, or it took longer than `timeout`"),
-        ("job timed out", "ended as Failed (a command failed, memory was short, or it took longer than `timeout`"),
+        ("network gone", "Azure cannot be reached: check whether `curl -I https://management.azure.com` responds"),
+        ("throttled", "Azure throttles the requests: wait a minute, until `az group list --output table` works"),
+        ("job failed", "ended as Failed (a command failed, memory ran out, or it took longer than `timeout`"),
+        ("job timed out", "ended as Failed (a command failed, memory ran out, or it took longer than `timeout`"),
         ("signed out", "az is not logged in, or its login has expired: run `az login`"),
         ("pull", "The job has no result yet: `python infra/azure.py status`"),
     ],
@@ -249,7 +249,7 @@ def test_a_run_that_fails_says_why_in_one_sentence(stumbled: Chapter, failure: s
     assert_one_sentence(stumbled.said[failure], sentence)
 
 
-def test_a_run_after_one_that_broke_off_sends_the_rest(stumbled: Chapter) -> None:
+def test_a_run_after_an_interrupted_one_sends_the_rest(stumbled: Chapter) -> None:
     arrived, sent = stumbled.found["manifest"], stumbled.sent["job failed"]
     assert arrived
     assert sent
@@ -257,12 +257,12 @@ def test_a_run_after_one_that_broke_off_sends_the_rest(stumbled: Chapter) -> Non
     assert stumbled.sent["job timed out"] == []
 
 
-def test_a_run_that_was_left_is_followed_again_line_for_line_although_the_log_breaks_off(stumbled: Chapter) -> None:
+def test_following_a_run_again_prints_every_line_once_although_the_log_is_cut(stumbled: Chapter) -> None:
     assert " waits for a GPU. Ctrl-C leaves it waiting" in stumbled.said["signed out"].out
     done = stumbled.said["signed in again"]
     assert (done.status, done.err) == (0, "")
     first, *lines = done.out.splitlines()
-    assert "is still running, so nothing is sent and none is started; `az containerapp job stop " in first
+    assert "is still running, so nothing is sent or started; `az containerapp job stop " in first
     assert lines == ["begun", "ended", f"{first.split()[0]} has succeeded.", "Next: python infra/azure.py pull"]
 
 
@@ -326,7 +326,7 @@ def trained(
         ("wrong subscription", "az's login has no subscription another: `az account list --output table`"),
         ("unregistered Microsoft.App", "run `az provider register --namespace Microsoft.App --wait`"),
         ("no gpu in region", "The region swedencentral has no Consumption-GPU-NC8as-T4"),
-        ("refused", "This login may not do Microsoft.Resources/deployments/write: ask an owner"),
+        ("refused", "This login has no permission for Microsoft.Resources/deployments/write: ask an owner"),
         (
             "name taken",
             "is already taken: choose another group with `copier update --trust --data azure_resource_group=…`",
@@ -334,7 +334,7 @@ def trained(
         ("no quota", "The quota ManagedEnvironmentConsumptionT4Gpus in swedencentral is 0"),
     ],
 )
-def test_what_fails_in_provisioning_is_one_sentence_with_the_command_that_helps(
+def test_a_failure_in_provisioning_is_one_sentence_with_the_command_that_helps(
     trained: Chapter, failure: str, sentence: str
 ) -> None:
     assert_one_sentence(trained.said[failure], sentence)
@@ -360,7 +360,7 @@ def test_the_job_runs_the_commands_of_the_configuration_and_its_log_is_shown(tra
     assert re.search(r"job\S* +Succeeded", trained.said["status"].out)
 
 
-def test_nothing_is_on_the_share_that_should_stay_here(trained: Chapter) -> None:
+def test_files_that_must_stay_local_are_not_on_the_share(trained: Chapter) -> None:
     assert not trained.found["share"] & {".git", ".venv", ".env", "__pycache__"}
 
 
@@ -412,7 +412,7 @@ def ask(endpoint: str, key: str, emulator: Emulator) -> tuple[int, Any]:
     return answer.status_code, answer.json()
 
 
-def test_one_edited_file_is_sent_and_one_that_is_gone_removed(served: Chapter) -> None:
+def test_an_edited_file_is_sent_and_a_deleted_one_removed(served: Chapter) -> None:
     assert [path.split("/", 2)[2] for path in served.sent["deploy"]] == ["dataset/README.md"]
     assert "Sent 1 files, removed 1.\n" in served.said["deploy"].out
 
@@ -423,14 +423,14 @@ def test_the_adapter_that_the_job_trained_chats_here(served: Chapter) -> None:
     assert done.out.splitlines()[-1] == "joy"
 
 
-def test_the_app_answers_with_the_tuned_model_to_who_has_the_key(served: Chapter) -> None:
+def test_the_app_answers_with_the_tuned_model_only_with_the_key(served: Chapter) -> None:
     assert served.said["deploy"].status == 0, served.said["deploy"].err
     status, answer = served.found["answer"]
     assert (status, answer["choices"][0]["message"]["content"]) == (200, "joy")
     assert served.found["without a key"][0] == 401
 
 
-def test_destroying_needs_the_name_of_the_group_and_leaves_nothing_there(
+def test_destroy_asks_for_the_groups_name_and_deletes_everything(
     served: Chapter, emulator: Emulator, workspace: Path
 ) -> None:
     assert_one_sentence(served.said["not destroyed"], "Nothing was deleted: the answer was not rg-my-ft")
@@ -443,7 +443,7 @@ def test_destroying_needs_the_name_of_the_group_and_leaves_nothing_there(
     assert (workspace / "models" / "run.json").is_file()
 
 
-def test_no_secret_is_in_what_was_said_or_in_any_file(
+def test_no_secret_is_in_any_output_or_file(
     served: Chapter, stumbled: Chapter, trained: Chapter, emulator: Emulator, workspace: Path
 ) -> None:
     said = "".join(done.out + done.err for story in (stumbled, trained, served) for done in story.said.values())
@@ -453,6 +453,6 @@ def test_no_secret_is_in_what_was_said_or_in_any_file(
     assert not [file for file in files if SECRET.encode() in file.read_bytes()]
 
 
-def test_az_was_led_nowhere_but_to_azure(served: Chapter, emulator: Emulator) -> None:
+def test_az_connected_only_to_azure(served: Chapter, emulator: Emulator) -> None:
     assert emulator.broken == []
     assert set(emulator.unknown) <= {"azcliprod.blob.core.windows.net"}  # where az looks for its own newest version

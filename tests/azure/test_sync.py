@@ -1,4 +1,4 @@
-"""What is sent to the share, and what is not; and that whatever interrupts it, the next time sends the rest."""
+"""Which files are sent to the share and which are not; after any interruption, the next command sends the rest."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def there(folder: Path) -> set[str]:
     return found - {".azure-sync.json"}
 
 
-def test_what_git_ignores_stays_here_but_for_the_rows_to_train_on(root: Path, share: Any, folder: Path) -> None:
+def test_ignored_files_are_not_sent_except_the_training_rows(root: Path, share: Any, folder: Path) -> None:
     from sync import send
 
     assert send(share, root) == (len(SENT), 0)
@@ -101,7 +101,7 @@ def test_what_git_ignores_stays_here_but_for_the_rows_to_train_on(root: Path, sh
     assert all((folder / name).read_bytes() == (root / name).read_bytes() for name in SENT)
 
 
-def test_a_repository_sends_the_same(root: Path, share: Any, folder: Path) -> None:
+def test_a_git_repository_sends_the_same_files(root: Path, share: Any, folder: Path) -> None:
     from sync import send
 
     subprocess.run(["git", "init", "--quiet", root], check=True)
@@ -109,7 +109,7 @@ def test_a_repository_sends_the_same(root: Path, share: Any, folder: Path) -> No
     assert there(folder) == SENT
 
 
-def test_only_what_changed_is_sent_and_what_is_gone_is_removed(root: Path, share: Any, folder: Path) -> None:
+def test_only_changed_files_are_sent_and_deleted_ones_removed(root: Path, share: Any, folder: Path) -> None:
     from sync import send
 
     send(share, root)
@@ -121,7 +121,7 @@ def test_only_what_changed_is_sent_and_what_is_gone_is_removed(root: Path, share
     assert (folder / "finetuning/run.py").read_text() == "print(1)\n"
 
 
-def test_what_the_job_made_on_the_share_stays(root: Path, share: Any, folder: Path) -> None:
+def test_files_that_the_job_wrote_stay(root: Path, share: Any, folder: Path) -> None:
     from sync import send
 
     (folder / "models/adapter").mkdir(parents=True)
@@ -130,7 +130,7 @@ def test_what_the_job_made_on_the_share_stays(root: Path, share: Any, folder: Pa
     assert (folder / "models/adapter/README.md").read_text() == "made there"
 
 
-def test_a_large_file_goes_in_ranges(root: Path, share: Any, folder: Path) -> None:
+def test_a_large_file_is_sent_in_ranges(root: Path, share: Any, folder: Path) -> None:
     from sync import send
 
     (root / "large.bin").write_bytes(os.urandom(9 * 2**20 + 7))
@@ -138,7 +138,7 @@ def test_a_large_file_goes_in_ranges(root: Path, share: Any, folder: Path) -> No
     assert (folder / "large.bin").read_bytes() == (root / "large.bin").read_bytes()
 
 
-def test_a_torn_manifest_means_that_all_is_sent_again(root: Path, share: Any, folder: Path) -> None:
+def test_after_a_damaged_manifest_everything_is_sent_again(root: Path, share: Any, folder: Path) -> None:
     from sync import send
 
     send(share, root)
@@ -146,7 +146,7 @@ def test_a_torn_manifest_means_that_all_is_sent_again(root: Path, share: Any, fo
     assert send(share, root) == (len(SENT), 0)
 
 
-def test_a_process_that_is_killed_in_the_middle_leaves_little_to_do_again(
+def test_after_a_killed_upload_the_next_one_sends_the_rest(
     root: Path, share: Any, folder: Path, emulator: Emulator, environment: dict[str, str], config: dict[str, str]
 ) -> None:
     from sync import send
@@ -172,7 +172,7 @@ def test_a_process_that_is_killed_in_the_middle_leaves_little_to_do_again(
     assert all((folder / f"file-{number}.txt").read_text() == str(number) for number in range(250))
 
 
-def test_an_edit_that_broke_off_and_was_taken_back_is_sent_again(
+def test_an_interrupted_edit_that_was_reverted_is_sent_again(
     root: Path, share: Any, folder: Path, emulator: Emulator
 ) -> None:
     from az import AzureError
@@ -195,7 +195,7 @@ def test_an_edit_that_broke_off_and_was_taken_back_is_sent_again(
     [
         (
             SETTINGS.replace("dataset/rows.jsonl", "../rows.jsonl"),
-            "is outside of the workspace: `cp` it to dataset/.",
+            "is outside the workspace: copy it to dataset/.",
         ),
         (
             SETTINGS.replace("owner/name", "../my-model"),
@@ -203,7 +203,7 @@ def test_an_edit_that_broke_off_and_was_taken_back_is_sent_again(
         ),
     ],
 )
-def test_what_the_job_could_not_see_is_refused(root: Path, share: Any, settings: str, sentence: str) -> None:
+def test_paths_that_the_job_cannot_see_are_refused(root: Path, share: Any, settings: str, sentence: str) -> None:
     from az import AzureError
     from sync import send
 
@@ -213,7 +213,7 @@ def test_what_the_job_could_not_see_is_refused(root: Path, share: Any, settings:
     assert sentence in str(refused.value)
 
 
-def test_results_are_fetched_whole_and_replace_what_was_here(root: Path, share: Any, folder: Path) -> None:
+def test_results_are_downloaded_completely_and_replace_the_local_ones(root: Path, share: Any, folder: Path) -> None:
     from sync import fetch
 
     assert fetch(share, root) is None
@@ -227,9 +227,7 @@ def test_results_are_fetched_whole_and_replace_what_was_here(root: Path, share: 
     assert sorted(path.name for path in (root / "models").iterdir()) == ["adapter", "run.json"]
 
 
-def test_a_model_that_was_trained_here_is_sent_unless_the_share_has_a_newer_one(
-    root: Path, share: Any, folder: Path
-) -> None:
+def test_a_local_model_is_sent_unless_the_share_has_a_newer_one(root: Path, share: Any, folder: Path) -> None:
     from sync import send_results
 
     assert send_results(share, root) is False

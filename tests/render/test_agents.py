@@ -1,4 +1,4 @@
-"""AGENTS.md says what is true of every workspace; tests/unit/test_docs.py holds its commands against the scripts."""
+"""AGENTS.md is correct for every workspace; tests/unit/test_docs.py compares its commands with the scripts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_it_is_short_and_the_same_for_every_answer() -> None:
 
 
 @pytest.mark.parametrize("name", WORKSPACES)
-def test_every_path_in_it_is_there_or_will_be_made(render: Callable[..., Path], tmp_path: Path, name: str) -> None:
+def test_every_path_in_it_exists_or_will_be_created(render: Callable[..., Path], tmp_path: Path, name: str) -> None:
     workspace = render(tmp_path / "workspace", **WORKSPACES[name])
     prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
     paths = {text for text in re.findall(r"`([^`\n]+)`", prose) if re.fullmatch(r"[\w.-]*[/.][\w./*-]*", text)}

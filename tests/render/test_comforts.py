@@ -1,4 +1,4 @@
-"""What surrounds the code of a workspace: README, git, VS Code, dev container and CI say what is true of it."""
+"""README, git settings, VS Code tasks, dev container and CI of a workspace match its answers and scripts."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def options(script: Path, *command: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", WORKSPACES)
-def test_every_command_that_a_workspace_names_can_be_given(workspaces: dict[str, Path], name: str) -> None:
+def test_every_command_that_a_workspace_names_exists(workspaces: dict[str, Path], name: str) -> None:
     named = commands(workspaces[name])
     for first, *arguments in named:
         if first == "-m":
@@ -96,7 +96,7 @@ def test_every_command_that_a_workspace_names_can_be_given(workspaces: dict[str,
 
 
 @pytest.mark.parametrize("name", WORKSPACES)
-def test_every_file_that_the_readme_names_is_there_or_will_be_made(workspaces: dict[str, Path], name: str) -> None:
+def test_every_file_that_the_readme_names_exists_or_will_be_created(workspaces: dict[str, Path], name: str) -> None:
     rooms = r"dataset|finetuning|inference|infra|setup|tests|\.[a-z]+"
     paths = re.findall(rf"`((?:{rooms})/[^`\s]*)`", readme(workspaces[name]))
     made = {"setup/create_env.log", "dataset/rows.jsonl", "infra/finetuning.config.json"}
@@ -106,7 +106,7 @@ def test_every_file_that_the_readme_names_is_there_or_will_be_made(workspaces: d
 
 
 @pytest.mark.parametrize("name", WORKSPACES)
-def test_the_readme_is_read_in_a_few_minutes(workspaces: dict[str, Path], name: str) -> None:
+def test_the_readme_is_short(workspaces: dict[str, Path], name: str) -> None:
     text = readme(workspaces[name])
     assert text.startswith(f"# {name}\n")
     assert len(text.splitlines()) <= 100
@@ -114,7 +114,7 @@ def test_the_readme_is_read_in_a_few_minutes(workspaces: dict[str, Path], name: 
     assert max(map(len, text.splitlines())) <= 240
 
 
-def test_the_start_is_told_for_the_platform_and_the_environment(workspaces: dict[str, Path]) -> None:
+def test_the_start_commands_match_platform_and_environment(workspaces: dict[str, Path]) -> None:
     start = {name: readme(workspace).split("```")[1] for name, workspace in workspaces.items()}
     assert "python3 setup/create_env.py" in start["demo"] and "source .venv/bin/activate" in start["demo"]
     assert "python setup/create_env.py" in start["gated"] and "conda activate gated\n" in start["gated"]
@@ -123,19 +123,19 @@ def test_the_start_is_told_for_the_platform_and_the_environment(workspaces: dict
     assert {name for name, text in start.items() if "get_model.py" in text} == {"gated", "azure", "hub"}
 
 
-def test_what_an_update_needs_is_told_after_the_copy_and_in_the_readme(workspaces: dict[str, Path]) -> None:
+def test_the_git_commands_for_updates_are_shown_after_the_copy_and_in_the_readme(workspaces: dict[str, Path]) -> None:
     command = 'git init && git add -A && git commit -m "As rendered"'
     assert command in yaml.safe_load((ROOT / "copier.yml").read_text(encoding="utf-8"))["_message_after_copy"]
     for workspace in workspaces.values():
         assert f"- **Updates** need git. If this folder is not in git yet: `{command}`." in readme(workspace)
 
 
-def test_azure_is_named_only_where_it_was_chosen(workspaces: dict[str, Path]) -> None:
+def test_azure_is_mentioned_only_if_it_was_chosen(workspaces: dict[str, Path]) -> None:
     assert {name for name, workspace in workspaces.items() if "Azure" in readme(workspace)} == {"azure"}
     assert {name for name, workspace in workspaces.items() if (workspace / "infra").exists()} == {"azure"}
 
 
-def test_the_remote_steps_are_tasks_with_the_names_that_people_know(workspaces: dict[str, Path]) -> None:
+def test_the_azure_steps_are_tasks_with_the_names_that_ai_toolkit_users_know(workspaces: dict[str, Path]) -> None:
     remote = {
         "Provision Azure Container Apps job for fine-tuning": ["provision", "finetuning"],
         "Add Azure Container Apps Job secret for fine-tuning": ["secret", "set", "${input:secret}"],
@@ -152,7 +152,7 @@ def test_the_remote_steps_are_tasks_with_the_names_that_people_know(workspaces: 
         assert [one["id"] for one in tasks.get("inputs", [])] == (["secret"] if name == "azure" else [])
 
 
-def test_the_readme_has_every_step_in_azure_in_its_order(workspaces: dict[str, Path]) -> None:
+def test_the_readme_has_the_azure_steps_in_order(workspaces: dict[str, Path]) -> None:
     named = [command[1] for command in commands(workspaces["azure"]) if command[0] == "infra/azure.py"]
     steps = ["estimate", "provision", "run", "pull", "provision", "deploy", "endpoint", "destroy"]
     assert [step for step in named if step in steps][:8] == steps
@@ -168,7 +168,7 @@ def test_the_readme_says_what_the_model_is(render: Callable[..., Path], tmp_path
     assert ("The model is gated." in text, "HF_TOKEN" in text) == (entry["gated"],) * 2
 
 
-def test_git_ignores_what_is_made_and_keeps_the_rows(workspaces: dict[str, Path]) -> None:
+def test_git_ignores_results_and_keeps_the_rows(workspaces: dict[str, Path]) -> None:
     made = ["models/adapter/x", "models/run.json", ".venv/x", "setup/create_env.log", ".env", "tests/__pycache__/x.pyc"]
     made += ["dataset/rows.rejected.jsonl"]
     kept = [
@@ -232,7 +232,7 @@ def test_the_container_has_the_extensions_of_the_editor_and_a_gpu_where_one_was_
         assert ("hostRequirements" in container) == (name in {"gated", "azure"})
 
 
-def test_an_editor_that_formats_or_checks_finds_nothing_to_change(workspaces: dict[str, Path]) -> None:
+def test_ruff_finds_nothing_to_change_in_a_workspace(workspaces: dict[str, Path]) -> None:
     for command in (["check"], ["format", "--check"]):
         ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", "."]
         done = subprocess.run(ruff, cwd=workspaces["demo"], capture_output=True, text=True)

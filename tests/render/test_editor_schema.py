@@ -1,4 +1,4 @@
-"""What VS Code's YAML extension needs: the schema beside olive-config.yaml, which takes the file of every answer."""
+"""VS Code's YAML extension finds the schema next to olive-config.yaml, which accepts the file of every answer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def complaint() -> Callable[[Any], str | None]:
     ("method", "device", "source"),
     [case for case in product(METHODS, MODELS, SOURCES) if case[:2] != ("qlora", "cpu")],
 )
-def test_the_schema_takes_the_file_of_every_answer(
+def test_the_schema_accepts_the_file_of_every_answer(
     render: Callable[..., Path],
     complaint: Callable[[Any], str | None],
     tmp_path: Path,

@@ -1,7 +1,7 @@
-"""Answers as an attack: each is refused in a sentence, or stands unchanged in all files that hold it, and nowhere else.
+"""Answers as an attack: each is refused in one sentence, or rendered unchanged into its files, and nowhere else.
 
-Hypothesis puts together what breaks quoting, files, paths and command lines, for every question of copier.yml that is
-answered in words or numbers. HOSTILE_SETS=20000 tries that many sets, others each time; unset, always the same.
+Hypothesis combines what breaks quoting, files, paths and command lines, for every question of copier.yml that takes a
+text or a number. HOSTILE_SETS=20000 tries that many sets, different ones each time; unset, always the same.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def documents(folder: Path) -> dict[str, Leaves]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether an answer stands in a file as it was given. Two have a value that says «none» there."""
+    """Whether a file has an answer as it was given. Two answers have a value for «none» there."""
     return (one, isinstance(one, str)) == (other, isinstance(other, str)) or (one, other) in {("", None), (0, -1)}
 
 
@@ -253,7 +253,7 @@ def check_documents(scene: Scene, answers: Answers, found: dict[str, Leaves]) ->
 
 
 def check_readme(scene: Scene, answers: Answers, text: str) -> None:
-    """The README is the same as for harmless answers, but for these; each stands where Markdown leaves it alone."""
+    """The README is the same as for harmless answers, except for these; each is where Markdown does not change it."""
     expected = scene.readme
     for name in scene.asked:
         sample, value = scene.samples[name], answers[name]
@@ -382,7 +382,7 @@ def check_workspace(asked: Any, workspace: Path, harmless: Scene, hostile: Answe
 
 
 def check_environment(module: ModuleType, conda: Path, workspace: Path, name: str) -> None:
-    """The conda environment lies among the others under the name that was given; no argument is made of it."""
+    """The conda environment is next to the others under the given name, which never becomes an option."""
     prefix = conda.parents[1] / "envs" / name
     assert prefix == Path(os.path.normpath(prefix))
     commands: list[list[str]] = []
@@ -420,7 +420,7 @@ def check_message(asked: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("question", FREE)
-def test_a_hostile_answer_is_refused_in_a_sentence_or_stands_unchanged_in_every_file(
+def test_a_hostile_answer_is_refused_in_one_sentence_or_rendered_unchanged(
     question: str,
     scene: Callable[[str, str], Scene],
     worker: Callable[..., Any],
@@ -477,7 +477,7 @@ def test_a_hostile_answer_is_refused_in_a_sentence_or_stands_unchanged_in_every_
     assert min(count["refused"], count["carried"]) >= 1 or FREE[question] != "str", count
 
 
-def test_every_question_is_asked_in_a_scene_and_its_answer_is_looked_for(scene: Callable[[str, str], Scene]) -> None:
+def test_every_question_is_asked_in_a_scene_and_its_answer_checked(scene: Callable[[str, str], Scene]) -> None:
     looked_for = set()
     for name in SCENES:
         rendered = scene(name, "hub")
@@ -491,7 +491,7 @@ def test_at_least_a_thousand_sets_are_tried_by_default() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("hub_id", "../`x`\n"), ("revision", '"a/../b"')])
-def test_no_model_gets_into_the_files_past_its_question(name: str, value: str, answer: Callable[..., Answers]) -> None:
+def test_no_model_bypasses_its_question(name: str, value: str, answer: Callable[..., Answers]) -> None:
     with pytest.raises(ValueError, match=f"^Validation error for question '{name}': computed: type custom_model_"):
         answer(**{name: value})
 
@@ -526,7 +526,7 @@ def test_copier_s_own_copy_and_recopy_run_the_hook_whatever_the_answers_and_the_
     for arguments in (["copy", *options, *data, str(template), str(folder)], ["recopy", *options, str(folder)]):
         done = subprocess.run([*command, *arguments], env=env, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert done.stderr.count("The workspace is complete, but not all is set up.") == 1
+        assert done.stderr.count("The workspace is complete, but its setup is not.") == 1
         recorded = yaml.safe_load((folder / ".copier-answers.yml").read_text(encoding="utf-8"))
         assert {name: recorded[name] for name in answers} == answers
         said = (tmp_path / "says").read_text().split("\0")

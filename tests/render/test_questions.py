@@ -1,4 +1,4 @@
-"""The questions: their names, their defaults, what they refuse and in which words, and how many a person meets."""
+"""The questions: their names, their defaults, their refusals, and how many of them are asked."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_question_says_what_it_is_in_two_lines_of_a_terminal(questions: Questi
 
 
 @pytest.mark.parametrize(("answers", "words"), REFUSED, ids=[str(number) for number, _ in enumerate(REFUSED)])
-def test_an_answer_that_cannot_be_right_is_refused_in_words_that_fit_the_screen(
+def test_an_invalid_answer_is_refused_in_a_message_that_fits_the_terminal(
     answers: dict[str, Any], words: str, answer: Answer
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(words)) as refusal:
@@ -139,7 +139,7 @@ def test_an_answer_that_cannot_be_right_is_refused_in_words_that_fit_the_screen(
         assert len(str(refusal.value)) <= COLUMNS
 
 
-def test_every_question_that_can_be_answered_wrongly_has_a_refusal_here(questions: Questions) -> None:
+def test_every_question_with_invalid_answers_has_a_refusal_here(questions: Questions) -> None:
     refused = {name for answers, _ in REFUSED for name in answers}
     free = {name for name in CONTRACT if questions[name]["type"] in {"str", "int", "float"}}
     assert free <= refused
@@ -209,7 +209,7 @@ def test_the_name_comes_from_the_folder(folder: str, name: str, worker: Callable
     assert asked.answers.combined["project_name"] == name
 
 
-def test_settings_that_follow_from_other_answers_follow_them_when_these_change(render: Render, tmp_path: Path) -> None:
+def test_dependent_defaults_change_with_the_other_answers(render: Render, tmp_path: Path) -> None:
     def settings() -> dict[str, Any]:
         config = yaml.safe_load((tmp_path / "ws/finetuning/olive-config.yaml").read_text())["passes"]["finetune"]
         names = "learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_checkpointing"
@@ -250,7 +250,7 @@ def test_an_answer_to_a_question_that_is_not_asked_changes_nothing(render: Rende
             assert (given / path).read_text() == (plain / path).read_text(), name
 
 
-def test_odd_but_valid_answers_arrive_in_the_files_as_they_were_given(render: Render, tmp_path: Path) -> None:
+def test_unusual_valid_answers_are_rendered_unchanged(render: Render, tmp_path: Path) -> None:
     awkward = 'He said: "it\'s {{ 7 * 7 }} # 50 %", {% raw %} \\n <b> – ü 日本 😀'
     answers = {
         "system_prompt": awkward,
@@ -300,7 +300,7 @@ def test_the_model_file_holds_the_catalogue_s_facts_to_the_letter(
         assert not set(entry) - set(facts) - {"hub_id", "revision", "instruct", "deprecated", "replaced_by"}
 
 
-def test_a_model_of_ones_own_is_a_pinned_repository_or_a_folder_without_revision(answer: Answer) -> None:
+def test_a_custom_model_is_a_pinned_repository_or_a_folder_without_revision(answer: Answer) -> None:
     hub = answer(model="custom", custom_model_id="owner/model", custom_model_revision="v1")
     assert (hub["hub_id"], hub["revision"]) == ("owner/model", "v1")
     for folder in ("../my-model", "/data/model", "~/model", "C:\\models\\mine"):
@@ -367,9 +367,7 @@ def test_a_model_of_the_catalogue_and_a_file_ask_nine_questions(
     assert (recorded["model"], recorded["dataset_path"]) == ("phi-2", "rows.jsonl")
 
 
-def test_advanced_asks_for_everything_that_has_a_meaning_here(
-    template: Path, questions: Questions, tmp_path: Path
-) -> None:
+def test_advanced_asks_every_question_that_applies(template: Path, questions: Questions, tmp_path: Path) -> None:
     met, _ = prompts(template, tmp_path / "ws", questions, {"advanced": "y"})
     without_meaning = {
         *{name for name in CONTRACT if name.startswith(("azure_", "custom_model_"))},

@@ -1,4 +1,4 @@
-"""Every valid combination of answers renders files that are right in their own language; every other is refused."""
+"""Every valid combination of answers renders files that are valid in their own language; every other one is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make site` stops at what would be wrong on the site, and says where it is."""
+"""`make site` stops at an error that would be on the site, and says where it is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PYTHON = ROOT / ".cache" / "site" / "bin" / "python"
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """What the site is made from."""
+    """The sources of the site."""
     for name in ("docs", "catalog", "benchmarks"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("README.md", "CHANGELOG.md", "LICENSE", "copier.yml"):
@@ -31,7 +31,7 @@ def build(repository: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_a_link_to_a_page_that_is_not_there_stops_the_build(repository: Path) -> None:
+def test_a_broken_link_stops_the_build(repository: Path) -> None:
     with (repository / "docs/how-to/api.md").open("a", encoding="utf-8") as page:
         page.write("\n[nowhere](nowhere.md)\n")
     done = build(repository)

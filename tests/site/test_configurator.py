@@ -1,4 +1,4 @@
-"""The configurator in a browser: what its command gives in a shell, what it greys out, and who can use it."""
+"""The configurator in a browser: the result of its command in a shell, its disabled choices, its accessibility."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_choice_that_does_not_fit_is_greyed_out_with_copiers_reason(page: Page
     expect(gpu).to_be_enabled()
 
 
-def test_a_choice_that_stopped_to_fit_is_refused_where_it_stands_and_at_the_command(page: Page) -> None:
+def test_a_choice_that_no_longer_fits_is_refused_at_its_field_and_at_the_command(page: Page) -> None:
     answer(page, "device", "gpu")
     answer(page, "platform", "macos")
     reason = "a Mac has no CUDA: choose cpu, or target azure"
@@ -172,7 +172,7 @@ def test_an_answer_that_is_hidden_is_not_in_the_command_and_comes_back(page: Pag
     assert "-d epochs=5" in command(page)
 
 
-def test_what_is_wrong_is_said_in_copiers_words_and_leads_to_its_field(page: Page) -> None:
+def test_errors_have_copiers_words_and_lead_to_their_field(page: Page) -> None:
     answer(page, "advanced", True)
     answer(page, "epochs", 0)
     answer(page, "dataset_source", "file")
@@ -218,7 +218,7 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(page: Page) -> No
     assert len(reached) == page.evaluate(controls) > 30
 
 
-def test_every_field_has_a_name_and_says_its_help(page: Page) -> None:
+def test_every_field_has_a_name_and_a_description(page: Page) -> None:
     answer(page, "advanced", True)
     for field in page.locator(".cf :is(input, select, textarea):visible").all():
         assert field.evaluate("field => field.labels[0].textContent.trim()")
@@ -253,7 +253,7 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everything_can_be_read_in_the_light_and_in_the_dark_and_on_a_phone(page: Page, scheme: Any) -> None:
+def test_everything_is_readable_in_light_and_dark_mode_and_on_a_phone(page: Page, scheme: Any) -> None:
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": 360, "height": 740})
     page.reload()

@@ -1,4 +1,4 @@
-"""The configurator asks as Copier does: the same questions, defaults, choices and refusals, for the same answers."""
+"""The configurator agrees with Copier: the same questions, defaults, choices and refusals for the same answers."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def comparable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def test_every_two_answers_that_go_together_are_asked_as_copier_does(ask: Ask, page: Any) -> None:
+def test_every_valid_pair_of_answers_gives_the_questions_of_copier(ask: Ask, page: Any) -> None:
     assert list(differences(ask, page, [answers_of(row) for row in SETS])) == []
 
 
@@ -139,7 +139,7 @@ def test_every_refusal_is_copiers(ask: Ask, page: Any) -> None:
 
 
 @pytest.mark.parametrize("base", EVERYTHING, ids=["a file and Azure", "a dataset and a model of the hub"])
-def test_whatever_is_typed_is_taken_or_refused_as_copier_does(base: dict[str, Any], ask: Ask, page: Any) -> None:
+def test_typed_values_are_accepted_or_refused_as_in_copier(base: dict[str, Any], ask: Ask, page: Any) -> None:
     _, refusal = ask(base)
     asked = {
         name: question for name, question in Noted.questions.items() if question.get_when() and not question.secret

@@ -1,4 +1,4 @@
-"""The built site: every link leads somewhere, no page asks another host, all fit a phone, and the search finds."""
+"""The built site: every link has a target, no page contacts another host, every page fits a phone, the search works."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ each_page = pytest.mark.parametrize("page", HTML, ids=lambda page: page.relative
 
 
 class Page(HTMLParser):
-    """What a page is made of: where its links lead, what it loads, the names of its places, its titles."""
+    """The content of a page: its links, what it loads, its anchors, its titles."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def test_every_page_of_the_documentation_is_there() -> None:
 
 
 @each_page
-def test_every_link_leads_somewhere_and_what_is_loaded_is_here(page: Path) -> None:
+def test_every_link_has_a_target_and_everything_loaded_is_local(page: Path) -> None:
     if page.name == "404.html":  # it is shown at any address: its links begin with a slash
         return
     found = parsed(page)
@@ -81,7 +81,7 @@ def test_no_script_and_no_style_names_a_font_or_a_script_of_another_host() -> No
         assert not re.search(r"url\(['\"]?(https?:)?//|@import", path.read_text(encoding="utf-8")), path
 
 
-def test_no_page_asks_another_host_throws_or_is_wider_than_a_phone(browser: Any, address: str) -> None:
+def test_no_page_contacts_another_host_throws_or_is_wider_than_a_phone(browser: Any, address: str) -> None:
     context = browser.new_context(viewport={"width": 360, "height": 740})
     page = context.new_page()
     wrong: list[str] = []

@@ -87,7 +87,7 @@ class SmallWorkspace:
 
     @property
     def as_anybody(self) -> list[str]:
-        """What stands before a command so that root, too, may write only where the mode bits say so."""
+        """The prefix of a command that makes the mode bits count for root, too."""
         if os.geteuid() != 0:
             return []
         if not shutil.which("setpriv"):

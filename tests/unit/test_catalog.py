@@ -1,4 +1,4 @@
-"""The catalogue: every entry is complete and consistent, and every chat template keeps its promises."""
+"""The catalogue: every entry is complete and consistent, and every chat template works for training and chat."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 (jinja2's own spelling)
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Put the marks around what stands between the tags."""
+        """Put the marks around the text between the tags."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
@@ -176,7 +176,7 @@ class Generation(Extension):
 
 
 def render_marked(family: Family, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-    """Render a conversation as transformers does, with «» around what must be learnt."""
+    """Render a conversation as transformers does, with «» around the part to learn."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation])
     tokens = {key: value for key, value in family.special_tokens.model_dump(exclude={"additional"}).items() if value}
     template = environment.from_string(family.template)
@@ -300,7 +300,7 @@ def test_a_question_reads_the_same_whether_its_answer_follows_or_not(family: Fam
 
 
 @each_family
-def test_what_must_be_learnt_is_the_answer_and_its_end_of_turn(family: Family) -> None:
+def test_the_learned_part_is_the_answer_and_its_end_of_turn(family: Family) -> None:
     learnt = re.findall("«(.*?)»", render_marked(family, [SYSTEM, *TURNS]), flags=re.DOTALL)
     answers = [turn["content"] for turn in TURNS if turn["role"] == "assistant"]
     assert len(learnt) == len(answers)
@@ -311,7 +311,7 @@ def test_what_must_be_learnt_is_the_answer_and_its_end_of_turn(family: Family) -
 
 
 @each_family
-def test_what_a_tool_says_is_read_and_never_learnt(family: Family) -> None:
+def test_tool_results_are_read_and_never_learned(family: Family) -> None:
     turns = [TURNS[0], {"role": "assistant", "content": "call()"}, {"role": "tool", "content": "22 degrees"}, TURNS[1]]
     text = render_marked(family, turns)
     learnt = re.findall("«(.*?)»", text, flags=re.DOTALL)
@@ -321,7 +321,7 @@ def test_what_a_tool_says_is_read_and_never_learnt(family: Family) -> None:
 
 
 @each_family
-def test_a_prompt_ends_exactly_where_what_must_be_learnt_begins(family: Family) -> None:
+def test_a_prompt_ends_exactly_where_the_learned_part_begins(family: Family) -> None:
     prompt = render(family, [SYSTEM, *TURNS[:1]], add_generation_prompt=True)
     marked = render_marked(family, [SYSTEM, *TURNS[:2]])
     assert marked[: marked.index("«")] == prompt
@@ -346,7 +346,7 @@ def test_every_mark_in_the_text_is_a_special_token(family: Family) -> None:
     assert marks <= known
 
 
-def test_the_plain_family_needs_nothing_but_an_end() -> None:
+def test_the_plain_family_needs_only_an_end_token() -> None:
     plain = FAMILIES["plain"]
     assert plain.special_tokens.bos_token is None
     assert plain.special_tokens.additional == []

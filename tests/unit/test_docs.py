@@ -1,4 +1,4 @@
-"""The documentation: every command in it exists, every link leads somewhere, and what is made is current."""
+"""The documentation: every command exists, every link has a target, and generated pages are current."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def fenced(text: str) -> Iterator[str]:
 
 
 def inline(text: str) -> Iterator[str]:
-    """Yield what stands in the prose between backticks."""
+    """Yield the texts between backticks in the prose."""
     yield from CODE.findall(FENCE.sub("", text))
 
 
 def complaint(command: str) -> str:
-    """Return what is wrong with a command, "" when a user can type it as it stands."""
+    """Return what is wrong with a command, "" if a user can type it as it is."""
     if command in FOREIGN or command.startswith("curl "):  # tests/workspace/test_api.py runs these
         return ""
     program, *words = shlex.split(command)
@@ -179,7 +179,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @each_page
-def test_every_fenced_command_can_be_typed_as_it_stands(page: Path) -> None:
+def test_every_fenced_command_is_valid_as_written(page: Path) -> None:
     commands = list(fenced(page.read_text(encoding="utf-8")))
     assert {command: wrong for command in commands if (wrong := complaint(command))} == {}
 
@@ -207,7 +207,7 @@ def test_every_block_of_a_page_names_its_language(page: Path) -> None:
 
 
 @each_page
-def test_every_relative_link_leads_somewhere(page: Path) -> None:
+def test_every_relative_link_has_a_target(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith("https://"):
@@ -249,7 +249,7 @@ def test_the_commands_of_the_first_page_are_found() -> None:
     assert any(command.startswith("copier copy --trust ") for command in commands)
 
 
-def test_a_file_is_brought_back_as_the_workspaces_own_release_had_it() -> None:
+def test_a_file_is_restored_from_the_workspaces_own_release() -> None:
     """Without `--vcs-ref :current:`, `copier recopy` renders the newest release, into a workspace of an older one."""
     texts = [*PAGES, *(path for path in (ROOT / "template").rglob("*") if path.suffix in (".py", ".jinja", ".md"))]
     named = [text for path in texts for text in re.findall(r"copier recopy[^`]*", path.read_text(encoding="utf-8"))]
@@ -267,7 +267,7 @@ def test_the_reference_is_current() -> None:
     assert shown.returncode == 0, shown.stderr
 
 
-def test_a_stale_reference_is_said_in_a_sentence_and_made_again(tmp_path: Path) -> None:
+def test_an_outdated_reference_is_reported_and_generated_again(tmp_path: Path) -> None:
     for name in ("catalog", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name)
     config = (ROOT / "copier.yml").read_text(encoding="utf-8")
@@ -310,7 +310,7 @@ def test_decisions_are_numbered_and_have_their_three_parts() -> None:
         assert re.findall(r"^\*\*(\w+)\.\*\*", text, re.MULTILINE) == ["Context", "Decision", "Consequences"]
 
 
-def test_pictures_are_small_ask_nothing_of_a_network_and_are_shown_somewhere() -> None:
+def test_pictures_are_small_self_contained_and_used() -> None:
     texts = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     pictures = list((ROOT / "docs/pictures").iterdir())
     assert pictures

@@ -1,4 +1,4 @@
-"""hooks/create_env.py runs in a new workspace and never fails: Copier would delete what it has just made."""
+"""hooks/create_env.py runs in a new workspace and never fails: otherwise Copier would delete the workspace."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def workspace(make_workspace: Make) -> Any:
     return make_workspace()
 
 
-def test_the_manager_none_says_and_makes_nothing(workspace: Any) -> None:
+def test_the_manager_none_prints_and_creates_nothing(workspace: Any) -> None:
     workspace.configure("none", "cpu")
     before = files(workspace)
     done = run_hook(workspace, "--download-model")
@@ -41,7 +41,7 @@ def test_the_manager_none_says_and_makes_nothing(workspace: Any) -> None:
     assert files(workspace) == before
 
 
-def test_it_creates_the_environment_and_a_second_time_leaves_it_alone(workspace: Any) -> None:
+def test_it_creates_the_environment_and_does_not_change_a_complete_one(workspace: Any) -> None:
     before = files(workspace)
     done = run_hook(workspace, "--no-download-model")
     assert done.returncode == 0 and done.stderr == ""
@@ -99,13 +99,13 @@ def no_lock(workspace: Any) -> None:
 @pytest.mark.parametrize(
     "spoil", [no_packages, no_manager, unknown_manager, no_settings, no_script, broken_script, no_lock]
 )
-def test_whatever_fails_the_hook_ends_well_and_says_how_to_try_again(
+def test_after_any_failure_the_hook_exits_with_0_and_names_the_command_to_try_again(
     workspace: Any, spoil: Callable[[Any], None]
 ) -> None:
     spoil(workspace)
     done = run_hook(workspace, "--download-model")
     assert done.returncode == 0
-    assert "The workspace is complete, but not all is set up." in done.stderr
+    assert "The workspace is complete, but its setup is not." in done.stderr
     assert done.stderr.endswith("  python3 setup/create_env.py\n")
     assert "Traceback" not in done.stderr
 
@@ -146,7 +146,7 @@ def read_only_environment(workspace: Any) -> Callable[[], object]:
         (read_only_environment, "create_env.stamp.draft: Permission denied", True),
     ],
 )
-def test_the_message_has_the_cause_and_the_retry_succeeds_once_it_is_gone(
+def test_the_message_has_the_cause_and_a_retry_succeeds_after_it_is_fixed(
     make_workspace: Make, spoil: Callable[[Any], Callable[[], object]], cause: str, with_uv: bool
 ) -> None:
     workspace = make_workspace(with_uv=with_uv and shutil.which("uv") is not None)
@@ -166,7 +166,7 @@ def test_the_message_has_the_cause_and_the_retry_succeeds_once_it_is_gone(
 
 
 @pytest.mark.parametrize("room", [5, 30], ids=["in the venv", "in the packages"])
-def test_a_full_disk_is_said_and_the_retry_succeeds_once_there_is_room(workspace: Any, room: int) -> None:
+def test_a_full_disk_is_reported_and_a_retry_succeeds_after_space_is_freed(workspace: Any, room: int) -> None:
     venv = workspace.root / ".venv"
     venv.mkdir()
     first, second = workspace.run_on_full_disk(venv, venv, HOOK, files=room)
@@ -174,6 +174,6 @@ def test_a_full_disk_is_said_and_the_retry_succeeds_once_there_is_room(workspace
     assert "Ready in" in second and second.endswith("2.13.0+cpu\n"), second
 
 
-def test_an_option_it_does_not_know_is_no_failure(workspace: Any) -> None:
+def test_unknown_options_are_ignored(workspace: Any) -> None:
     workspace.configure("none", "cpu")
     assert run_hook(workspace, "--of-a-later-version").returncode == 0

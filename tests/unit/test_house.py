@@ -1,4 +1,4 @@
-"""The house: which file of a workspace imports which. Imports go down a list of rooms, and never in a circle."""
+"""The import graph of a workspace: imports go down a list of folders (rooms), and never in a cycle."""
 
 from __future__ import annotations
 

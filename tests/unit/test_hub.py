@@ -1,4 +1,4 @@
-"""tests/hub.py, held against the client that the real hub has: huggingface_hub, and transformers above it."""
+"""tests/hub.py, tested with the real hub's client: huggingface_hub, and transformers, which uses it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("revision", [None, "main", "v1", "refs/pr/1", COMMIT])
-def test_a_snapshot_lies_in_the_cache_under_its_commit(hub: Hub, client: Client, revision: str | None) -> None:
+def test_a_snapshot_is_in_the_cache_under_its_commit(hub: Hub, client: Client, revision: str | None) -> None:
     if revision == "refs/pr/1":
         hub.add("me/tiny", {"config.json": b"{}"})
         hub.add("me/tiny", FILES, commit=COMMIT, branch="refs/pr/1")
@@ -182,7 +182,7 @@ print(AutoConfig.from_pretrained("me/tiny").hidden_size, tokenizer("good day").i
 # -------------------------------------------------------------------------------------------------- what is listed
 
 
-def test_a_tree_of_several_pages_is_listed_whole(hub: Hub, client: Client) -> None:
+def test_a_tree_of_several_pages_is_listed_completely(hub: Hub, client: Client) -> None:
     names = {f"{number % 3}/{number:04}.txt" for number in range(2100)}
     hub.add("me/tiny", dict.fromkeys(names, b""))
     assert set(client.tree(recursive=True)) == names | {"0", "1", "2"}
@@ -229,7 +229,7 @@ def test_information_and_tree_agree(hub: Hub, client: Client) -> None:
         ("hf_good", None, ""),
     ],
 )
-def test_of_a_gated_repository_everyone_may_read_the_information_and_some_the_files(
+def test_a_gated_repository_shows_its_information_to_everyone_and_its_files_to_some(
     hub: Hub, client: Client, token: str | bool, status: int | None, words: str
 ) -> None:
     hub.add("me/gated", FILES, gated=True)
@@ -246,7 +246,7 @@ def test_of_a_gated_repository_everyone_may_read_the_information_and_some_the_fi
 
 @pytest.mark.parametrize(("token", "status"), [(False, 401), ("hf_other", 404)])
 @pytest.mark.parametrize("repository", ["me/private", "me/unknown"])
-def test_a_private_repository_is_not_told_from_an_unknown_one(
+def test_a_private_repository_looks_like_an_unknown_one(
     hub: Hub, client: Client, repository: str, token: str | bool, status: int
 ) -> None:
     hub.add("me/private", FILES, private=True)
@@ -257,7 +257,7 @@ def test_a_private_repository_is_not_told_from_an_unknown_one(
         assert not isinstance(caught.value, library.errors.GatedRepoError)
 
 
-def test_an_invalid_token_is_refused_even_for_what_everyone_may_read(hub: Hub, client: Client) -> None:
+def test_an_invalid_token_is_refused_even_for_public_files(hub: Hub, client: Client) -> None:
     hub.add("me/tiny", FILES)
     for ask in (client.snapshot, client.api.model_info):
         with pytest.raises(
@@ -270,7 +270,7 @@ def test_an_invalid_token_is_refused_even_for_what_everyone_may_read(hub: Hub, c
     assert client.api.whoami(token="hf_good")["name"] == "good"
 
 
-def test_an_unknown_revision_or_file_is_said(hub: Hub, client: Client) -> None:
+def test_an_unknown_revision_or_file_is_reported(hub: Hub, client: Client) -> None:
     commit = hub.add("me/tiny", FILES)
     for revision in ("v9", "f" * 40):
         with pytest.raises(library.errors.RevisionNotFoundError, match=f"Invalid rev id: {revision}"):
@@ -307,7 +307,7 @@ def test_a_rate_limit_is_waited_for(hub: Hub, client: Client, waits: list[float]
         client.api.model_info("me/tiny")
 
 
-def test_a_hub_that_is_down_is_asked_again_until_it_is_mended(hub: Hub, client: Client, waits: list[float]) -> None:
+def test_a_hub_that_is_down_is_retried_until_it_works(hub: Hub, client: Client, waits: list[float]) -> None:
     hub.add("me/tiny", FILES)
     hub.fail("HEAD", status=503)
     with pytest.raises(library.errors.LocalEntryNotFoundError):

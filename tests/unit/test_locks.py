@@ -1,4 +1,4 @@
-"""The locks pin what their inputs name, for every platform, and name no place to get it from."""
+"""The locks pin the packages of their inputs, for every platform, and name no index."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def pins(lock: Path) -> list[tuple[str, str, str]]:
 
 
 @every_lock
-def test_a_lock_is_pins_alone_without_an_address_or_a_local_version(lock: Path) -> None:
+def test_a_lock_has_only_pins_without_index_or_local_version(lock: Path) -> None:
     assert lock.read_text().startswith("# made by make lock; do not edit\n")
     assert len(pins(lock)) > 10
 
 
 @every_lock
-def test_a_lock_has_all_that_its_inputs_name_at_their_versions(lock: Path) -> None:
+def test_a_lock_has_every_package_of_its_inputs_at_its_version(lock: Path) -> None:
     locked = {(name, version) for name, version, _ in pins(lock)}
     names = {name for name, _ in locked}
     for source in LOCKS[lock]:
@@ -60,7 +60,7 @@ def test_a_package_is_pinned_twice_only_for_different_pythons(lock: Path) -> Non
         assert len(several) == 1 or all("python_full_version" in marker for marker in several), name
 
 
-def test_the_cpu_lock_has_nothing_of_cuda() -> None:
+def test_the_cpu_lock_has_no_cuda_packages() -> None:
     assert not [name for name, _, _ in pins(CPU) if name.startswith(CUDA)]
 
 

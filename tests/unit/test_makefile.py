@@ -85,7 +85,7 @@ def demo_log(folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_the_demo_is_a_repository_of_its_own_with_one_commit_also_when_made_again(tmp_path: Path) -> None:
+def test_the_demo_is_a_repository_with_one_commit_even_if_made_again(tmp_path: Path) -> None:
     folder = repository(tmp_path)
     for _ in range(2):
         done = make(folder, "demo")
@@ -103,7 +103,7 @@ def test_a_demo_that_was_interrupted_before_its_commit_gets_it(tmp_path: Path) -
     assert demo_log(folder) == ["As rendered"]
 
 
-def test_a_blank_in_the_path_is_refused_before_anything_else(tmp_path: Path) -> None:
+def test_a_space_in_the_path_is_refused_before_anything_else(tmp_path: Path) -> None:
     folder = repository(tmp_path / "my projects" / "template")
     (tmp_path / "my").mkdir()
     for target in ("demo", "workspace", "clean"):
@@ -133,7 +133,7 @@ def is_run(name: str, words: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("part", ["tests/unit", "tests/workspace", "tests/real", "tests/azure", "tests/walk"])
-def test_a_test_that_fails_is_named_and_fails_all_of_it(tmp_path: Path, part: str) -> None:
+def test_a_failing_test_is_named_and_fails_the_whole_run(tmp_path: Path, part: str) -> None:
     done = make(installed(tmp_path), "test", BROKEN=part)
     assert done.returncode != 0
     assert f"FAILED {part}/test_some.py::test_that_names_itself" in done.stdout

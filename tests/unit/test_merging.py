@@ -1,4 +1,4 @@
-"""One file of an update: what the user changed in code that the template moved, and beside lines that it changed."""
+"""One file of an update: the user's edits in code that the template moved, and next to lines that it changed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def edited(old: bytes, new: bytes) -> bytes:
     return BASE.replace(old, new)
 
 
-def test_an_edit_goes_into_the_file_that_took_the_lines_around_it() -> None:
+def test_an_edit_moves_to_the_file_that_has_the_lines_around_it() -> None:
     mine = edited(b"    text = open(path).read()\n", b"    text = open(path).read().strip()  # mine\n")
     rest, texts = follow(BASE, mine, {"old.py": KEPT, "new.py": MOVED})
     assert rest == BASE
@@ -65,14 +65,14 @@ def test_an_edit_goes_into_the_file_that_took_the_lines_around_it() -> None:
 @pytest.mark.parametrize(
     ("before", "file"), [(b"def write(", "old.py"), (b"@cache", "new.py"), (b"def read(", "new.py")]
 )
-def test_what_stands_before_a_function_stays_before_it_wherever_it_is_now(before: bytes, file: str) -> None:
+def test_an_addition_before_a_function_stays_before_it_after_a_move(before: bytes, file: str) -> None:
     rest, texts = follow(BASE, edited(before, b"LIMIT = 3  # mine\n" + before), {"old.py": KEPT, "new.py": MOVED})
     assert rest == BASE
     both = {"old.py": KEPT, "new.py": MOVED}
     assert texts == both | {file: both[file].replace(before, b"LIMIT = 3  # mine\n" + before)}
 
 
-def test_an_edit_of_a_line_that_is_gone_is_left_for_the_user_to_decide() -> None:
+def test_an_edit_of_a_deleted_line_is_left_to_the_user() -> None:
     mine = edited(b'    open(path, "w").write(text)\n', b'    open(path, "x").write(text)\n')
     assert follow(BASE, mine, {"old.py": KEPT, "new.py": MOVED}) == (mine, {"old.py": KEPT, "new.py": MOVED})
     outcome = merge("old.py", Entry(BASE), Entry(mine), Entry(KEPT))
@@ -80,7 +80,7 @@ def test_an_edit_of_a_line_that_is_gone_is_left_for_the_user_to_decide() -> None
 
 
 @pytest.mark.parametrize("end", [b"\n", b""])
-def test_a_line_added_beside_one_that_the_template_changed_is_no_conflict(end: bytes) -> None:
+def test_a_line_added_next_to_one_that_the_template_changed_is_no_conflict(end: bytes) -> None:
     base, theirs = b"a\nb\nc\nd\n", b"a\nB\nc\nD\n"
     for mine, merged in (
         (b"a\nmine\nb\nc\nd\n", b"a\nmine\nB\nc\nD\n"),
@@ -103,13 +103,13 @@ def test_two_lines_added_in_the_same_place_and_a_line_that_both_changed_are_conf
         assert merge("notes.txt", Entry(base), Entry(mine), Entry(theirs)).conflict, (mine, theirs)
 
 
-def test_a_mark_at_the_start_and_the_line_ends_stay_the_users() -> None:
+def test_the_users_byte_order_mark_and_line_ends_are_kept() -> None:
     mine = b"\xef\xbb\xbfa\r\nmine\r\nb\r\n"
     outcome = merge("notes.txt", Entry(b"a\nb\n"), Entry(mine), Entry(b"A\nb\n"))
     assert outcome.entry == Entry(b"\xef\xbb\xbfA\r\nmine\r\nb\r\n")
 
 
-def test_no_line_of_the_user_is_lost_or_doubled_whatever_the_template_did() -> None:
+def test_no_line_of_the_user_is_lost_or_duplicated() -> None:
     """Random texts: what is left of the user's and what went into the template's are the user's lines, once each."""
     draw = random.Random(7)
     moved = 0

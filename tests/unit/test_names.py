@@ -1,4 +1,4 @@
-"""The template's files can be made on Windows, macOS and Linux alike, and be merged."""
+"""The template's files are valid on Windows, macOS and Linux, and can be merged."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def rendered(path: Path) -> str:
     return name.replace("{{_copier_conf.answers_file}}", ".copier-answers.yml")
 
 
-def test_every_name_can_be_made_on_windows() -> None:
+def test_every_file_name_is_valid_on_windows() -> None:
     assert {path: why for path in PATHS for part in rendered(path).split("/") if (why := complaint(part))} == {}
     # Its paths have 260 characters, the user's folder included.
     assert max(len(rendered(path)) for path in PATHS) <= 100
 
 
-def test_no_two_names_are_one_where_capitals_do_not_count() -> None:
+def test_no_two_names_differ_only_in_case() -> None:
     names = [rendered(path).lower() for path in PATHS]
     assert len(names) == len(set(names))
 
@@ -50,5 +50,5 @@ def test_there_is_no_link_and_no_binary_file() -> None:
 
 
 @pytest.mark.parametrize("name", ["a:b", "aux.txt", "what?", "end.", "COM1", "a\\b"])
-def test_a_name_that_windows_does_not_make_is_found(name: str) -> None:
+def test_a_name_that_is_invalid_on_windows_is_found(name: str) -> None:
     assert complaint(name)

@@ -1,4 +1,4 @@
-"""tools/release.py cuts a release of a clean main whose changelog says what is new, and of nothing else."""
+"""tools/release.py cuts a release only of a clean main with a changelog entry."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_entry_gets_its_version_a_tag_and_a_line_for_the_tests(tool: Any, re
         tool.check(repository, "1.0.1")
 
 
-def test_the_next_release_is_a_line_below(tool: Any, repository: Path) -> None:
+def test_each_release_is_a_line_below_the_previous_one(tool: Any, repository: Path) -> None:
     for version in ("1.0.0", "1.1.0"):
         tool.cut(repository, version, "2026-02-03")
     lines = (repository / "tests/update/releases.yml").read_text().splitlines()
@@ -89,7 +89,9 @@ def test_a_pre_release_leaves_the_entry_for_the_final_release(tool: Any, reposit
         ("1.0.0", ["tag", "v1.0.0"], "not newer"),
     ],
 )
-def test_what_is_not_ready_is_refused(tool: Any, repository: Path, version: str, spoil: list[str], words: str) -> None:
+def test_a_release_that_is_not_ready_is_refused(
+    tool: Any, repository: Path, version: str, spoil: list[str], words: str
+) -> None:
     if spoil:
         git(repository, *spoil)
     with pytest.raises(tool.ReleaseError, match=words):

@@ -1,4 +1,4 @@
-"""Which files the rows come from, and what other tools and spreadsheets write into them."""
+"""The files that rows come from, with what other tools and spreadsheets write into them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def written(path: Path, text: str | bytes) -> Path:
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_rows_under_a_key_of_one_object_are_read_and_placed(
+def test_rows_under_a_key_of_one_object_are_read_with_their_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str, indent: int | None
 ) -> None:
     path = written(tmp_path / f"{ending}{indent}.{ending}", json.dumps({"version": "1", "train": ROWS}, indent=indent))
@@ -46,19 +46,19 @@ def test_rows_under_a_key_of_one_object_are_read_and_placed(
     assert f"{path}: the rows are those under 'train'; 'version' are not used." in capsys.readouterr().out
 
 
-def test_an_object_whose_rows_cannot_be_told_is_refused_with_its_keys(tmp_path: Path) -> None:
+def test_an_object_without_one_key_for_the_rows_is_refused_with_its_keys(tmp_path: Path) -> None:
     for value in ({"some": ROWS, "other": ROWS}, {"0": ROWS[0], "1": ROWS[1]}):
         path = written(tmp_path / "rows.json", json.dumps(value, indent=1))
         with pytest.raises(DataError, match=r"rows\.json, line 1: it is one JSON object with the keys '.*': write"):
             read(str(path))
 
 
-def test_one_row_that_is_one_object_is_a_row(tmp_path: Path) -> None:
+def test_a_file_with_one_object_can_be_one_row(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert said(read(str(written(tmp_path / "rows.json", json.dumps({"messages": turns}))))) == [["a", "b"]]
 
 
-def test_a_comma_after_each_line_does_no_harm(tmp_path: Path) -> None:
+def test_a_comma_after_each_line_is_ignored(tmp_path: Path) -> None:
     text = LINES.replace("}\n", "},\n")
     assert said(read(str(written(tmp_path / "rows.jsonl", text)))) == SAID
 
@@ -76,20 +76,20 @@ def test_a_comma_after_each_line_does_no_harm(tmp_path: Path) -> None:
         "\ufeffprompt;completion\n{rows}",
     ],
 )
-def test_what_spreadsheets_write_around_the_rows_is_skipped(tmp_path: Path, text: str) -> None:
+def test_extra_lines_and_columns_of_spreadsheets_are_skipped(tmp_path: Path, text: str) -> None:
     mark = "\t" if "\t" in text else ";"
     blank = mark * 2 if ";;\n{rows}" in text else ""
     rows = "".join(f"{row['prompt']}{mark}{row['completion']}{blank}\n" for row in ROWS)
     assert said(read(str(written(tmp_path / "rows.csv", text.replace("{rows}", rows))))) == SAID
 
 
-def test_a_cell_under_a_column_without_a_name_is_rejected_by_its_place(tmp_path: Path) -> None:
+def test_a_cell_in_a_column_without_a_name_is_rejected_with_its_position(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.csv", "sep=,\nprompt,completion,\na,b,\nc,d,lost\n")
     with pytest.raises(DataError, match=r"rows\.csv, line 4: cell 3 has content, but its column has no name"):
         read(str(path))
 
 
-def test_a_windows_file_is_offered_as_what_it_reads_and_taken_with_the_setting(tmp_path: Path) -> None:
+def test_a_cp1252_file_is_refused_with_a_preview_and_read_with_the_setting(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.csv", "prompt,completion\nWie heißt die größte Stadt?,Köln\n".encode("cp1252"))
     with pytest.raises(DataError) as raised:
         read(str(path))
@@ -124,16 +124,14 @@ def test_a_list_a_folder_and_a_pattern_name_files(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("name", ["a[1]", "b*", "c?d", "[", "{x}"])
-def test_a_path_is_not_taken_for_a_pattern(tmp_path: Path, name: str) -> None:
+def test_an_existing_path_is_never_read_as_a_pattern(tmp_path: Path, name: str) -> None:
     path = written(tmp_path / name / f"{name}.jsonl", LINES)
     assert data_files(str(path)) == [str(path)]
     assert data_files(str(path.parent)) == [str(path)]
     assert data_files(str(path.parent / "*.jsonl")) == [path.as_posix()]
 
 
-def test_rejected_rows_are_listed_beside_the_file_that_they_come_from(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rejected_rows_are_listed_next_to_their_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = written(tmp_path / "one.jsonl", LINES)
     two = written(tmp_path / "two.jsonl", LINES + '{"prompt": "?"}\n')
     assert len(read([str(one), str(two)], max_bad_rows=0.2)) == 8
@@ -146,7 +144,7 @@ def test_rejected_rows_are_listed_beside_the_file_that_they_come_from(
 
 @pytest.mark.parametrize("column", ["label", "kto_tag"])
 @pytest.mark.parametrize("value", [False, "False", "false"])
-def test_rows_that_mark_bad_answers_are_refused_as_a_whole(tmp_path: Path, column: str, value: Any) -> None:
+def test_files_with_rows_that_mark_bad_answers_are_refused(tmp_path: Path, column: str, value: Any) -> None:
     rows = [row | {column: True} for row in ROWS] * 20 + [ROWS[0] | {column: value}]
     path = written(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
     with pytest.raises(DataError, match=rf"rows\.jsonl, line 81: the column {column} marks the answer as a bad"):

@@ -1,6 +1,6 @@
-"""Files → rows → messages: what is read, what is set aside, and what is refused, always by file and line.
+"""Files → rows → messages: what is read, rejected and refused, always with file and line.
 
-The modules need no package, so that thousands of broken files can be tried in seconds.
+The modules need no package, so thousands of broken files can be tried in seconds.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def test_the_format_of_a_row_is_found_from_its_columns(row: Any, expected: Any) 
     assert to_messages(row) == expected
 
 
-def test_calls_of_tools_are_learnt_as_lines_of_json_and_their_results_are_read() -> None:
+def test_tool_calls_are_learned_as_lines_of_json_and_tool_results_are_read() -> None:
     call = {"name": "weather", "arguments": {"city": "Kyōto"}}
     expected = json.dumps(call, ensure_ascii=False)
     result = {"role": "tool", "content": "22 °C", "tool_call_id": "1"}
@@ -274,7 +274,7 @@ def test_calls_of_tools_are_learnt_as_lines_of_json_and_their_results_are_read()
     ]
 
 
-def test_columns_are_put_into_templates_and_other_braces_stay() -> None:
+def test_columns_are_inserted_into_templates_and_other_braces_stay() -> None:
     row = {"phrase": "Hooray!", "the tone": "joy {sic}", "note": None, "year": 1999}
     asked, answered = to_messages(row, "columns", "Phrase: {phrase}{note} {year} {not a column}", "{the tone}")
     assert (asked["content"], answered["content"]) == ("Phrase: Hooray! 1999 {not a column}", "joy {sic}")
@@ -307,7 +307,7 @@ def test_columns_are_put_into_templates_and_other_braces_stay() -> None:
         ({"text": "a\0b"}, "the assistant's content has a NUL or half a character"),
     ],
 )
-def test_a_row_that_cannot_be_learnt_from_says_why(row: Any, words: str) -> None:
+def test_an_unusable_row_says_why(row: Any, words: str) -> None:
     with pytest.raises(DataError, match=re.escape(words)):
         to_messages(row)
 
@@ -343,7 +343,7 @@ def test_files_of_every_kind_and_encoding_give_the_same_rows(
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
-def test_the_separator_of_a_csv_is_told_by_its_first_line(tmp_path: Path, separator: str) -> None:
+def test_the_first_line_of_a_csv_shows_its_separator(tmp_path: Path, separator: str) -> None:
     rows = [{" prompt": "a, b; c\td", "completion ": 'he said "x"', "n": "1"}]
     (row,) = read(tmp_path / "rows.csv", as_csv(rows, separator))
     assert [turn["content"] for turn in row] == ["a, b; c\td", 'he said "x"']
@@ -363,14 +363,14 @@ def test_a_cell_may_be_larger_than_the_csv_library_s_own_limit(tmp_path: Path) -
         ("txt", "\na\n\nb", [2, 4]),
     ],
 )
-def test_a_row_is_placed_at_the_line_where_it_starts(
+def test_a_row_is_named_by_the_line_where_it_starts(
     tmp_path: Path, ending: str, text: str, expected: list[int]
 ) -> None:
     rows = read(tmp_path / f"rows.{ending}", text)
     assert [row.place for row in rows] == [f"{tmp_path}/rows.{ending}, line {line}" for line in expected]
 
 
-def test_rows_of_a_file_may_be_of_unequal_shapes(tmp_path: Path) -> None:
+def test_rows_of_a_file_may_have_different_formats(tmp_path: Path) -> None:
     rows = read(tmp_path / "rows.jsonl", "\n".join(json.dumps(row) for row in VALID))
     assert len(rows) == len(VALID)
 
@@ -401,20 +401,20 @@ def test_rows_of_a_file_may_be_of_unequal_shapes(tmp_path: Path) -> None:
         ("rows.parquet.gz", b"x", "rows.parquet.gz has an unknown ending"),
     ],
 )
-def test_a_file_that_is_empty_torn_or_no_text_is_refused(tmp_path: Path, name: str, raw: bytes, words: str) -> None:
+def test_a_file_that_is_empty_damaged_or_not_text_is_refused(tmp_path: Path, name: str, raw: bytes, words: str) -> None:
     said = refused(tmp_path / name, raw, max_bad_rows=1)
     assert words in said
     assert list(tmp_path.iterdir()) == [tmp_path / name]
 
 
-def test_a_torn_gzip_file_is_named_with_the_line_where_it_ends(tmp_path: Path) -> None:
+def test_a_truncated_gzip_file_is_refused_with_the_line_where_it_ends(tmp_path: Path) -> None:
     whole = gzip.compress("".join(f'{{"text": "{i * 7919}"}}\n' for i in range(9999)).encode())
     said = refused(tmp_path / "rows.jsonl.gz", whole[: len(whole) // 2])
     line = re.search(r"rows\.jsonl\.gz, line (\d+): the gzip file is damaged", said)
     assert line and 1000 < int(line[1]) < 9000
 
 
-def test_an_array_in_a_file_for_lines_is_explained(tmp_path: Path) -> None:
+def test_a_json_array_in_a_jsonl_file_is_explained(tmp_path: Path) -> None:
     said = refused(tmp_path / "rows.jsonl", json.dumps(ROWS, indent=1))
     assert "rows.jsonl, line 1: it is not JSON (Expecting value, column 2). Write one row a line, or an array" in said
 
@@ -429,7 +429,7 @@ def rows_with(bad: int, good: int) -> str:
     return "\n".join(lines[1:] + lines[:1])
 
 
-def test_bad_rows_are_set_aside_up_to_the_share_and_above_it_the_run_stops(
+def test_bad_rows_are_rejected_up_to_the_share_and_stop_the_run_above_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, rejected = tmp_path / "rows.jsonl", tmp_path / "rows.rejected.jsonl"
@@ -455,14 +455,14 @@ def test_bad_rows_are_set_aside_up_to_the_share_and_above_it_the_run_stops(
     assert list(tmp_path.iterdir()) == [path], "the list goes when nothing is set aside any more"
 
 
-def test_the_last_line_of_a_file_that_was_cut_off_is_set_aside(tmp_path: Path) -> None:
+def test_the_last_line_of_a_truncated_file_is_rejected(tmp_path: Path) -> None:
     assert len(read(tmp_path / "rows.jsonl", rows_with(bad=0, good=20) + '\n{"text": "b')) == 20
     (line,) = (tmp_path / "rows.rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["line"] == 21
     assert json.loads(line)["row"] == '{"text": "b'
 
 
-def test_a_row_that_is_nested_too_deeply_is_set_aside(tmp_path: Path) -> None:
+def test_a_row_that_is_nested_too_deeply_is_rejected(tmp_path: Path) -> None:
     deep = "[" * 99_999
     nearly = '{"text": "a", "b": ' + "[" * 900 + "]" * 900 + "}"  # read, and too deep to be written into the list
     text = "\n".join([deep, json.dumps({"messages": deep}), nearly, nearly.replace("text", "none"), '{"text": "b"}'])
@@ -472,7 +472,7 @@ def test_a_row_that_is_nested_too_deeply_is_set_aside(tmp_path: Path) -> None:
     assert json.loads(rejected[0])["reason"] == "it is nested too deeply."
 
 
-def test_a_csv_row_with_too_few_cells_or_a_stray_quote_is_set_aside(tmp_path: Path) -> None:
+def test_a_csv_row_with_too_few_cells_or_a_stray_quote_is_rejected(tmp_path: Path) -> None:
     rows = read(tmp_path / "rows.csv", 'prompt,completion\na,b\nc\n"d" e,f\ng,h\n', max_bad_rows=0.5)
     assert [row.place[-6:] for row in rows] == ["line 2", "line 5"]
     rejected = [
@@ -483,7 +483,7 @@ def test_a_csv_row_with_too_few_cells_or_a_stray_quote_is_set_aside(tmp_path: Pa
     assert "it is not CSV" in rejected[1]["reason"]
 
 
-def test_a_file_of_the_user_s_is_never_taken_for_the_list_of_rejected_rows(tmp_path: Path) -> None:
+def test_a_file_of_the_user_is_never_overwritten_with_rejected_rows(tmp_path: Path) -> None:
     mine = tmp_path / "rows.rejected.jsonl"
     for text in ("mine\n", '{"file": "other.jsonl", "line": 1, "reason": "", "row": null}\n', "7", ""):
         mine.write_text(text)
@@ -492,16 +492,16 @@ def test_a_file_of_the_user_s_is_never_taken_for_the_list_of_rejected_rows(tmp_p
         assert mine.read_text() == text
 
 
-def test_no_row_is_left_where_all_are_bad(tmp_path: Path) -> None:
+def test_a_file_with_only_bad_rows_is_refused(tmp_path: Path) -> None:
     assert "2 of 2 rows cannot be used" in refused(tmp_path / "rows.jsonl", rows_with(bad=2, good=0), max_bad_rows=1)
 
 
 @pytest.mark.parametrize("share", ["many", None, True, -0.1, 1.5, float("nan")])
-def test_a_share_that_is_none_is_refused(tmp_path: Path, share: Any) -> None:
+def test_an_invalid_share_is_refused(tmp_path: Path, share: Any) -> None:
     assert "write a share from 0 to 1" in refused(tmp_path / "rows.jsonl", rows_with(bad=0, good=9), max_bad_rows=share)
 
 
-def test_columns_that_are_not_used_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unused_columns_are_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = json.dumps({"prompt": "a", "completion": "b", "source": "web", "id": 1})
     for _ in range(2):
         read(tmp_path / "rows.jsonl", f"{row}\n{row}")

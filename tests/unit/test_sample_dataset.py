@@ -1,4 +1,4 @@
-"""The sample data: what it promises to whoever learns from it, and that it is what the generator writes."""
+"""The sample data: its properties, and that the files are what the generator writes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def plain(phrase: str) -> str:
 
 
 def cues_in(phrase: str, generator: ModuleType) -> list[tuple[str, str]]:
-    """Return every (tone, cue) that stands in the phrase as whole words."""
+    """Return every (tone, cue) that the phrase has as whole words."""
     return [
         (tone, cue)
         for tone, kinds in generator.CUES.items()
@@ -135,7 +135,7 @@ def test_no_heldout_row_combines_parts_as_a_training_row_does(made: dict) -> Non
 
 
 @pytest.mark.parametrize("part", ["frame", "scene", "person"])
-def test_nothing_but_the_cue_is_bound_to_a_tone(made: dict, part: str) -> None:
+def test_only_the_cue_is_tied_to_a_tone(made: dict, part: str) -> None:
     counts = Counter((getattr(row, part), row.tone) for row in made[TRAIN])
     for value in {value for value, _ in counts}:
         shares = [counts[value, tone] for tone in TONES]

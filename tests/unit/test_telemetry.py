@@ -1,6 +1,6 @@
-"""Every command of a workspace turns off the telemetry of its libraries, in one place, before it imports any of them.
+"""Every command of a workspace turns off the telemetry of its libraries, in one module, before it imports any of them.
 
-That this is enough is watched from outside, in tests/workspace/test_demo.py.
+tests/workspace/test_demo.py watches the processes from outside, and shows that this is enough.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def test_a_command_without_it_imports_no_library(script: str, tmp_path: Path) ->
     assert not loaded & {"datasets", "gradio", "huggingface_hub", "olive", "onnxruntime", "torch", "transformers"}
 
 
-def test_the_shell_cannot_turn_a_library_on_and_may_turn_a_tracker_on(switches: dict[str, Any]) -> None:
+def test_a_shell_variable_can_enable_a_trackers_reports_but_no_librarys(switches: dict[str, Any]) -> None:
     on = {"ORT_DISABLE_TELEMETRY": "0", "GRADIO_ANALYTICS_ENABLED": "True", "HF_HUB_DISABLE_TELEMETRY": ""}
     left = turned_off(**on, CI="", WANDB_ERROR_REPORTING="true")
     assert {name: left[name] for name in switches["OFF"]} == switches["OFF"]

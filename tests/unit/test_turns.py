@@ -1,4 +1,4 @@
-"""What a turn says in the formats of OpenAI, ShareGPT and LLaMA-Factory, and what of it is used."""
+"""The keys of a turn in the formats of OpenAI, ShareGPT and LLaMA-Factory, and which of them are used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ASKED, ANSWERED = {"role": "user", "content": "How?"}, {"role": "assistant", "co
 @pytest.mark.parametrize(
     ("value", "learn"), [(0, False), (0.0, False), (False, False), ("false", False), (1, True), (None, True)]
 )
-def test_a_mark_on_an_answer_says_whether_it_is_learnt(mark: str, value: Any, learn: bool) -> None:
+def test_a_mark_on_an_answer_decides_whether_it_is_learned(mark: str, value: Any, learn: bool) -> None:
     row = to_messages({"messages": [ASKED, ANSWERED | {mark: value}, ASKED, ANSWERED]})
     assert [turn.get("learn", True) for turn in row] == [True, learn, True, True]
     assert [turn["content"] for turn in row] == ["How?", "So.", "How?", "So."]
@@ -36,12 +36,12 @@ def test_a_mark_on_an_answer_says_whether_it_is_learnt(mark: str, value: Any, le
         (ANSWERED | {"weight": 0}, "its marks leave no assistant turn to learn from"),
     ],
 )
-def test_a_mark_that_cannot_be_honoured_rejects_the_row(turn: Any, words: str) -> None:
+def test_an_unsupported_mark_rejects_the_row(turn: Any, words: str) -> None:
     with pytest.raises(DataError, match=words):
         to_messages({"messages": [ASKED, turn]})
 
 
-def test_what_is_not_used_within_a_turn_is_named() -> None:
+def test_unused_keys_within_a_turn_are_named() -> None:
     question = ASKED | {"name": "Ann", "weight": 1, "train": False, "note": None}
     answer = ANSWERED | {"refusal": "no", "weight": 1, "tool_calls": None}
     assert unused([question, answer], "auto", None, None) == {
@@ -54,7 +54,7 @@ def test_what_is_not_used_within_a_turn_is_named() -> None:
     assert unused(row, "auto", None, None) == {"id", "messages[].content[].cache", "messages[].value"}
 
 
-def test_parts_as_llama_factory_writes_them_are_read() -> None:
+def test_parts_in_the_format_of_llama_factory_are_read() -> None:
     rows = [
         {"role": "user", "content": [{"type": "text", "value": "How"}, {"type": "text", "value": "?"}]},
         {
@@ -91,7 +91,7 @@ def test_nulls_that_arrow_fills_in_are_left_out_of_a_call() -> None:
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_a_thought_is_kept_apart_from_the_answer(key: str) -> None:
+def test_a_thought_is_separated_from_the_answer(key: str) -> None:
     *_, answer = to_messages([ASKED, ANSWERED | {key: "Hm."}])
     assert divided(answer) == ("Hm.", "So.")
 

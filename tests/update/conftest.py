@@ -64,7 +64,7 @@ OPTIONS = {"defaults": True, "overwrite": True, "quiet": True, "unsafe": True, "
 
 @pytest.fixture(scope="session", autouse=True)
 def _plain_git_in_memory() -> Iterator[None]:
-    """Git without the settings of whoever runs the tests; temporary files in memory where there is room.
+    """Git without the settings of the person who runs the tests; temporary files in memory where there is room.
 
     An update writes hundreds of files, and takes half the time there.
     """

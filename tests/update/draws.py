@@ -1,4 +1,4 @@
-"""What the property test draws: how git is set, and where a workspace lies. What its user did is in user.py."""
+"""What the property test draws: git settings and the location of a workspace. The user's edits are in user.py."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ extensions.unknown=true;some.thing=else
 
 
 class Entry(NamedTuple):
-    """What stands under a name: bytes, or where a link points."""
+    """The content of a name: bytes, or the target of a link."""
 
     data: bytes
     link: bool = False
@@ -92,7 +92,7 @@ Tree = dict[str, Entry]
 
 
 def tree(folder: Path, but: Path | None = None) -> Tree:
-    """Return what lies below a folder: not git's own, nor another folder."""
+    """Return the content of a folder, without git's own and without another folder."""
     found: Tree = {}
     for parent, folders, names in os.walk(folder):
         here = Path(parent)
@@ -152,7 +152,7 @@ def write_settings(file: Path, settings: Iterable[str], base: str) -> None:
 
 @dataclass
 class Place:
-    """Where a workspace lies: its folder, and the repositories whose index an update must leave alone."""
+    """The location of a workspace: its folder, and the repositories whose index an update must leave alone."""
 
     workspace: Path
     repositories: list[Path]

@@ -1,4 +1,4 @@
-"""What must be true of each file after an update. No line of this is shared with the update itself."""
+"""What must be true of each file after an update. This shares no code with the update itself."""
 
 from __future__ import annotations
 

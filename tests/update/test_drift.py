@@ -1,4 +1,4 @@
-"""setup/drift.py tells what differs between a workspace and the template at the workspace's own release."""
+"""setup/drift.py lists the differences between a workspace and the template at the workspace's own release."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def workspace(rendered: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(rendered, tmp_path / "tone"))
 
 
-def test_a_fresh_workspace_differs_in_nothing_and_rows_are_not_compared(workspace: Path) -> None:
+def test_a_fresh_workspace_has_no_differences_and_rows_are_not_compared(workspace: Path) -> None:
     (workspace / "dataset/sample-heldout.jsonl").unlink()
     with (workspace / "dataset/sample-train.jsonl").open("a") as rows:
         rows.write("{}\n")
@@ -44,7 +44,7 @@ def test_a_fresh_workspace_differs_in_nothing_and_rows_are_not_compared(workspac
     assert drift(workspace, "--strict") == (0, "No file differs from the template's release.\n", "")
 
 
-def test_what_is_changed_and_what_is_missing_is_told_and_strict_fails(workspace: Path) -> None:
+def test_changed_and_missing_files_are_listed_and_strict_fails(workspace: Path) -> None:
     config = workspace / "finetuning/olive-config.yaml"
     config.write_text(config.read_text().replace("max_rows: null", "max_rows: 100"))
     (workspace / "tests/test_smoke.py").unlink()
@@ -59,10 +59,10 @@ def test_what_is_changed_and_what_is_missing_is_told_and_strict_fails(workspace:
     assert "--- template/finetuning/olive-config.yaml\n+++ workspace/finetuning/olive-config.yaml\n" in shown
 
 
-def test_what_prevents_it_is_one_sentence(workspace: Path, tmp_path: Path) -> None:
+def test_every_error_is_one_sentence(workspace: Path, tmp_path: Path) -> None:
     status, out, err = drift(workspace, path=str(tmp_path), isolated=True)
     assert (status, out) == (0, "")
-    assert err == "drift: Copier is not installed: `python -m pip install -r setup/requirements-copier.txt`.\n"
+    assert err == "drift: Copier is not installed: run `python -m pip install -r setup/requirements-copier.txt`.\n"
     assert drift(workspace, "--strict", path=str(tmp_path), isolated=True)[0] == 1
 
     answers = workspace / ".copier-answers.yml"

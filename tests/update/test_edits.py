@@ -1,4 +1,4 @@
-"""What a user did to a workspace is there after an update, or stands in a conflict that everybody sees."""
+"""After an update, the user's edits are kept, or marked as a conflict that git shows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def replace(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
-def test_every_kind_of_edit_is_kept(workspace: Path, copy: Copy, update: Copy, tmp_path: Path) -> None:
+def test_every_kind_of_edit_is_kept(
+    workspace: Path, copy: Copy, update: Copy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     renames = {old: new for old, new in renamed().items() if (workspace / old).exists()}
 
     def before(name: str) -> str:
@@ -70,6 +72,10 @@ def test_every_kind_of_edit_is_kept(workspace: Path, copy: Copy, update: Copy, t
     fresh["README.md"] = fresh["README.md"].replace(b"## Start\n", b"## Start\n\nAsk Ada first.\n")
     fresh[TRAIN] = fresh[TRAIN].replace(b"from __future__ import annotations\n", b"# mine\n\nimport os  # noqa\n", 1)
     assert contents(workspace) == fresh
+    assert (
+        f"{CARD} is not text and cannot be merged; yours is kept, without the template's changes."
+        in capfd.readouterr().err
+    )
 
 
 def test_a_line_that_both_changed_is_a_conflict_that_git_shows(workspace: Path, update: Copy) -> None:
@@ -85,7 +91,7 @@ def test_a_line_that_both_changed_is_a_conflict_that_git_shows(workspace: Path, 
     assert not list(workspace.rglob("*.rej"))
 
 
-def test_a_file_that_a_release_removes_stays_when_it_was_edited(
+def test_an_edited_file_that_a_release_removes_stays(
     workspace: Path, update: Copy, capfd: pytest.CaptureFixture[str]
 ) -> None:
     update(workspace, NOW)
@@ -97,7 +103,10 @@ def test_a_file_that_a_release_removes_stays_when_it_was_edited(
     update(workspace, NEXT[1])
     assert (workspace / "later/release_1.py").read_text().startswith("# mine\n")
     assert not (workspace / "finetuning/release_1.py").exists()
-    assert "later/release_1.py is not a part of the workspace any more; yours is kept." in capfd.readouterr().err
+    assert (
+        "later/release_1.py is no longer part of the workspace; yours is kept: delete it if you do not need it."
+        in capfd.readouterr().err
+    )
 
 
 def test_a_workspace_inside_a_larger_repository_keeps_its_edits(copy: Copy, update: Copy, tmp_path: Path) -> None:
@@ -129,7 +138,7 @@ HUB = {"dataset_source": "huggingface", "dataset_name": "owner/rows"}
     ],
     ids=lambda steps: " then ".join(" ".join(step.values()) for step in steps),
 )
-def test_answers_that_change_give_a_fresh_render_and_the_edits(
+def test_changed_answers_give_a_fresh_render_plus_the_edits(
     steps: list[dict[str, str]], copy: Copy, update: Copy, tmp_path: Path
 ) -> None:
     first = {"platform": "linux", "environment": "venv", "device": "cpu"}
@@ -147,7 +156,7 @@ def test_answers_that_change_give_a_fresh_render_and_the_edits(
         commit(workspace, "Updated")
 
 
-def test_a_file_of_the_old_choice_stays_when_it_was_edited(copy: Copy, update: Copy, tmp_path: Path) -> None:
+def test_an_edited_file_of_the_previous_choice_stays(copy: Copy, update: Copy, tmp_path: Path) -> None:
     workspace = copy(tmp_path / "tone", NOW, platform="linux", device="cpu")
     with (workspace / "setup/requirements-cpu.txt").open("a") as lock:
         lock.write("mine==1.0\n")
@@ -157,7 +166,7 @@ def test_a_file_of_the_old_choice_stays_when_it_was_edited(copy: Copy, update: C
     assert (workspace / "setup/requirements-gpu.txt").exists()
 
 
-def test_the_old_release_is_rendered_again_where_copier_s_copy_cannot_be_found(
+def test_the_old_release_is_rendered_again_if_copiers_copy_cannot_be_found(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     migrate = hook()
@@ -167,7 +176,7 @@ def test_the_old_release_is_rendered_again_where_copier_s_copy_cannot_be_found(
     assert {name: rendered[name] for name in contents(workspace)} == contents(workspace)
 
 
-def test_the_copy_of_another_update_is_never_taken(
+def test_the_copy_of_another_update_is_never_used(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     migrate = hook()
@@ -186,7 +195,7 @@ def test_the_copy_of_another_update_is_never_taken(
     assert update.old_render() == tmp_path / "old_copy.mine"
 
 
-def test_an_incomplete_copy_that_a_killed_update_left_is_never_taken(
+def test_an_incomplete_copy_left_by_a_killed_update_is_never_used(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     migrate = hook()

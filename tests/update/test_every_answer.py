@@ -1,7 +1,7 @@
-"""A workspace that nobody edited equals a fresh one after an update, whatever the answers.
+"""After an update, an unedited workspace equals a fresh one, for any answers.
 
-`make test` takes answers in which every pair of values meets; `make test-all` (EVERY_ANSWER=1) every valid combination
-of those that the files depend on most.
+`make test` uses sets of answers that cover every pair of values; `make test-all` (EVERY_ANSWER=1) every valid
+combination of those that the files depend on most.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ SETS = combinations()
 SHARES = 8  # a test each: enough for two processes to share them evenly
 
 
-def test_every_two_values_that_go_together_meet() -> None:
+def test_every_valid_pair_of_values_is_covered() -> None:
     met = set[Any]().union(*map(pairs, pairwise()))
     for one, other in itertools.combinations(VALUES, 2):
         for first, second in itertools.product(VALUES[one], VALUES[other]):

@@ -1,4 +1,4 @@
-"""A workspace of each release in which its user edited every file comes to this one with every edit in its place."""
+"""A workspace of each release, with an edit in every file, is updated to this one and keeps every edit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The jobs for GitLab in docs/how-to/update-in-ci.md: they are run here, with a remote on this machine."""
+"""The GitLab jobs of docs/how-to/update-in-ci.md, run here with a remote on this machine."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def run(workspace: Path) -> str:
     return "".join(said)
 
 
-def test_a_newer_release_becomes_a_merge_request_through_options_of_the_push(workspace: Path, tmp_path: Path) -> None:
+def test_a_newer_release_becomes_a_merge_request_through_push_options(workspace: Path, tmp_path: Path) -> None:
     run(workspace)
     remote = tmp_path / "tone.git"
     options = (remote / "options").read_text().splitlines()
@@ -122,7 +122,7 @@ def test_a_workspace_that_is_up_to_date_is_left_alone(workspace: Path, update: C
     assert git(tmp_path / "tone.git", "branch", "--list", BRANCH) == ""
 
 
-def test_the_jobs_run_on_a_schedule_alone_and_the_one_with_copier_has_no_token() -> None:
+def test_the_jobs_run_only_on_a_schedule_and_the_one_with_copier_has_no_token() -> None:
     with_copier, with_token = jobs().values()
     for job in (with_copier, with_token):
         assert job["rules"] == [{"if": '$CI_PIPELINE_SOURCE == "schedule"'}]

@@ -20,7 +20,7 @@ EDITS = {
 }
 
 
-def test_every_edit_outlives_three_releases_and_another_model(copy: Copy, update: Copy, tmp_path: Path) -> None:
+def test_every_edit_survives_three_releases_and_another_model(copy: Copy, update: Copy, tmp_path: Path) -> None:
     workspace = copy(tmp_path / "ws/tone", NOW, platform="linux", environment="venv")
     commit(workspace, "As copied")
     edit(workspace)

@@ -1,4 +1,4 @@
-"""What a release renames is renamed in a workspace, with the edits in it; a deprecated model is kept, and said."""
+"""Files and settings that a release renames are renamed in a workspace, with its edits; a deprecated model is kept."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def workspace_of(template: Path, folder: Path, tag: str = "v1.0.0", **answers: s
     return folder
 
 
-def test_a_renamed_file_takes_its_edits_along_though_the_release_changed_it_too(template: Path, tmp_path: Path) -> None:
+def test_a_renamed_file_keeps_its_edits_although_the_release_changed_it_too(template: Path, tmp_path: Path) -> None:
     workspace = workspace_of(template, tmp_path / "ws/tone")
     file = workspace / "finetuning/training/smoke.py"
     file.write_text(f"# mine\n{file.read_text()}")
@@ -68,7 +68,7 @@ def test_a_renamed_file_takes_its_edits_along_though_the_release_changed_it_too(
     assert "finetuning/training/smoke.py" not in fresh
 
 
-def test_a_renamed_file_that_git_ignores_takes_its_edits_along(template: Path, tmp_path: Path) -> None:
+def test_a_renamed_file_that_git_ignores_keeps_its_edits(template: Path, tmp_path: Path) -> None:
     workspace = workspace_of(template, tmp_path / "tone")
     git(workspace, "rm", "--cached", "--quiet", "finetuning/training/smoke.py")
     (workspace / ".gitignore").write_text(f"{(workspace / '.gitignore').read_text()}smoke.py\n")
@@ -164,7 +164,7 @@ def copier_update(workspace: Path, tag: str, *options: str) -> str:
         ("none", "v1.3.0", [], 0),
     ],
 )
-def test_the_environment_is_refreshed_once_when_its_files_changed_and_consent_was_given(
+def test_the_environment_is_updated_once_if_its_files_changed_and_tasks_are_allowed(
     environment: str, tag: str, options: list[str], runs: int, template: Path, tmp_path: Path
 ) -> None:
     workspace = workspace_of(template, tmp_path / "tone", environment=environment)
@@ -183,21 +183,21 @@ def test_a_conflict_in_the_lock_waits_for_the_user(template: Path, tmp_path: Pat
         lock.write("mine==1.0\n")
     commit(workspace, "My package")
     said = copier_update(workspace, "v1.3.0")
-    assert "Resolve the conflicts in setup/, then: python3 setup/create_env.py" in said
+    assert "Resolve the conflicts in setup/, then run: python3 setup/create_env.py" in said
     assert not (workspace / ".venv").exists()
 
 
-def test_outside_of_any_repository_nothing_begins(tmp_path: Path) -> None:
+def test_outside_a_repository_no_update_begins(tmp_path: Path) -> None:
     command = [sys.executable, "-I", str(ROOT / "hooks/migrate.py"), "before", ".copier-answers.yml", str(ROOT), ""]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(
-        "The update did not begin, and nothing was changed: git does not know .copier-answers"
+        "The update did not begin, and nothing was changed: git does not track .copier-answers"
     )
     assert done.stderr.count("\n") == 1
 
 
-def test_the_names_of_the_template_are_those_that_the_migrations_end_at() -> None:
+def test_the_renames_end_at_the_names_in_the_template() -> None:
     sys.path.insert(0, str(ROOT / "hooks"))
     try:
         import renames

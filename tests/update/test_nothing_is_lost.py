@@ -1,8 +1,9 @@
-"""Ways in which an update lost edits or left half a workspace: each keeps them now, or is refused before it begins."""
+"""Cases in which an update once lost edits or ended half-way: now it keeps them, or is refused before any change."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def whole(folder: Path) -> dict[str, bytes]:
 # ---- where the workspace lies
 
 
-def test_a_workspace_in_an_ignored_folder_is_refused_whole_and_updated_once_it_is_in_git(
+def test_a_workspace_in_an_ignored_folder_is_refused_unchanged_and_updated_once_it_is_in_git(
     copy: Copy, tmp_path: Path
 ) -> None:
     outer = tmp_path / "outer"
@@ -82,7 +83,7 @@ def test_a_workspace_in_an_ignored_folder_is_refused_whole_and_updated_once_it_i
     commit(outer, "Outer")
     replace(workspace / CONFIG, "max_rows: null", "max_rows: 100")
     before = whole(workspace)
-    refused(copier_update(workspace), "git does not know .copier-answers.yml", "git init", "git commit")
+    refused(copier_update(workspace), "git does not track .copier-answers.yml", "git init", "git commit")
     assert whole(workspace) == before
     commit(workspace, "In git")
     done = copier_update(workspace)
@@ -137,7 +138,7 @@ def test_edits_in_ignored_files_are_kept_and_the_rest_is_updated(
         "[core]\nhooksPath = /nowhere",
     ],
 )
-def test_no_setting_of_git_costs_an_edit(
+def test_no_git_setting_loses_an_edit(
     workspace: Path, update: Copy, text: str, settings: Callable[[str], None]
 ) -> None:
     replace(workspace / CONFIG, "max_rows: null", "max_rows: 100")
@@ -153,7 +154,7 @@ def test_no_setting_of_git_costs_an_edit(
     assert "Since release 1." in (workspace / "README.md").read_text(encoding="utf-8")
 
 
-def test_another_answers_file_is_the_one_that_counts(releases: Path, tmp_path: Path) -> None:
+def test_another_answers_file_is_used_if_it_is_given(releases: Path, tmp_path: Path) -> None:
     workspace, answers = tmp_path / "tone", ".copier-answers.tone.yml"
     run_copy(str(releases), workspace, data=ANSWERS, vcs_ref=NOW, answers_file=answers, **OPTIONS)
     (workspace / "finetuning/reporting/model_card.md").write_bytes("Meine Karte\n".encode("utf-16"))
@@ -166,9 +167,7 @@ def test_another_answers_file_is_the_one_that_counts(releases: Path, tmp_path: P
     assert not (workspace / ".copier-answers.yml").exists()
 
 
-def test_an_uncommitted_deletion_elsewhere_in_the_repository_stays_one(
-    copy: Copy, update: Copy, tmp_path: Path
-) -> None:
+def test_an_uncommitted_deletion_elsewhere_in_the_repository_is_kept(copy: Copy, update: Copy, tmp_path: Path) -> None:
     workspace = copy(tmp_path / "all/tone", NOW, **ANSWERS)
     (tmp_path / "all/other.txt").write_text("other\n")
     (tmp_path / "all/kept.txt").write_text("kept\n")
@@ -197,7 +196,7 @@ def test_a_question_that_fails_changes_nothing_and_the_right_answer_works_at_onc
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links are for administrators there")
-def test_a_linked_folder_is_refused_and_one_that_only_holds_results_is_not(workspace: Path, tmp_path: Path) -> None:
+def test_a_linked_folder_is_refused_unless_it_only_has_results(workspace: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "data"
     shutil.move(workspace / "dataset", elsewhere)
     (workspace / "dataset").symlink_to(elsewhere)
@@ -222,10 +221,10 @@ def test_a_sparse_checkout_is_refused(workspace: Path) -> None:
 
 
 @pytest.mark.parametrize("ignored", [False, True])
-def test_a_patch_that_was_rejected_elsewhere_in_the_repository_is_refused_and_costs_no_work(
+def test_a_rej_file_elsewhere_in_the_repository_is_refused_and_no_work_is_lost(
     copy: Copy, tmp_path: Path, ignored: bool
 ) -> None:
-    """Copier resets the file beside a .rej, and deletes that, or ends half-way where git does not know the file."""
+    """Copier resets the file beside a .rej, and deletes that, or ends half-way where git does not track the file."""
     workspace = copy(tmp_path / "all/tone", NOW, **ANSWERS)
     other, rejected = tmp_path / "all/other.txt", tmp_path / "all/other.txt.rej"
     other.write_text("committed\n")
@@ -242,7 +241,7 @@ def test_a_patch_that_was_rejected_elsewhere_in_the_repository_is_refused_and_co
 
 
 @pytest.mark.parametrize("where", ["hooksPath", "templateDir"])
-def test_a_hook_that_lets_copier_commit_nothing_is_refused_before_anything_changes(
+def test_a_git_hook_that_forbids_copiers_commit_is_refused_before_anything_changes(
     workspace: Path, settings: Callable[[str], None], tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hook = tmp_path / "hooks/prepare-commit-msg"
@@ -290,7 +289,7 @@ def test_a_template_in_a_folder_that_git_may_not_clone_changes_nothing_and_the_p
     assert copier_update(workspace).returncode == 0
 
 
-def test_a_key_that_cannot_sign_is_no_obstacle(workspace: Path, settings: Callable[[str], None]) -> None:
+def test_a_missing_signing_key_does_not_stop_an_update(workspace: Path, settings: Callable[[str], None]) -> None:
     settings("[commit]\ngpgSign = true\n[gpg]\nformat = ssh\n[user]\nsigningKey = /does/not/exist")
     assert copier_update(workspace).returncode == 0
 
@@ -298,7 +297,7 @@ def test_a_key_that_cannot_sign_is_no_obstacle(workspace: Path, settings: Callab
 # ---- what was edited, and how
 
 
-def test_modes_and_links_of_the_user_stay(workspace: Path, update: Copy, tmp_path: Path) -> None:
+def test_the_users_file_modes_and_links_are_kept(workspace: Path, update: Copy, tmp_path: Path) -> None:
     script, card = workspace / "finetuning/training/smoke.py", workspace / "finetuning/reporting/model_card.md"
     script.chmod(0o755)
     card.unlink()
@@ -310,9 +309,7 @@ def test_modes_and_links_of_the_user_stay(workspace: Path, update: Copy, tmp_pat
     assert card.is_symlink() and str(card.readlink()) == "../README.md"
 
 
-def test_a_file_of_the_user_under_a_name_that_a_release_brings_is_a_conflict_or_stays(
-    workspace: Path, update: Copy
-) -> None:
+def test_a_file_of_the_user_with_the_name_of_a_new_file_is_a_conflict(workspace: Path, update: Copy) -> None:
     (workspace / "later").mkdir()
     (workspace / "later/release_1.py").write_text("print('mine')\n")
     commit(workspace, "Mine")
@@ -322,7 +319,7 @@ def test_a_file_of_the_user_under_a_name_that_a_release_brings_is_a_conflict_or_
     assert "AA later/release_1.py" in git(workspace, "status", "--porcelain")
 
 
-def test_a_value_that_the_user_set_stands_against_a_new_default_and_both_are_said(
+def test_a_value_that_the_user_set_is_kept_over_a_new_default_and_both_are_shown(
     copy: Copy, update: Copy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     workspace = copy(tmp_path / "tone", NOW, **ANSWERS)
@@ -345,7 +342,7 @@ def test_a_value_that_the_user_set_stands_against_a_new_default_and_both_are_sai
 
 
 @pytest.mark.parametrize("committed", [False, True])
-def test_an_update_is_taken_back_completely_and_nothing_else_is(
+def test_undo_restores_everything_of_the_update_and_nothing_else(
     copy: Copy, update: Copy, tmp_path: Path, committed: bool
 ) -> None:
     workspace = copy(tmp_path / "all/tone", NOW, **ANSWERS)
@@ -363,10 +360,13 @@ def test_an_update_is_taken_back_completely_and_nothing_else_is(
     if committed:
         git(workspace, "add", "--all", ".")
         git(workspace, "commit", "--quiet", "--message", "Updated")
+    updated = (workspace / CONFIG).read_bytes()
     done = subprocess.run(
         [sys.executable, workspace / "setup/undo_update.py"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    named = re.search(r"The previous content of these files is in (.+)\.\n", done.stdout)
+    assert named and (Path(named[1]) / CONFIG).read_bytes() == updated
     assert (whole(workspace), git(workspace, "ls-files", "--stage")) == (before, index)
     assert other.read_text() == "not committed\n"
 
@@ -380,10 +380,10 @@ def test_the_copies_of_the_last_three_updates_stay(workspace: Path, update: Copy
     assert not (copies / "pending").exists()
 
 
-def test_without_an_update_there_is_nothing_to_take_back(workspace: Path) -> None:
+def test_without_an_update_there_is_nothing_to_undo(workspace: Path) -> None:
     script = workspace / "setup/undo_update.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "there is no update to take back" in done.stderr
+    assert done.returncode == 1 and "there is no update to undo" in done.stderr
     assert contents(workspace) and ROOT.is_dir()
 
 
@@ -417,7 +417,9 @@ def test_a_default_that_an_early_release_recorded_follows_the_model_and_a_chosen
     fresh = copy(tmp_path / "fresh/tone", NOW, **ANSWERS | given | typed)
     replace(fresh / CONFIG, "lora_dropout: 0.05", "lora_dropout: 0.3")
     assert contents(workspace) == contents(fresh)
-    line = next(line for line in said.splitlines() if line.startswith("What you never chose follows the new answers: "))
+    line = next(
+        line for line in said.splitlines() if line.startswith("Values that you never chose follow the new answers: ")
+    )
     assert "learning_rate 0.004 -> 0.0002" in line and "method lora -> qlora" in line
     assert "packing False -> True" in line and "epochs" not in line and "eval_batch_size" not in line
     assert "no conflict" in said

@@ -1,7 +1,7 @@
-"""Whatever a user did, however git is set and wherever the workspace lies: an update loses nothing.
+"""For any edits, git settings and location of the workspace: an update loses nothing.
 
-Each draw makes a workspace, lets a user change it, updates it, and looks at every file by rules that share no code with
-the update itself: it went well and everything is there, or it did not begin, or undo_update.py brings all of it back.
+Each draw creates a workspace, changes it as a user, updates it, and checks every file by rules that share no code with
+the update itself: it succeeded and kept everything, or it did not begin, or undo_update.py restores everything.
 
 UPDATE_DRAWS=2000     how many draws (150)
 UPDATE_SEED=123       that draw alone, as a failure names it
@@ -290,7 +290,7 @@ def judged(
         changed = {line for line in set(before.index) ^ set(after.index) if line.partition("\t")[2] not in unmerged}
         found += [f"index: {line!r}" for line in sorted(changed)]
         if place.refused:
-            found.append("it was not refused, though git does not know the workspace")
+            found.append("it was not refused, though git does not track the workspace")
         if found or draw.rng.random() < 0.7:
             return found
         counts["taken back"] += 1
@@ -304,7 +304,7 @@ def judged(
         return ["it stopped half-way", *different(before.workspace, after.workspace, "half-way: ")[:5]]
     counts["taken back"] += 1
     unsaid = fault == "stopped at the end" and "undo_update.py" not in outcome.said
-    return [f"does not say how to take it back: {outcome.said!r}"] * unsaid + taken_back(place, before)
+    return [f"does not say how to undo it: {outcome.said!r}"] * unsaid + taken_back(place, before)
 
 
 def taken_back(place: Place, before: State) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where updates start from: an adopted folder, a template that moved, and what Copier says where none can start."""
+"""The start of an update: an adopted folder, a template that moved, and Copier's own refusals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def point(workspace: Path, name: str, value: str) -> None:
     commit(workspace, f"Another {name}")
 
 
-def test_a_folder_that_exists_is_adopted_with_its_rows_and_keeps_what_was_put_back(
+def test_an_existing_folder_is_adopted_with_its_rows_and_keeps_restored_lines(
     copy: Copy, update: Copy, tmp_path: Path
 ) -> None:
     folder = tmp_path / "project"
@@ -63,7 +63,7 @@ def test_a_template_that_moved_is_found_under_its_new_address(workspace: Path, r
     assert "_commit: v99.0.0" in (workspace / ".copier-answers.yml").read_text()
 
 
-def test_what_copier_says_where_it_cannot_start_stands_in_the_docs(
+def test_the_docs_have_the_sentences_with_which_copier_refuses(
     workspace: Path, releases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refusal(folder: Path, **options: str) -> str:
@@ -106,9 +106,7 @@ def test_the_command_after_the_copy_changes_the_model_also_ahead_of_the_last_tag
 
 
 @pytest.mark.filterwarnings("ignore::copier.errors.DirtyLocalWarning")
-def test_a_copy_of_changes_that_were_not_committed_is_mended_by_the_nearest_commit(
-    releases: Path, tmp_path: Path
-) -> None:
+def test_a_copy_of_uncommitted_changes_is_repaired_with_the_nearest_commit(releases: Path, tmp_path: Path) -> None:
     template = shutil.copytree(releases, tmp_path / "template")
     (template / "new.txt").write_text("not committed\n")
     run_copy(str(template), tmp_path / "tone", data=ANSWERS, vcs_ref="HEAD", **OPTIONS)

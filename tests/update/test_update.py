@@ -1,4 +1,4 @@
-"""A workspace that was made from one release is brought up to the next with `copier update`."""
+"""A workspace of one release is updated to the next with `copier update`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The workspace's workflow `update`: its steps are run here, with a remote on this machine and without GitHub."""
+"""The workspace's workflow `update`: its steps, run here with a remote on this machine and without GitHub."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def jobs() -> dict[str, dict[str, Any]]:
 
 
 class GitHub:
-    """A workspace with a remote, pull requests, and whoever allows them."""
+    """A workspace with a remote, pull requests, and the setting that allows them."""
 
     def __init__(self, folder: Path, workspace: Path) -> None:
         self.folder, self.workspace = folder, workspace
@@ -157,7 +157,7 @@ def newest(releases: Path) -> Any:
     choose(NEXT[-1])
 
 
-def test_a_newer_release_becomes_one_pull_request_which_later_releases_refresh(github: GitHub, newest: Any) -> None:
+def test_a_newer_release_becomes_one_pull_request_that_later_releases_update(github: GitHub, newest: Any) -> None:
     newest(NEXT[0])
     github.allow(False)  # as a new repository on GitHub
     status, told = github.run()
@@ -211,7 +211,7 @@ def test_a_branch_with_your_commits_and_a_closed_pull_request_are_left_alone(git
     assert [pull["state"] for pull in github.pulls] == ["CLOSED", "OPEN"]
 
 
-def test_a_pull_request_of_a_stranger_with_the_same_branch_is_not_touched(github: GitHub) -> None:
+def test_a_pull_request_from_a_fork_with_the_same_branch_is_not_touched(github: GitHub) -> None:
     stranger = {
         "number": 1,
         "state": "OPEN",
@@ -245,7 +245,7 @@ def test_a_template_that_cannot_be_reached_is_an_error(github: GitHub) -> None:
     assert github.run()[0] not in (0, 2)
 
 
-def test_what_runs_copier_sees_no_secret_and_what_has_one_runs_nothing_of_the_template() -> None:
+def test_the_job_with_copier_has_no_token_and_the_job_with_a_token_runs_nothing_of_the_template() -> None:
     workflow = yaml.safe_load(FILE.read_text("utf-8"))
     assert workflow["permissions"] == {"contents": "read"}
     with_copier, with_token = workflow["jobs"].values()
@@ -262,6 +262,8 @@ def test_actions_and_packages_are_pinned_and_no_expression_gets_into_a_command()
     text = FILE.read_text("utf-8")
     workflow = yaml.safe_load(text)
     assert set(workflow[True]) == {"schedule", "workflow_dispatch"}  # YAML reads the key `on` as true
+    [schedule] = workflow[True]["schedule"]
+    assert re.fullmatch(r"\d+ \d+ \* \* 1", schedule["cron"])  # Mondays
     actions = re.findall(r"uses: (.*)", text)
     assert len(actions) == 5
     assert all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action) for action in actions)

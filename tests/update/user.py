@@ -338,6 +338,6 @@ def with_parents(path: Path) -> None:
 
 
 def setting(line: bytes) -> bytes | None:
-    """Return the name in a line like `name: value` or `name = value`, with what stands between it and the mark."""
+    """Return the name in a line like `name: value` or `name = value`, with the text between it and the mark."""
     found = re.match(rb"\s*(?:- )?(\w+ ?)[:=]\s*[^\s#]", line)
     return found[1] if found else None

@@ -1,4 +1,4 @@
-"""Every way to name a model, online and offline, and with a cache that another tool filled: `make test-all`."""
+"""Every way to name a model, online and offline, and with a cache filled by another tool: `make test-all`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from walks import WAYS, Named, environment_of, fill, walk, workspace_for
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_model_goes_the_whole_way_and_again_offline(
+def test_a_model_passes_every_step_and_again_offline(
     hub: Hub, ways: dict[str, Named], tiny: Path, tmp_path: Path, way: str
 ) -> None:
     workspace = workspace_for(ways[way], tmp_path / "workspace", tiny)
@@ -23,7 +23,7 @@ def test_a_model_goes_the_whole_way_and_again_offline(
 
 @pytest.mark.parametrize("how", ["hf", "transformers", "older"])
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "folder"])
-def test_a_cache_that_another_tool_filled_goes_the_whole_way_offline(
+def test_a_cache_filled_by_another_tool_passes_every_step_offline(
     hub: Hub, ways: dict[str, Named], tiny: Path, tmp_path: Path, way: str, how: str
 ) -> None:
     workspace = workspace_for(ways[way], tmp_path / "workspace", tiny)

@@ -1,6 +1,6 @@
-"""Each step finds the folder that get_model.py fetched: every name of a model × every cache, online and offline.
+"""Each step finds the folder that get_model.py downloaded: every name of a model × every cache, online and offline.
 
-One process asks the workspace's own functions, as a walk through all of these takes an hour (test_every_walk.py).
+One process calls the workspace's own functions: all combinations as real walks take an hour (test_every_walk.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""A model from the hub goes the whole way: get_model → check → train → chat with the base → chat → export.
+"""A model from the hub passes every step: get_model → check → train → chat with the base model → chat → export.
 
-As a user goes it: a rendered workspace, each step a process of its own. Two walks here, all of them in
-test_every_walk.py.
+As a user does it: a rendered workspace, and a process for each step. Two walks are here, all in test_every_walk.py.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from walks import Named, environment_of, walk, workspace_for
 
 
 @pytest.mark.parametrize("way", ["main", "catalogue"])
-def test_a_model_from_the_hub_goes_the_whole_way(
+def test_a_model_from_the_hub_passes_every_step(
     hub: Hub, ways: dict[str, Named], tiny: Path, tmp_path: Path, way: str
 ) -> None:
     workspace = workspace_for(ways[way], tmp_path / "workspace", tiny)

@@ -39,7 +39,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def twenty_questions(workspace: Path) -> list[str]:
-    """Return twenty held-out questions of the sample, each another: every face is asked these."""
+    """Return twenty held-out questions of the sample, all different: every front end is asked these."""
     lines = (workspace / "dataset" / "sample-heldout.jsonl").read_text(encoding="utf-8").splitlines()
     asked = dict.fromkeys(json.loads(line)["messages"][0]["content"] for line in lines)
     return list(asked)[:20]

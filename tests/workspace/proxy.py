@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Location:
-    """What stands in nginx's `location`."""
+    """The content of nginx's `location`."""
 
     path: str = "/"  # where it shows the server
     keep: bool = False  # whether it passes its own path on: `proxy_pass` with an address alone

@@ -1,4 +1,4 @@
-"""The API, asked by OpenAI's own client: on the demo's base model, and on a backend that repeats what it is asked."""
+"""The API, with OpenAI's own client: on the demo's base model, and on a backend that repeats the prompt."""
 
 from __future__ import annotations
 
@@ -103,13 +103,13 @@ def steps(engine: Any) -> Iterator[list[int]]:
 # ---- answers
 
 
-def test_the_one_model_is_listed_and_says_what_it_was_made_from(client: openai.OpenAI) -> None:
+def test_the_model_is_listed_with_the_folder_it_is_from(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.object, model.root) == ("base", "model", "models/demo")
     assert client.models.retrieve("base") == model
 
 
-def test_an_answer_is_the_engines_with_its_counts(client: openai.OpenAI, engine: Any) -> None:
+def test_an_answer_has_the_text_and_the_token_counts_of_the_engine(client: openai.OpenAI, engine: Any) -> None:
     from engine import Generation, Usage
 
     usage = Usage()
@@ -138,7 +138,7 @@ def test_a_stream_begins_with_the_role_and_ends_with_reason_and_usage(client: op
     assert all(chunk.choices for chunk in ask(client, stream=True))
 
 
-def test_a_stream_is_made_of_events_and_says_when_it_is_done(address: str) -> None:
+def test_a_stream_consists_of_events_and_ends_with_done(address: str) -> None:
     body = json.dumps({"model": "base", "messages": HELLO, "stream": True}).encode()
     status, headers, text = fetch(address, "/v1/chat/completions", body, Content_Type="application/json")
     assert (status, headers["content-type"].partition(";")[0]) == (200, "text/event-stream")
@@ -150,7 +150,7 @@ def test_a_stream_is_made_of_events_and_says_when_it_is_done(address: str) -> No
 
 
 @pytest.mark.usefixtures("steps")
-def test_the_longest_answer_is_set_by_either_name_and_the_newer_one_wins(client: openai.OpenAI) -> None:
+def test_either_name_limits_the_answer_and_the_newer_one_wins(client: openai.OpenAI) -> None:
     for fields, expected in (
         ({"max_tokens": 3}, 3),
         ({"max_completion_tokens": 4}, 4),
@@ -184,7 +184,7 @@ def test_an_answer_ends_before_a_stop_text_even_one_that_begins_in_the_middle_of
 
 
 @pytest.mark.usefixtures("steps")
-def test_the_same_seed_draws_the_same_answer(client: openai.OpenAI) -> None:
+def test_the_same_seed_gives_the_same_answer(client: openai.OpenAI) -> None:
     def draw(seed: int) -> str:
         return ask(client, seed=seed, temperature=1.5, max_tokens=12).choices[0].message.content
 
@@ -204,7 +204,7 @@ def test_32_parallel_requests_get_the_same_greedy_answer(client: openai.OpenAI) 
     assert texts == {ask(client, temperature=0).choices[0].message.content}
 
 
-def test_200_requests_in_a_row_take_no_memory_with_them(client: openai.OpenAI) -> None:
+def test_200_requests_in_a_row_leak_no_memory(client: openai.OpenAI) -> None:
     process, sizes = psutil.Process(), []
     for i in range(250):
         ask(client, [{"role": "user", "content": f"Question {i % 7}"}])
@@ -217,7 +217,7 @@ def test_200_requests_in_a_row_take_no_memory_with_them(client: openai.OpenAI) -
 # ---- clients that go
 
 
-def test_50_clients_that_go_in_mid_stream_leave_nothing_running(
+def test_50_clients_that_disconnect_in_mid_stream_leave_nothing_running(
     address: str, client: openai.OpenAI, engine: Any, steps: list[int]
 ) -> None:
     def go_after_the_first_word(_: int) -> str:
@@ -234,7 +234,7 @@ def test_50_clients_that_go_in_mid_stream_leave_nothing_running(
     assert ask(client, max_tokens=2).usage.completion_tokens == 2
 
 
-def test_a_client_that_goes_before_its_whole_answer_is_there_stops_the_computing(
+def test_a_client_that_disconnects_before_its_answer_stops_the_computation(
     address: str, engine: Any, steps: list[int]
 ) -> None:
     connection = post(address, {"messages": HELLO, "max_tokens": 400})
@@ -329,7 +329,7 @@ def test_system_prompt_history_and_parts_reach_the_model(parrot: openai.OpenAI) 
     assert said(parrot, history) == "[system]Rule[user]hi[assistant][system]Rule[user]hi[user]and?"
 
 
-def test_settings_reach_the_model_and_what_is_not_said_is_as_on_the_page(echo: Echo, parrot: openai.OpenAI) -> None:
+def test_settings_reach_the_model_and_the_defaults_are_those_of_the_page(echo: Echo, parrot: openai.OpenAI) -> None:
     from engine import Generation
 
     ask(parrot, HELLO)
@@ -341,7 +341,7 @@ def test_settings_reach_the_model_and_what_is_not_said_is_as_on_the_page(echo: E
 
 
 @pytest.mark.usefixtures("echo")
-def test_fields_that_change_nothing_are_taken(parrot: openai.OpenAI) -> None:
+def test_fields_without_effect_are_accepted(parrot: openai.OpenAI) -> None:
     fields = {"user": "me", "metadata": {"a": "b"}, "store": True, "n": 1, "frequency_penalty": 0.0, "logprobs": False}
     fields |= {"presence_penalty": 0, "response_format": {"type": "text"}, "tools": [], "logit_bias": {}, "seed": None}
     fields |= {"stop": None, "temperature": None, "service_tier": "auto", "modalities": ["text"], "tool_choice": "none"}
@@ -398,7 +398,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
-def test_what_cannot_be_done_is_refused_by_its_name(
+def test_unsupported_fields_are_refused_by_name(
     parrot: openai.OpenAI, echo: Echo, fields: dict[str, Any], param: str, message: str
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=re.escape(message)) as caught:
@@ -409,7 +409,7 @@ def test_what_cannot_be_done_is_refused_by_its_name(
 
 
 @pytest.mark.usefixtures("echo")
-def test_an_assistants_turn_without_text_is_taken(parrot: openai.OpenAI) -> None:
+def test_an_assistant_turn_without_text_is_accepted(parrot: openai.OpenAI) -> None:
     user = {"role": "user", "content": "hi"}
     for silent in ({"content": None}, {"content": None, "tool_calls": []}, {"content": ""}, {}):
         history = [user, {"role": "assistant", **silent}, user]
@@ -450,7 +450,7 @@ LATIN = '{"model": "base", "messages": [{"role": "user", "content": "é"}]}'.enc
     ],
     ids=lambda value: value[:60] if isinstance(value, str) else "",
 )
-def test_a_body_that_cannot_be_read_is_refused_in_a_true_sentence(
+def test_an_unreadable_body_is_refused_with_its_real_reason(
     echo_server: Any, body: bytes, headers: dict[str, str], status: int, sentence: str
 ) -> None:
     given, _, text = fetch(echo_server[1], COMPLETIONS, body, **({"Content_Type": "application/json"} | headers))
@@ -459,7 +459,7 @@ def test_a_body_that_cannot_be_read_is_refused_in_a_true_sentence(
     assert error["message"].startswith(sentence)
 
 
-def test_a_client_that_goes_while_it_sends_its_body_is_no_error_of_the_server(echo_server: Any) -> None:
+def test_a_client_that_disconnects_while_sending_is_no_error_of_the_server(echo_server: Any) -> None:
     logged: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
@@ -488,9 +488,7 @@ def test_a_client_that_goes_while_it_sends_its_body_is_no_error_of_the_server(ec
         ("BREW", "/v1/models", "GET, HEAD"),
     ],
 )
-def test_another_method_is_refused_with_those_that_are_allowed(
-    address: str, method: str, path: str, allowed: str
-) -> None:
+def test_another_method_is_refused_with_the_allowed_ones(address: str, method: str, path: str, allowed: str) -> None:
     status, headers, text = fetch(address, path, method=method)
     assert (status, headers["allow"]) == (405, allowed)
     if method == "HEAD":
@@ -519,7 +517,7 @@ def test_options_say_what_is_allowed_and_other_sites_get_no_permission(address: 
     assert not [name for name in given if name.startswith("access-control")]
 
 
-def test_a_client_whose_base_url_lacks_v1_is_told_so(address: str, echo_server: Any) -> None:
+def test_a_base_url_without_v1_is_refused_with_the_reason(address: str, echo_server: Any) -> None:
     for server in (address, echo_server[1]):  # with the page, and without it
         client = openai.OpenAI(base_url=server, api_key="none", max_retries=0)
         for ask_it in (
@@ -535,13 +533,13 @@ def test_a_client_whose_base_url_lacks_v1_is_told_so(address: str, echo_server: 
 
 
 @pytest.mark.parametrize("path", ["/v1/models/", "//v1/models", "/v1//models", "/health/", "//health"])
-def test_an_address_with_a_slash_too_many_is_the_one_without(address: str, path: str) -> None:
+def test_extra_slashes_in_an_address_are_ignored(address: str, path: str) -> None:
     plain = re.sub("/+", "/", path).rstrip("/")
     assert fetch(address, path)[::2] == fetch(address, plain)[::2]
     assert fetch(address, plain)[0] == 200
 
 
-def test_a_slash_too_many_does_not_lead_past_the_key(locked: str) -> None:
+def test_extra_slashes_do_not_bypass_the_key(locked: str) -> None:
     for path in ("/v1/models", "//v1/models", "/v1//models/", "/v1", "/v1/"):
         assert fetch(locked, path)[0] == 401
     assert fetch(locked, "/v1/models", Authorization=f"Bearer {KEY}")[0] == 200
@@ -561,7 +559,7 @@ def test_a_slash_too_many_does_not_lead_past_the_key(locked: str) -> None:
         "no header",
     ],
 )
-def test_what_is_no_http_is_refused_in_the_same_format(address: str, head: str) -> None:
+def test_invalid_http_is_refused_in_the_same_format(address: str, head: str) -> None:
     host, port = address.removeprefix("http://").rstrip("/").split(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         start = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: {host}:{port}\r\n{head}\r\n\r\nwrong\r\n"
@@ -584,7 +582,7 @@ def test_a_conversation_that_is_too_long_is_refused_and_never_shortened(parrot: 
     assert echo.asked == []
 
 
-def test_other_mistakes_have_their_status_in_openais_shape(parrot: openai.OpenAI, echo_server: Any) -> None:
+def test_other_errors_have_their_status_in_openais_format(parrot: openai.OpenAI, echo_server: Any) -> None:
     _, address = echo_server
     with pytest.raises(openai.NotFoundError) as caught:
         parrot.chat.completions.create(model="gpt-5", messages=HELLO)
@@ -608,7 +606,7 @@ def test_other_mistakes_have_their_status_in_openais_shape(parrot: openai.OpenAI
     assert (status, json.loads(text)["error"]["code"]) == (413, "too_large")
 
 
-def test_the_base_model_can_be_asked_too_where_the_adapter_can_be_left_out() -> None:
+def test_the_base_model_is_served_too_if_the_adapter_can_be_disabled() -> None:
     from fastapi import FastAPI
 
     from engine import Engine, Source
@@ -631,7 +629,7 @@ def test_the_base_model_can_be_asked_too_where_the_adapter_can_be_left_out() -> 
                     client.chat.completions.create(model="base", messages=HELLO)
 
 
-def test_an_answer_that_fails_says_so_and_the_next_is_given(parrot: openai.OpenAI, echo: Echo) -> None:
+def test_a_failed_answer_is_an_error_and_the_next_one_works(parrot: openai.OpenAI, echo: Echo) -> None:
     messages = [{"role": "user", "content": "fail"}]
     with pytest.raises(openai.InternalServerError, match=r"The answer failed \(RuntimeError\)"):
         ask(parrot, messages)
@@ -640,13 +638,13 @@ def test_an_answer_that_fails_says_so_and_the_next_is_given(parrot: openai.OpenA
     assert said(parrot, [{"role": "user", "content": "hi"}]) == "[system]Rule[user]hi"
 
 
-def test_requests_are_answered_in_their_order_and_too_many_are_told_to_come_again(
+def test_requests_are_answered_in_order_and_too_many_get_a_retry_after(
     parrot: openai.OpenAI, echo: Echo, echo_server: Any
 ) -> None:
     _, address = echo_server
     echo.gate.clear()
     streams = []
-    for i in range(33):  # one is answered, 32 wait: who has the first event stands in the line
+    for i in range(33):  # one is answered, 32 wait: after its first event, a request has its ticket
         streams.append(ask(parrot, [{"role": "user", "content": f"{i}"}], stream=True))
         next(streams[-1])
     assert json.loads(fetch(address, "/health")[2]) == {"status": "ok", "running": 1, "waiting": 32}
@@ -654,7 +652,7 @@ def test_requests_are_answered_in_their_order_and_too_many_are_told_to_come_agai
         ask(parrot)
     assert caught.value.code == "rate_limit_exceeded"
     assert int(caught.value.response.headers["retry-after"]) > 0
-    streams.pop(2).close()  # one that waits goes, and its place is free
+    streams.pop(2).close()  # one that waits disconnects, and its ticket is free
     patient = openai.OpenAI(base_url=f"{address}v1", api_key="none", max_retries=5)
     with ThreadPoolExecutor() as pool:
         late = pool.submit(ask, patient, [{"role": "user", "content": "late"}])
@@ -667,7 +665,7 @@ def test_requests_are_answered_in_their_order_and_too_many_are_told_to_come_agai
     assert [number for number in order if number != "late"] == [str(i) for i in range(33) if i != 2]
 
 
-def test_a_reader_that_stops_reading_holds_nobody_up(echo: Echo) -> None:
+def test_a_client_that_stops_reading_blocks_nobody(echo: Echo) -> None:
     from engine import Engine, Generation, Source
     from request_queue import RequestQueue
 
@@ -724,7 +722,7 @@ def locked(engine: Any) -> Iterator[str]:
         yield address
 
 
-def test_the_api_asks_for_the_key(locked: str) -> None:
+def test_the_api_requires_the_key(locked: str) -> None:
     assert ask(client_of(locked, KEY)).choices
     for key in ("", "wrong", KEY + "x", KEY[:-1], "schlüssel"):
         status, headers, text = fetch(locked, "/v1/models", Authorization=f"Bearer {key}")
@@ -737,7 +735,7 @@ def test_the_api_asks_for_the_key(locked: str) -> None:
     assert fetch(locked, "/health")[0] == 200
 
 
-def test_the_page_asks_for_the_key(locked: str) -> None:
+def test_the_page_requires_the_key(locked: str) -> None:
     from gradio_client import Client
     from gradio_client.exceptions import AuthenticationError
 
@@ -753,7 +751,7 @@ def test_the_page_asks_for_the_key(locked: str) -> None:
     assert inside.predict(HELLO[0]["content"], api_name="/chat") == said(client_of(locked, KEY), HELLO)
 
 
-def test_names_and_pages_of_others_are_refused(address: str) -> None:
+def test_other_host_names_and_pages_of_other_sites_are_refused(address: str) -> None:
     port = address.rstrip("/").rpartition(":")[2]
     for path in ("/", "/health", "/v1/models", "/config"):
         for headers in (
@@ -773,7 +771,7 @@ def test_names_and_pages_of_others_are_refused(address: str) -> None:
 
 
 @pytest.mark.parametrize(("host", "key"), [("0.0.0.0", ""), ("::", ""), ("192.168.1.2", "")])
-def test_a_network_is_refused_without_a_key(host: str, key: str) -> None:
+def test_listening_on_a_network_without_a_key_is_refused(host: str, key: str) -> None:
     from engine import ChatError
     from server import listen
 
@@ -781,7 +779,7 @@ def test_a_network_is_refused_without_a_key(host: str, key: str) -> None:
         listen(host, 0, key)
 
 
-def test_a_network_is_listened_to_with_a_key() -> None:
+def test_listening_on_a_network_with_a_key_works() -> None:
     from server import listen
 
     with contextlib.closing(listen("0.0.0.0", 0, KEY)) as listener:

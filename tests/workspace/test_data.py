@@ -37,7 +37,7 @@ def tokens(workspace: Path) -> Any:
     return tokens
 
 
-def test_rows_that_stand_twice_and_held_out_rows_that_are_trained_on_are_counted(workspace: Path) -> None:
+def test_duplicate_rows_and_held_out_rows_that_are_trained_on_are_counted(workspace: Path) -> None:
     from planning.plan import repeated_rows
 
     other = [TONE[0], {"role": "assistant", "content": "fear"}]
@@ -48,7 +48,7 @@ def test_rows_that_stand_twice_and_held_out_rows_that_are_trained_on_are_counted
 
 
 @pytest.mark.parametrize("eval_split", [0.2, 30])
-def test_held_out_rows_are_a_part_of_the_whole_and_stay_when_rows_are_added(
+def test_held_out_rows_are_not_trained_on_and_stay_when_rows_are_added(
     dataset: Any, tmp_path: Path, eval_split: float
 ) -> None:
     path = tmp_path / "rows.jsonl"
@@ -98,7 +98,7 @@ def test_the_labels_are_the_answers_with_their_end_of_turn(tokens: Any, sample: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_asked_later_is_tokenised_as_what_was_trained(tokens: Any, sample: Any, family: str) -> None:
+def test_a_question_is_tokenised_as_in_training(tokens: Any, sample: Any, family: str) -> None:
     from training import tiny_model
 
     facts = FAMILIES[family]
@@ -107,7 +107,7 @@ def test_what_is_asked_later_is_tokenised_as_what_was_trained(tokens: Any, sampl
     assert tokens.tokenise(tokenizer, CONVERSATION, "responses")[0]["input_ids"][: len(asked)] == asked
 
 
-def test_a_model_that_thinks_learns_the_answer_alone_in_every_turn(tokens: Any, sample: Any) -> None:
+def test_a_thinking_model_learns_only_the_answer_in_every_turn(tokens: Any, sample: Any) -> None:
     from training import tiny_model
 
     # as Qwen3 does it: an empty thought before the last answer only, and in the prompt when thinking is off
@@ -136,7 +136,7 @@ def test_a_model_that_thinks_learns_the_answer_alone_in_every_turn(tokens: Any, 
         assert set(example["labels"][: len(asked)]) == {tokens.IGNORED}
 
 
-def test_rows_that_are_too_long_are_cut_and_counted(
+def test_rows_that_are_too_long_are_truncated_and_counted(
     dataset: Any, workspace: Path, sample: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from training.tiny_model import build_demo
@@ -174,7 +174,7 @@ def test_a_row_that_the_chat_template_refuses_is_named(tokens: Any, sample: Any)
             tokens.tokenise(tokenizer, refused, "responses")
 
 
-def test_rows_of_parquet_and_of_the_hub_are_placed_by_their_number(
+def test_rows_of_parquet_and_of_the_hub_are_named_by_their_number(
     dataset: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import datasets
@@ -193,7 +193,7 @@ def test_rows_of_parquet_and_of_the_hub_are_placed_by_their_number(
     assert read[-1].place == f"{path.parent}, row 20"
 
 
-def test_a_torn_parquet_file_and_a_dataset_that_is_not_there_are_named(dataset: Any, tmp_path: Path) -> None:
+def test_a_damaged_parquet_file_and_a_missing_dataset_are_named(dataset: Any, tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1" + bytes(100))
     with pytest.raises(dataset.DataError, match=r"rows\.parquet, row 1: it cannot be read as Parquet: "):
@@ -204,9 +204,7 @@ def test_a_torn_parquet_file_and_a_dataset_that_is_not_there_are_named(dataset: 
         dataset.chat_rows("train", dataset_name="nobody/nothing")
 
 
-def test_held_out_rows_of_a_file_are_read_from_it_also_beside_a_dataset_of_the_hub(
-    dataset: Any, workspace: Path
-) -> None:
+def test_a_held_out_file_is_read_even_with_a_dataset_of_the_hub(dataset: Any, workspace: Path) -> None:
     held_out = str(workspace / "dataset" / "sample-heldout.jsonl")
     assert len(dataset.chat_rows("held_out", dataset_name="nobody/nothing", held_out_file=held_out)) == 160
 
@@ -237,7 +235,7 @@ def test_olive_finds_what_the_user_script_imports(workspace: Path, monkeypatch: 
     assert import_lib.import_user_module(script, folder).chat_rows
 
 
-def test_a_run_leaves_bad_rows_out_and_says_so_once(invoke: Any, workspace: Path) -> None:
+def test_a_run_rejects_bad_rows_and_reports_them_once(invoke: Any, workspace: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": f"Phrase {i}"}, TONE[1]], "id": i} for i in range(98)]
     lines = [json.dumps(row) for row in rows]
     lines.insert(16, json.dumps({"messages": [*TONE, TONE[0]]}))
@@ -260,7 +258,7 @@ def test_a_run_leaves_bad_rows_out_and_says_so_once(invoke: Any, workspace: Path
     assert run.err.count("\n") == 1
 
 
-def test_answers_that_are_cut_off_stop_a_run_before_it_trains(invoke: Any, workspace: Path) -> None:
+def test_truncated_answers_stop_a_run_before_it_trains(invoke: Any, workspace: Path) -> None:
     run = invoke(settings={"max_seq_len": 16})
     assert run.status == 1
     assert run.err.startswith("error: max_seq_len 16 cuts off every answer of 795 in 800 rows")

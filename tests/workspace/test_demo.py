@@ -1,6 +1,6 @@
-"""The demo as a user runs it: each command a process of its own, started elsewhere, with the network watched.
+"""The demo as a user runs it: each command is its own process, started in another folder, with the network watched.
 
-The processes get none of the variables that keep libraries silent (CI, HF_HUB_OFFLINE …): the product has to do that.
+The processes get none of the variables that silence libraries (CI, HF_HUB_OFFLINE …): the product has to do that.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Demo:
 
 
 def watched(folder: Path) -> Watch:
-    """Prepare to watch a process, in a folder that is made for it."""
+    """Prepare to watch a process, in a new folder."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
     (folder.parent / "home").mkdir(exist_ok=True)
@@ -276,7 +276,7 @@ def talk(demo: Demo, *options: str, questions: list[str]) -> list[str]:
     return re.findall(r"Model: (.*)\n", text)
 
 
-def test_the_int4_model_gives_the_answer_that_was_counted(exported: Demo) -> None:  # first: its server runs meanwhile
+def test_the_int4_model_gives_the_answer_of_the_evaluation(exported: Demo) -> None:  # first: its server runs meanwhile
     assert {step: done.returncode for step, done in exported.done.items() if step != PAGE} == dict.fromkeys(
         (EXPORT, SMOKE, TINY, CONSOLE), 0
     ), exported.done
@@ -285,17 +285,17 @@ def test_the_int4_model_gives_the_answer_that_was_counted(exported: Demo) -> Non
     assert exported.page_says == exported.example["after"]
 
 
-def test_each_command_ends_well_and_names_the_next(demo: Demo) -> None:
+def test_each_command_succeeds_and_names_the_next(demo: Demo) -> None:
     assert {step: demo.done[step].returncode for step in (*STEPS, CONSOLE)} == dict.fromkeys((*STEPS, CONSOLE), 0)
     for step, following in zip(STEPS, (*STEPS[1:], CONSOLE), strict=True):
         assert demo.done[step].stdout.splitlines()[-1].endswith(f"python {following}")
 
 
-def test_the_page_is_ended_by_ctrl_c(demo: Demo) -> None:
+def test_ctrl_c_ends_the_page(demo: Demo) -> None:
     assert demo.done[PAGE].returncode in (0, 130), demo.done[PAGE].stderr
 
 
-def test_no_command_shows_what_its_libraries_say_to_each_other(demo: Demo) -> None:
+def test_no_command_shows_the_warnings_of_its_libraries(demo: Demo) -> None:
     said = {step: done.stderr for step, done in demo.done.items()}
     assert said == dict.fromkeys((*STEPS, CONSOLE, PAGE), "")
     for step, done in demo.done.items():
@@ -322,7 +322,7 @@ def test_the_demo_goes_from_chance_to_nearly_all_right_on_held_out_rows(demo: De
     assert {example["question"] for example in demo.run_json["examples"]} <= asked
 
 
-def test_the_run_ends_with_its_figures_and_where_they_lie(demo: Demo) -> None:
+def test_the_run_ends_with_its_metrics_and_the_names_of_its_files(demo: Demo) -> None:
     end = demo.done[STEPS[2]].stdout.partition("Evaluating the tuned model")[2]
     assert max(map(len, end.splitlines())) <= 80
     for moment in ("before", "after"):
@@ -332,7 +332,7 @@ def test_the_run_ends_with_its_figures_and_where_they_lie(demo: Demo) -> None:
     assert all((demo.folder / path).exists() for path in named)
 
 
-def test_the_console_and_the_page_give_the_answer_that_was_counted(demo: Demo) -> None:
+def test_the_console_and_the_page_give_the_answer_of_the_evaluation(demo: Demo) -> None:
     assert demo.done[CONSOLE].stdout == demo.example["after"] + "\n"
     assert demo.page_says == demo.example["after"]
 
@@ -400,7 +400,7 @@ with contextlib.suppress(OSError):
 """
 
 
-def test_the_watch_sees_a_process_that_goes_off_this_machine(tmp_path: Path) -> None:
+def test_the_watch_sees_a_process_that_leaves_this_machine(tmp_path: Path) -> None:
     watch = watched(tmp_path / "stray")
     subprocess.run([*watch.command, "-c", STRAY], env=watch.environment, check=True)
     assert watch.hosts() == {"example.invalid", "192.0.2.1"}
@@ -408,7 +408,7 @@ def test_the_watch_sees_a_process_that_goes_off_this_machine(tmp_path: Path) -> 
         assert [re.findall(r'"([^"]+)"', call) for call in watch.calls()] == [["192.0.2.1"], ["/etc/resolv.conf"]]
 
 
-def test_the_watch_tells_this_machine_from_others() -> None:
+def test_the_watch_distinguishes_this_machine_from_others() -> None:
     ipv4 = '7 connect(3, {{sa_family=AF_INET, sin_port=htons({}), sin_addr=inet_addr("{}")}}, 16) = 0'
     ipv6 = (
         '7 sendto(3, "a", 1, 0, {{sa_family=AF_INET6, sin6_port=htons({}), sin6_flowinfo=htonl(0), '

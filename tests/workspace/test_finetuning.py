@@ -1,8 +1,9 @@
-"""Runs of invoke_olive.py: what it refuses, what it makes, and every trap of Olive that it avoids."""
+"""Runs of invoke_olive.py: its refusals, its results, and every pitfall of Olive that it avoids."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def refused(run: Run, *words: str) -> None:
 
 
 @pytest.mark.parametrize("module", ["invoke_olive", "training.tiny_model"])
-def test_help_is_quick_because_it_imports_nothing_heavy(workspace: Path, module: str) -> None:
+def test_help_is_fast_because_it_imports_nothing_heavy(workspace: Path, module: str) -> None:
     code = """
 import runpy, sys
 module, sys.argv = sys.argv[1], ["script", "--help"]
@@ -89,7 +90,7 @@ def test_the_line_of_a_wrong_setting_is_named(invoke: Invoke, workspace: Path) -
     refused(run, f"olive-config.yaml, line {line}: passes.*.lora_drop_out", "did you mean lora_dropout?")
 
 
-def test_a_full_disk_is_said_before_the_run(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_the_run(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=100 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     refused(invoke(), "0.10 GiB of disk are free")
@@ -111,7 +112,7 @@ def test_the_check_trains_nothing(invoke: Invoke, workspace: Path) -> None:
     assert not [result for result in results if result.exists()]
 
 
-def test_a_run_leaves_what_the_contract_names(invoke: Invoke, workspace: Path) -> None:
+def test_a_run_writes_every_result_that_the_contract_names(invoke: Invoke, workspace: Path) -> None:
     run = invoke(settings=SHORT)
     assert run.status == 0, run.err
     assert set(run.json) >= {
@@ -129,7 +130,7 @@ def test_a_run_leaves_what_the_contract_names(invoke: Invoke, workspace: Path) -
     assert "Next: python inference/console_chat.py" in run.out
 
 
-def test_no_copy_of_the_base_model_is_left(invoke: Invoke, workspace: Path) -> None:
+def test_a_run_leaves_no_copy_of_the_base_model(invoke: Invoke, workspace: Path) -> None:
     base_models = [path for path in (workspace / "models").rglob("model.safetensors") if "smoke" not in path.parts]
     assert base_models == [workspace / "models" / "demo" / "model.safetensors"]
 
@@ -157,7 +158,7 @@ def test_a_changed_dataset_is_trained_again(invoke: Invoke, workspace: Path) -> 
     assert weights(workspace) != before
 
 
-def test_an_interrupted_run_goes_on_and_another_one_never_takes_its_checkpoints(
+def test_an_interrupted_run_resumes_and_another_one_never_uses_its_checkpoints(
     invoke: Invoke, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from training import train
@@ -182,7 +183,7 @@ def test_an_interrupted_run_goes_on_and_another_one_never_takes_its_checkpoints(
     assert len(weights(workspace)) == len(expected)
 
 
-def test_a_torn_model_is_an_error_and_keeps_the_last_result(invoke: Invoke, workspace: Path) -> None:
+def test_a_damaged_model_is_an_error_and_keeps_the_last_result(invoke: Invoke, workspace: Path) -> None:
     assert invoke(settings=SHORT).status == 0
     adapter, record = weights(workspace), (workspace / "models" / "run.json").read_bytes()
     model = workspace / "models" / "demo" / "model.safetensors"
@@ -257,6 +258,17 @@ def test_the_smoke_run_works_for_every_model_of_the_catalogue(
     assert "The gradients agree with the change of the loss to 0." in run.out
     assert run.json["metrics"]["after"]["eval_loss"] != run.json["metrics"]["before"]["eval_loss"]
     assert (results.read_bytes() if results.exists() else None) == before, "a smoke run touches no result"
+
+
+def test_the_smoke_run_says_what_it_replaces(invoke: Invoke, renders: Path) -> None:
+    rendered = (renders / "demo-qlora" / "finetuning" / "olive-config.yaml").read_text(encoding="utf-8")
+    for key, value in (("dataset_name", "owner/rows"), ("train_file", "null"), ("held_out_file", "null")):
+        rendered, found = re.subn(rf"(?m)^(\s*{key}:) \S+", rf"\1 {value}", rendered)
+        assert found
+    run = invoke("--smoke", edit=lambda _: rendered)
+    assert run.status == 0, run.err
+    assert "The smoke run uses the sample instead of the Hugging Face dataset" in run.out
+    assert "The smoke run trains with LoRA instead of QLoRA" in run.out
 
 
 def test_qlora_trains_and_chats_in_four_bits(workspace: Path, renders: Path) -> None:

@@ -1,4 +1,4 @@
-"""One engine, its faces: console, page, API and prompt flow say the same, and refuse alike. For torch and for ONNX."""
+"""The front ends (console, page, API, prompt flow) give the same answers and the same errors, with torch and ONNX."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def telling(engine: Any, questions: list[str]) -> tuple[str, list[str], list[str
 # ---- the same answers
 
 
-def test_twenty_questions_have_the_same_answers_in_every_face(
+def test_twenty_questions_have_the_same_answers_in_every_front_end(
     engine: Any, pipe: Any, page: Any, api: Any, flow: Any, twenty_questions: list[str]
 ) -> None:
     assert len(set(twenty_questions)) == 20
@@ -190,7 +190,7 @@ def test_twenty_questions_have_the_same_answers_in_every_face(
     assert pipe(*lines)[:2] == (0, "".join(f"{answer}\n" for answer in expected))
 
 
-def test_a_conversation_with_a_system_prompt_has_the_same_answers_in_every_face(
+def test_a_conversation_with_a_system_prompt_has_the_same_answers_in_every_front_end(
     engine: Any, pipe: Any, page: Any, api: Any, twenty_questions: list[str]
 ) -> None:
     system, questions, expected = telling(engine, twenty_questions)
@@ -207,7 +207,7 @@ def test_a_conversation_with_a_system_prompt_has_the_same_answers_in_every_face(
         turns.append({"role": "assistant", "content": answer})
 
 
-def test_pf_flow_test_asks_the_served_model_and_remembers_what_was_said(
+def test_pf_flow_test_asks_the_served_model_and_remembers_the_conversation(
     tuned: Path, engine: Any, address: str, promptflow: Any, flow: Any, twenty_questions: list[str]
 ) -> None:
     default = yaml.safe_load((tuned / "inference/flow/flow.dag.yaml").read_text())["inputs"]["question"]["default"]
@@ -282,7 +282,7 @@ def test_an_answer_ends_before_a_stop_text(engine: Any) -> None:
     assert (stopped, usage.finish_reason) == (whole[:-3], "stop")
 
 
-def test_a_stream_that_is_closed_computes_no_further(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_a_stream_stops_the_computation(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from engine import Generation
 
     steps: list[int] = []
@@ -315,7 +315,7 @@ def test_a_stream_that_is_closed_computes_no_further(engine: Any, monkeypatch: p
             hook.remove()
 
 
-def test_a_conversation_that_is_too_long_loses_its_oldest_turns_and_every_face_says_so(
+def test_a_conversation_that_is_too_long_loses_its_oldest_turns_and_every_front_end_says_so(
     engine: Any, pipe: Any, page: Any, api: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import gradio
@@ -440,7 +440,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("damage", "library", "words"), REFUSED, ids=lambda value: getattr(value, "__name__", ""))
-def test_what_keeps_a_face_from_its_work_is_one_sentence_and_status_1(
+def test_every_error_of_a_front_end_is_one_sentence_with_status_1(
     tuned: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -453,12 +453,12 @@ def test_what_keeps_a_face_from_its_work_is_one_sentence_and_status_1(
     import export
     import gradio_chat
 
-    faces = {
+    front_ends = {
         "console": lambda: console_chat.main(["--engine", library, "--prompt", "hi"]),
         "page": lambda: gradio_chat.main(["--engine", library, "--port", "0"]),
     }
     if library == "torch":  # what concerns base and adapter concerns the export
-        faces["export"] = export.main
+        front_ends["export"] = export.main
     models = tuned / "models"
     shutil.copytree(models, tmp_path / "models")
     try:
@@ -466,12 +466,12 @@ def test_what_keeps_a_face_from_its_work_is_one_sentence_and_status_1(
         if library == "torch":
             shutil.rmtree(models / "merged")  # or it would be used again
         monkeypatch.setattr(sys, "argv", ["export.py"])
-        for face, start in faces.items():
+        for front_end, start in front_ends.items():
             capsys.readouterr()
-            assert start() == 1, face
+            assert start() == 1, front_end
             err = capsys.readouterr().err
-            assert re.fullmatch(rf"error: {words}[^\n]*\.\n", err), (face, err)
-            assert not re.search(r"\. [A-Z]", err), (face, err)
+            assert re.fullmatch(rf"error: {words}[^\n]*\.\n", err), (front_end, err)
+            assert not re.search(r"\. [A-Z]", err), (front_end, err)
     finally:
         shutil.rmtree(models)
         shutil.copytree(tmp_path / "models", models)
@@ -480,9 +480,7 @@ def test_what_keeps_a_face_from_its_work_is_one_sentence_and_status_1(
 # ---- the console in a terminal
 
 
-def test_what_is_typed_is_kept_only_where_it_is_asked_for_and_the_arrow_keys_find_it(
-    tuned: Path, tmp_path: Path
-) -> None:
+def test_the_history_is_in_the_named_file_and_the_arrow_keys_find_it(tuned: Path, tmp_path: Path) -> None:
     history = tmp_path / "history"
     command = [sys.executable, "-B", str(tuned / "inference/console_chat.py"), "--history", str(history)]
     row = held_out(tuned / "models")[0]

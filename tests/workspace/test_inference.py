@@ -167,7 +167,7 @@ def not_downloaded(root: Path) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_what_keeps_the_tuned_model_from_loading_is_one_sentence_and_never_the_base_model(
+def test_a_tuned_model_that_cannot_be_loaded_is_one_sentence_and_never_the_base_model(
     workspace: Path, tmp_path: Path, damage: Callable[[Path], None], says: str
 ) -> None:
     root = tmp_path / "damaged"
@@ -209,14 +209,14 @@ def test_a_wrong_option_is_a_usage_error(workspace: Path, arguments: list[str]) 
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "example.org"])
-def test_the_page_is_refused_to_the_network(workspace: Path, host: str) -> None:
+def test_the_page_does_not_listen_on_a_network_without_a_key(workspace: Path, host: str) -> None:
     done = start(workspace, "gradio_chat.py", "--host", host)
     assert done.returncode == 1
     assert "Binding to anything but loopback" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_port_in_use_is_said_and_the_next_free_one_is_taken(workspace: Path, tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported_and_the_next_free_one_is_used(workspace: Path, tmp_path: Path) -> None:
     root = tmp_path / "damaged"
     shutil.copytree(workspace, root)
     no_run(root)  # what ends the server as soon as it listens
@@ -241,9 +241,9 @@ def test_help_imports_nothing_heavy(workspace: Path) -> None:
 import contextlib, io, sys
 sys.path.insert(0, {str(workspace / "inference")!r})
 import console_chat, gradio_chat
-for face in (console_chat, gradio_chat):
+for front_end in (console_chat, gradio_chat):
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
-        face.main(["--help"])
+        front_end.main(["--help"])
 heavy = {{"torch", "transformers", "peft", "gradio", "fastapi", "uvicorn", "huggingface_hub", "yaml"}}
 print(sorted(heavy & set(sys.modules)))
 """
@@ -356,7 +356,7 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(stop: tuple[str, ...],
 
 
 @pytest.mark.usefixtures("modules")
-def test_an_answer_that_is_cut_says_so() -> None:
+def test_a_truncated_answer_says_so() -> None:
     from engine import Generation
 
     assert ask(recorded("abcdef"), "?", generation=Generation(max_new_tokens=3)) == (
@@ -377,7 +377,7 @@ def test_a_conversation_longer_than_the_context_loses_its_oldest_turns_and_says_
 
 
 @pytest.mark.usefixtures("modules")
-def test_bytes_that_are_no_text_are_asked_as_question_marks() -> None:
+def test_bytes_that_are_not_text_become_question_marks() -> None:
     prompt, _ = recorded("yes").fit([{"role": "user", "content": "gr\udcfc?"}], 16, print)
     assert bytes(prompt).decode() == "[user]gr??"
 
@@ -391,7 +391,7 @@ def test_a_message_longer_than_the_context_is_an_error() -> None:
 
 
 @pytest.mark.usefixtures("modules")
-def test_the_system_prompt_of_the_training_is_put_first_unless_the_conversation_brings_its_own_or_none() -> None:
+def test_the_system_prompt_of_the_training_comes_first_unless_the_conversation_sets_its_own_or_none() -> None:
     engine = recorded("yes", "Rule")
     user = {"role": "user", "content": "?"}
     for system, expected in (
@@ -490,7 +490,7 @@ def test_the_adapter_that_was_trained_is_the_one_that_answers(tuned: Path, engin
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
-def test_the_adapter_left_out_is_the_base_model_alone_and_comes_back_whole(
+def test_without_the_adapter_the_base_model_answers_and_with_it_the_tuned_one_again(
     tuned: Path, tmp_path: Path, method: str
 ) -> None:
     import peft
@@ -543,7 +543,7 @@ def test_an_answer_of_the_base_model_that_is_stopped_or_fails_leaves_the_adapter
 
 
 @pytest.mark.usefixtures("modules")
-def test_a_backend_that_cannot_leave_the_adapter_out_never_answers_in_the_base_models_name() -> None:
+def test_a_backend_that_cannot_disable_the_adapter_never_answers_as_the_base_model() -> None:
     from engine import ChatError, Engine, Generation, Source
 
     merged = Engine(Source("models/demo", None, "models/adapter", "lora", "float32", ""), Recorded(b"yes"))
@@ -576,7 +576,7 @@ def steps(engine: Any) -> Iterator[list[int]]:
     hook.remove()
 
 
-def test_closing_the_stream_stops_the_computing_and_the_next_question_is_answered(
+def test_closing_the_stream_stops_the_computation_and_the_next_question_is_answered(
     engine: Any, steps: list[int]
 ) -> None:
     from engine import Generation
@@ -590,7 +590,7 @@ def test_closing_the_stream_stops_the_computing_and_the_next_question_is_answere
     assert len(steps) > ANSWER_TOKENS / 2
 
 
-def test_an_exception_while_computing_reaches_the_caller(engine: Any) -> None:
+def test_an_exception_during_an_answer_reaches_the_caller(engine: Any) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("the device is gone")
 
@@ -601,7 +601,7 @@ def test_an_exception_while_computing_reaches_the_caller(engine: Any) -> None:
     assert ask(engine, "hello")[0] == "joy"
 
 
-def test_the_same_seed_draws_the_same_answer(engine: Any) -> None:
+def test_the_same_seed_gives_the_same_answer(engine: Any) -> None:
     from engine import Generation
 
     def draw(seed: int) -> str:
@@ -630,7 +630,7 @@ def test_an_adapter_that_does_not_fit_the_base_model_is_an_error(tuned: Path, tm
             load(root=root)
 
 
-def test_a_torn_base_model_is_an_error(tuned: Path, tmp_path: Path) -> None:
+def test_a_damaged_base_model_is_an_error(tuned: Path, tmp_path: Path) -> None:
     from engine import ChatError
     from load_engine import load
 
@@ -649,7 +649,7 @@ def test_a_torn_base_model_is_an_error(tuned: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tuned")
-def test_prompt_prints_the_answer_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompt_prints_only_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
     import console_chat
 
     assert console_chat.main(["--prompt", "poem"]) == 0
@@ -659,7 +659,7 @@ def test_prompt_prints_the_answer_alone(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.usefixtures("tuned")
-def test_each_line_through_a_pipe_is_a_message_or_a_command_and_the_answers_alone_are_printed(
+def test_each_line_of_a_pipe_is_a_message_or_a_command_and_only_the_answers_are_printed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import console_chat
@@ -732,14 +732,14 @@ def test_the_settings_of_the_page_reach_the_model(client: Any) -> None:
     client.reset_session()
 
 
-def test_a_program_is_told_in_a_sentence_why_it_gets_no_answer(client: Any) -> None:
+def test_a_program_that_gets_no_answer_gets_the_reason_in_one_sentence(client: Any) -> None:
     from gradio_client.exceptions import AppError
 
     with pytest.raises(AppError, match="shorten the message or ask for a shorter answer"):
         client.predict("count " * 200, api_name="/chat")
 
 
-def test_stopping_an_answer_on_the_page_stops_the_computing(client: Any, engine: Any, steps: list[int]) -> None:
+def test_stopping_an_answer_on_the_page_stops_the_computation(client: Any, engine: Any, steps: list[int]) -> None:
     job = client.submit("count", api_name="/chat")
     next(iter(job))
     job.cancel()
@@ -759,9 +759,7 @@ def test_the_page_names_model_adapter_engine_and_metrics(url: str) -> None:
 @pytest.mark.parametrize(
     ("adapter", "switchable"), [("models/adapter", True), ("models/adapter", False), (None, False)]
 )
-def test_the_page_offers_to_compare_where_it_can_and_says_how_where_it_cannot(
-    adapter: str | None, switchable: bool
-) -> None:
+def test_the_page_offers_to_compare_if_it_can_and_says_how_if_it_cannot(adapter: str | None, switchable: bool) -> None:
     from engine import Engine, Source
     from page import build_page
     from request_queue import RequestQueue
@@ -778,7 +776,7 @@ def test_the_page_offers_to_compare_where_it_can_and_says_how_where_it_cannot(
 
 
 @pytest.mark.usefixtures("modules")
-def test_a_model_goes_on_from_what_it_said_to_the_space() -> None:
+def test_the_page_keeps_every_space_of_a_conversation() -> None:
     import gradio
 
     from page import Chat

@@ -1,4 +1,4 @@
-"""What is learnt of a conversation in every template family, and that a chat is tokenised as the training was."""
+"""Which tokens of a conversation are learned in every template family; a chat is tokenised as in training."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def only(examples: list[dict[str, list[int]]]) -> dict[str, list[int]]:
 
 
 def learnt(example: dict[str, list[int]], ignored: int) -> list[list[int]]:
-    """Return each run of tokens that is learnt."""
+    """Return each run of learned tokens."""
     runs: list[list[int]] = [[]]
     for token, label in zip(example["input_ids"], example["labels"], strict=True):
         if label != ignored:
@@ -79,7 +79,7 @@ def learnt(example: dict[str, list[int]], ignored: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("system_prompt", ["", "Be kind."])
-def test_what_is_asked_in_a_chat_is_tokenised_as_the_same_turns_were_trained(
+def test_a_chat_is_tokenised_as_the_same_turns_were_in_training(
     tokens: Any, tokenizers: dict[str, Any], serving: Any, family: str, system_prompt: str
 ) -> None:
     tokenizer = tokenizers[family]
@@ -94,7 +94,7 @@ def test_what_is_asked_in_a_chat_is_tokenised_as_the_same_turns_were_trained(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_chat_stops_at_the_token_that_was_learnt_as_the_end(
+def test_a_chat_stops_at_the_token_that_was_learned_as_the_end(
     tokens: Any, tokenizers: dict[str, Any], serving: Any, family: str
 ) -> None:
     tokenizer = tokenizers[family]
@@ -106,7 +106,7 @@ def test_a_chat_stops_at_the_token_that_was_learnt_as_the_end(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_system_text_is_read_and_never_learnt(tokens: Any, tokenizers: dict[str, Any], family: str) -> None:
+def test_a_system_text_is_read_and_never_learned(tokens: Any, tokenizers: dict[str, Any], family: str) -> None:
     tokenizer = tokenizers[family]
     without, with_it = (only(tokens.tokenise(tokenizer, turns, "responses")) for turns in (TURNS, [SYSTEM, *TURNS]))
     assert "Be kind." in tokenizer.decode(with_it["input_ids"])
@@ -114,7 +114,7 @@ def test_a_system_text_is_read_and_never_learnt(tokens: Any, tokenizers: dict[st
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_tool_says_is_never_learnt(tokens: Any, tokenizers: dict[str, Any], family: str) -> None:
+def test_tool_results_are_never_learned(tokens: Any, tokenizers: dict[str, Any], family: str) -> None:
     tokenizer = tokenizers[family]
     turns = [*TURNS[:2], TOOL, TURNS[3]]
     example = only(tokens.tokenise(tokenizer, turns, "responses"))
@@ -125,7 +125,7 @@ def test_what_a_tool_says_is_never_learnt(tokens: Any, tokenizers: dict[str, Any
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_train_on_all_every_token_is_learnt_the_ends_of_turns_too(
+def test_with_train_on_all_every_token_is_learned_including_the_ends_of_turns(
     tokens: Any, tokenizers: dict[str, Any], family: str
 ) -> None:
     tokenizer = tokenizers[family]

@@ -1,4 +1,4 @@
-"""The adapter's model card: what the hub reads of it, what a reader may do with it, and what it must not tell."""
+"""The adapter's model card: its metadata for the hub, its code, and what it must not contain."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def code(text: str) -> str:
     return block
 
 
-def test_the_hub_reads_what_it_shows(workspace: Path, tmp_path: Path) -> None:
+def test_the_library_of_the_hub_reads_the_metadata_of_the_card(workspace: Path, tmp_path: Path) -> None:
     data = card(workspace, tmp_path, **PHI, config=rows_of("owner/rows")).data
     assert (data.base_model, data.library_name, data.pipeline_tag) == ("microsoft/phi-2", "peft", "text-generation")
     assert (data.datasets, data.model_name) == (["owner/rows"], "phi-2-lora")
@@ -92,7 +92,7 @@ def test_the_hub_reads_what_it_shows(workspace: Path, tmp_path: Path) -> None:
     assert all(result.dataset_type == "owner/rows" for result in data.eval_results)
 
 
-def test_a_folder_is_not_given_out_as_a_model_of_the_hub(workspace: Path, tmp_path: Path) -> None:
+def test_a_local_model_is_not_named_as_a_model_of_the_hub(workspace: Path, tmp_path: Path) -> None:
     data = card(workspace, tmp_path).data
     assert data.base_model is None
     assert data.datasets is None
@@ -154,7 +154,7 @@ def test_the_code_names_revision_and_system_prompt(workspace: Path, tmp_path: Pa
     assert repr("Say \"yes\" or 'no'.\n") in written
 
 
-def test_the_card_tells_nothing_of_this_machine_or_of_the_rows(workspace: Path, tmp_path: Path) -> None:
+def test_the_card_has_no_path_of_this_machine_and_no_row(workspace: Path, tmp_path: Path) -> None:
     data = run_json()["data"] | {"source": "/home/someone/secret/rows.jsonl"}
     card(workspace, tmp_path, base_model="/home/someone/models/mine", data=data)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -169,13 +169,13 @@ def test_a_card_without_questions_claims_no_answers(workspace: Path, tmp_path: P
     assert "exact" not in read.text
 
 
-def test_held_out_rows_that_were_trained_on_are_said(workspace: Path, tmp_path: Path) -> None:
+def test_held_out_rows_that_were_trained_on_are_mentioned(workspace: Path, tmp_path: Path) -> None:
     assert "flatters" not in card(workspace, tmp_path).text
     data = run_json()["data"] | {"held_out_rows_trained_on": 7}
     assert "7 of the held-out rows were trained on too, which flatters" in card(workspace, tmp_path, data=data).text
 
 
-def test_the_code_of_the_card_gives_the_answers_that_were_counted(
+def test_the_code_of_the_card_reproduces_the_measured_answers(
     invoke: Callable[..., Run],
     workspace: Path,
     capsys: pytest.CaptureFixture[str],
@@ -195,7 +195,7 @@ def test_the_code_of_the_card_gives_the_answers_that_were_counted(
     assert capsys.readouterr().out == example["after"] + "\n"
 
 
-def test_a_card_s_template_that_is_torn_costs_no_adapter(
+def test_a_broken_template_of_the_card_loses_no_adapter(
     invoke: Callable[..., Run], workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from reporting import model_card

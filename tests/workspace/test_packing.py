@@ -1,4 +1,4 @@
-"""Packed rows do not see each other: each has the loss it has alone, through the code that trains."""
+"""Packed rows do not see each other: each has the same loss as alone, in the code that trains."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_rows(
 
 
 @pytest.mark.parametrize(("architecture", "apart"), [("llama", True), ("gemma3_text", True), ("lfm2", False)])
-def test_a_model_whose_layers_mix_packed_rows_is_found_and_padded(
+def test_a_model_that_mixes_packed_rows_is_detected_and_its_rows_are_padded(
     workspace: Path, capsys: pytest.CaptureFixture[str], architecture: str, apart: bool
 ) -> None:
     import peft

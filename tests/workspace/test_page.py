@@ -1,4 +1,4 @@
-"""The chat page in a browser: Debian's Chromium, without a window, on the demo with an adapter of chance."""
+"""The chat page in a browser: Debian's Chromium, headless, on the demo with a random adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHORT, LONG = 12, 256  # tokens of an answer: as the tests set it, and as the pa
 
 @pytest.fixture(scope="module")
 def engine(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The demo with an adapter of chance, which says letters and spaces and never comes to an end by itself."""
+    """The demo with a random adapter, which says letters and spaces and never ends by itself."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -144,9 +144,7 @@ def said(engine: Any, *turns: str, adapter: bool = True) -> str:
     return "".join(engine.stream(messages, Generation(SHORT, adapter=adapter), lambda _: None))
 
 
-def test_a_question_is_answered_piece_by_piece_and_stop_ends_the_computing(
-    page: Page, engine: Any, steps: list[int]
-) -> None:
+def test_an_answer_is_streamed_and_stop_ends_its_computation(page: Page, engine: Any, steps: list[int]) -> None:
     page.keyboard.type(QUESTIONS[0])
     page.keyboard.press("Enter")
     expect(message(page)).to_have_value("")
@@ -165,7 +163,7 @@ def test_a_question_is_answered_piece_by_piece_and_stop_ends_the_computing(
     wait_for_rest(page)
 
 
-def test_a_page_that_is_closed_in_mid_answer_stops_the_computing(
+def test_closing_the_page_during_an_answer_stops_the_computation(
     browser: BrowserContext, address: str, engine: Any, steps: list[int]
 ) -> None:
     page = browser.new_page()
@@ -210,7 +208,7 @@ def test_the_settings_reach_the_model_and_retry_answers_once_more(
     expect(answers(page)).to_have_count(1)
 
 
-def test_clear_begins_a_new_chat_even_in_mid_answer(page: Page, engine: Any) -> None:
+def test_clear_starts_a_new_chat_even_during_an_answer(page: Page, engine: Any) -> None:
     alone = said(engine, QUESTIONS[1])
     send(page, QUESTIONS[0])
     expect(answers(page)).to_have_text(re.compile(r"\w"))
@@ -223,7 +221,7 @@ def test_clear_begins_a_new_chat_even_in_mid_answer(page: Page, engine: Any) -> 
     expect(answers(page)).to_have_text(alone)
 
 
-def test_the_base_model_answers_beside_the_tuned_one_each_from_what_it_said_itself(
+def test_both_models_answer_side_by_side_and_each_continues_its_own_conversation(
     page: Page, engine: Any, steps: list[int]
 ) -> None:
     first, second = QUESTIONS
@@ -259,7 +257,7 @@ def test_the_base_model_answers_beside_the_tuned_one_each_from_what_it_said_itse
     expect(answers(page)).to_have_count(0)
 
 
-def test_what_is_typed_while_an_answer_is_made_stays(page: Page) -> None:
+def test_text_that_is_typed_during_an_answer_stays(page: Page) -> None:
     send(page, QUESTIONS[0])
     expect(answers(page)).to_have_text(re.compile(r"\w"))
     send(page, QUESTIONS[1])
@@ -271,7 +269,7 @@ def test_what_is_typed_while_an_answer_is_made_stays(page: Page) -> None:
     expect(answers(page)).to_have_count(1)
 
 
-def test_an_answer_that_is_refused_or_fails_is_one_sentence(page: Page, engine: Any) -> None:
+def test_a_refused_or_failed_answer_is_one_sentence(page: Page, engine: Any) -> None:
     send(page, "very " * 600 + "long")
     expect(page.get_by_text("shorten the message or ask for a shorter answer.")).to_be_visible()
     wait_for_rest(page)
@@ -290,7 +288,7 @@ def test_an_answer_that_is_refused_or_fails_is_one_sentence(page: Page, engine: 
     expect(answers(page)).to_have_text(said(engine, QUESTIONS[0]))
 
 
-def test_everything_is_done_with_the_keyboard_alone(page: Page) -> None:
+def test_everything_works_with_the_keyboard_alone(page: Page) -> None:
     def focused() -> str:
         name = "e => e.getAttribute('aria-label') || (e.labels ? e.labels[0]?.innerText : '') || e.innerText"
         return str(page.locator(":focus").evaluate(name)).split("\n")[0].strip()
@@ -362,14 +360,14 @@ def test_every_control_has_a_name(everything: Page) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["dark", "light"])
-def test_every_text_stands_out_from_what_is_behind_it(everything: Page, scheme: Any) -> None:
+def test_every_text_has_enough_contrast(everything: Page, scheme: Any) -> None:
     everything.emulate_media(color_scheme=scheme)
     background = expect(everything.locator("gradio-app"))
     background.to_have_css("background-color", "rgb(255, 255, 255)" if scheme == "light" else "rgb(15, 15, 17)")
     assert everything.evaluate(FAINT) == []
 
 
-def test_nothing_is_cut_or_wider_than_a_phone(everything: Page) -> None:
+def test_nothing_is_cut_off_or_wider_than_a_phone(everything: Page) -> None:
     everything.set_viewport_size({"width": 360, "height": 740})
     assert everything.evaluate("document.documentElement.scrollWidth") <= 360
     assert everything.evaluate(CUT) == []

@@ -1,9 +1,8 @@
-"""Rows of the right shape with odd content, in every template family: what is learnt is what was meant, or the row is
-rejected by name.
+"""Valid rows with unusual content, in every template family: the intended part is learned, or the row is rejected.
 
-A conversation is drawn first, as turns with what they say and whether they are learnt. It is then written down as a row
-in one of the formats, with the marks, thoughts, parts, nulls and keys that other tools use. What must be learnt follows
-from the conversation and from a line for each family below; no code of the workspace takes part in that.
+A conversation is drawn first: turns with their texts, and whether each is learned. Then it is written as a row in one
+of the formats, with the marks, thoughts, parts, nulls and keys that other tools use. What must be learned follows from
+the conversation and from a line for each family below, without any code of the workspace.
 
 PLAUSIBLE_ROWS=5000   how many rows (300), drawn anew each time
 PLAUSIBLE_SEED=7      that row alone, as a failure names it
@@ -233,7 +232,7 @@ def unlike(turns: list[Turn], family: str) -> bool:
 
 
 def expected(turn: Turn, family: str, thinking: bool, asked: bool) -> str:
-    """Return what must be learnt of a turn: what the family's template writes for it when it is the last.
+    """Return what must be learned of a turn: what the family's template writes for it when it is the last.
 
     Of a turn that nobody asks for, at the start of a conversation, that is what the row has and not the template's own.
     """
@@ -336,7 +335,7 @@ def heard(turn: Turn, thinking: bool) -> str:
     return thought + answer
 
 
-def test_what_is_learnt_is_what_was_meant_or_the_row_is_rejected(
+def test_the_intended_part_is_learned_or_the_row_is_rejected(
     tokenizers: dict[str, Any], chat: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seeds = range(ROWS) if "PLAUSIBLE_ROWS" not in os.environ else random.SystemRandom().sample(range(2**40), ROWS)

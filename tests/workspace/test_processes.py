@@ -1,4 +1,4 @@
-"""One run in several processes, as accelerate launch and torchrun start them: here two on the CPU, over gloo."""
+"""One run in several processes, as accelerate launch and torchrun start them: here two on the CPU, with gloo."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(launcher: list[str], folder: Path) -> tuple[dict[str, Any], str]:
     return json.loads((folder / "models" / "run.json").read_text(encoding="utf-8")), done.stdout
 
 
-def test_two_processes_end_where_one_with_twice_the_accumulation_does(folder: Path) -> None:
+def test_two_processes_get_the_loss_of_one_with_twice_the_accumulation(folder: Path) -> None:
     change(folder, SHORT | {"gradient_accumulation_steps": 2})
     one, said_by_one = run([sys.executable], folder)
     change(folder, SHORT)
@@ -68,7 +68,7 @@ def test_two_processes_end_where_one_with_twice_the_accumulation_does(folder: Pa
     assert [float(loss) for _, _, loss in steps] == pytest.approx(losses, abs=1e-3)
 
 
-def test_a_signal_stops_both_after_the_same_step_and_the_run_goes_on_later(folder: Path) -> None:
+def test_a_signal_stops_both_after_the_same_step_and_the_run_resumes_later(folder: Path) -> None:
     change(folder, SHORT | {"num_train_epochs": 60})
     shutil.rmtree(folder / "models" / "checkpoints", ignore_errors=True)
     process = subprocess.Popen(
@@ -88,20 +88,20 @@ def test_a_signal_stops_both_after_the_same_step_and_the_run_goes_on_later(folde
 
 
 @pytest.mark.parametrize("option", ["--check", "--smoke"])
-def test_what_is_for_one_process_is_refused_in_several(folder: Path, option: str) -> None:
+def test_check_and_smoke_are_refused_in_several_processes(folder: Path, option: str) -> None:
     done = subprocess.run([*command(TWO, folder), option], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "are for one process: python finetuning/invoke_olive.py --check" in done.stderr
 
 
-def test_a_mistake_is_said_once(folder: Path) -> None:
+def test_an_error_is_printed_once(folder: Path) -> None:
     change(folder, {"max_rows": 240, "train_file": '"dataset/absent.jsonl"'})
     done = subprocess.run(command(TWO, folder), capture_output=True, text=True)
     assert done.returncode != 0
     assert done.stderr.count("error: The dataset dataset/absent.jsonl is not there") == 1
 
 
-def test_accelerate_takes_the_documented_commands() -> None:
+def test_accelerate_accepts_the_documented_commands() -> None:
     from accelerate.commands.launch import launch_command_parser
 
     page = (REPOSITORY / "docs" / "how-to" / "several-gpus.md").read_text(encoding="utf-8")
@@ -113,7 +113,7 @@ def test_accelerate_takes_the_documented_commands() -> None:
         assert not parsed.training_script_args
 
 
-def test_the_fsdp_configuration_is_one_that_accelerate_reads(folder: Path) -> None:
+def test_accelerate_reads_the_fsdp_configuration(folder: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.utils import FullyShardedDataParallelPlugin
 

@@ -1,4 +1,4 @@
-"""The page and the API behind a reverse proxy that is set up as nginx is by default, and as its recipes say."""
+"""The page and the API behind a reverse proxy, with nginx's default headers and with its usual recipes."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_page_and_api_answer_behind_a_proxy(setting: str, browser: Browser) -> N
         assert "".join(chunk.choices[0].delta.content or "" for chunk in answer) == "[user]" + HELLO[0]["content"]
 
 
-def test_the_password_is_asked_for_behind_a_proxy(browser: Browser) -> None:
+def test_the_password_is_required_behind_a_proxy(browser: Browser) -> None:
     location, options = SETTINGS["a path"]
     with behind(location, KEY, **options) as address:
         page = browser.new_page()
@@ -140,7 +140,7 @@ ORIGIN = "https://public.example"
         ({"Host": "{host}"}, {}, f"if a proxy sends this name, start the server with --root-path {ORIGIN}."),
     ],
 )
-def test_what_a_proxy_lacks_is_said(headers: dict[str, str], options: dict[str, Any], hint: str) -> None:
+def test_the_missing_proxy_setting_is_named(headers: dict[str, str], options: dict[str, Any], hint: str) -> None:
     location = Location(headers=headers)
     with behind(location, page=False, **options):
         near = f"http://127.0.0.1:{location.port}/"
@@ -175,7 +175,7 @@ def test_a_proxy_opens_the_server_to_no_other_site(options: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("wrong", ["chat", "public.example/chat", "https://", "ftp://a", "/chat?x", "https://a b/"])
-def test_a_root_path_that_is_none_is_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_root_path_is_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     import gradio_chat
     from guard import check_root_path
 

@@ -1,4 +1,4 @@
-"""The report of a run: one page that needs no network, and shows what run.json and the Trainer's log say."""
+"""The report of a run: one page that needs no network, with the content of run.json and the Trainer's log."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def write(workspace: Path, folder: Path, run: dict[str, Any], history: list[dict
     return Page(path)
 
 
-def test_the_page_holds_everything_it_shows(workspace: Path, tmp_path: Path) -> None:
+def test_the_page_is_self_contained(workspace: Path, tmp_path: Path) -> None:
     page = write(workspace, tmp_path / "report", run_json())
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
     addresses = [
@@ -100,7 +100,7 @@ def test_the_page_holds_everything_it_shows(workspace: Path, tmp_path: Path) -> 
     assert "url(" not in text and "@import" not in text
 
 
-def test_figures_before_and_after_stand_side_by_side(workspace: Path, tmp_path: Path) -> None:
+def test_metrics_before_and_after_are_side_by_side(workspace: Path, tmp_path: Path) -> None:
     page = write(workspace, tmp_path / "report", run_json())
     assert {"25.0% → 97.5%", "2.4000 → 1.7500", "11.02 → 5.75"} <= set(page.texts)
 
@@ -147,7 +147,7 @@ def test_settings_are_named_and_written_as_in_the_configuration(workspace: Path,
     assert {name: following.get(name) for name in expected} == expected
 
 
-def test_the_plot_is_described_for_those_who_do_not_see_it(workspace: Path, tmp_path: Path) -> None:
+def test_the_plot_has_an_alternative_text(workspace: Path, tmp_path: Path) -> None:
     page = write(workspace, tmp_path / "report", run_json())
     assert page.one("img")["alt"] == (
         "Training loss: 2.500 at step 5, 1.500 at step 10. Held-out loss: 2.250 at step 5, 1.750 at step 10."
@@ -171,7 +171,7 @@ def test_a_run_without_losses_or_questions_has_a_report(workspace: Path, tmp_pat
 
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }} & <b>"])
-def test_what_a_model_or_a_row_says_is_text_and_never_markup(workspace: Path, tmp_path: Path, text: str) -> None:
+def test_texts_of_models_and_rows_are_never_markup(workspace: Path, tmp_path: Path, text: str) -> None:
     usual = write(workspace, tmp_path / "usual", run_json())
     example = {"question": text, "expected": text, "before": text, "after": text}
     run = run_json(base_model=text, system_prompt=text, examples=[example] * 2, packages={text: text, "torch": text})
@@ -191,7 +191,7 @@ def test_a_report_that_fails_leaves_the_last_one(workspace: Path, tmp_path: Path
     assert set(before) == {"index.html", "loss.png"}
 
 
-def test_a_new_report_takes_the_place_of_the_last_one(workspace: Path, tmp_path: Path) -> None:
+def test_a_new_report_replaces_the_last_one(workspace: Path, tmp_path: Path) -> None:
     write(workspace, tmp_path / "report", run_json())
     page = write(workspace, tmp_path / "report", run_json(base_model="microsoft/phi-2"))
     assert "microsoft/phi-2" in page.texts and "models/demo" not in page.texts
@@ -220,7 +220,7 @@ def settings_with(**tokens: Any) -> Any:
     return Settings.of(config)
 
 
-def test_the_facts_of_the_data_are_those_of_the_tokens_that_are_trained_on(workspace: Path, demo_model: str) -> None:
+def test_the_data_facts_describe_the_tokens_that_are_trained_on(workspace: Path, demo_model: str) -> None:
     from preparing.dataset import chat_tokens
     from preparing.tokenised import tokenise_rows
     from preparing.tokens import IGNORED, load_tokenizer
@@ -255,7 +255,7 @@ def test_the_facts_of_the_data_are_those_of_the_tokens_that_are_trained_on(works
     }
 
 
-def test_the_settings_in_use_are_recorded_with_their_defaults_and_without_plumbing(workspace: Path) -> None:
+def test_the_settings_in_use_are_recorded_with_their_defaults_and_without_internals(workspace: Path) -> None:
     from reporting.run_record import settings_in_use
     from settings.run_settings import olive_config, read_settings
 

@@ -1,4 +1,4 @@
-"""Reporting to other tools while a run goes on: what is refused, what is written, and where."""
+"""Reporting to other tools during a run: what is refused, what is written, and where."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def environment() -> Iterator[None]:
 
 @pytest.fixture
 def tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make TensorBoard importable: it lies beside the environment, as the locks go without it."""
+    """Make TensorBoard importable: it is next to the environment, because the locks do not have it."""
     if not (TENSORBOARD / "tensorboard").is_dir():
         pytest.skip("tensorboard is not in .cache: `make test` puts it there")
     monkeypatch.syspath_prepend(TENSORBOARD)
@@ -42,7 +42,7 @@ def settings_with(report_to: object) -> Any:
 
 
 @pytest.mark.parametrize("names", ["mlflow", "wandb", "trackio", ["trackio", "wandb"]])
-def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
     invoke: Invoke, workspace: Path, names: str | list[str]
 ) -> None:
     import shlex
@@ -72,7 +72,7 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
         ({"wandb": True}, "choose none"),
     ],
 )
-def test_what_no_run_reports_to_is_refused(workspace: Path, value: object, words: str) -> None:
+def test_unsupported_values_are_refused(workspace: Path, value: object, words: str) -> None:
     from settings.config_file import CONFIG, ConfigError
     from settings.validation import check_report_to
 
@@ -97,7 +97,7 @@ def test_a_run_that_reports_to_nothing_needs_nothing_and_leaves_nothing(
     assert not (tmp_path / "logs").exists()
 
 
-def test_logs_lie_with_the_results_unless_the_environment_says_where(workspace: Path) -> None:
+def test_logs_are_stored_with_the_results_unless_the_environment_says_otherwise(workspace: Path) -> None:
     from reporting.run_record import keep_logs
 
     logs = workspace / "models" / "logs"

@@ -1,4 +1,4 @@
-"""Interrupted runs go on, whatever interrupted them, and end as if nothing had."""
+"""Interrupted runs resume after any interruption, and end as if there had been none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAME = 3e-4  # nats: a twentieth of what these short runs learn, and far below o
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs that were killed at random moments, one that was told to stop, and one that nobody touched."""
+    """Runs that were killed at random moments, one that was terminated, and an uninterrupted one."""
     folder = tmp_path_factory.mktemp("killed") / "workspace"
     shutil.copytree(RENDERED, folder, ignore=shutil.ignore_patterns(".venv", "models", ".git"))
     config = folder / "finetuning" / "olive-config.yaml"
@@ -37,7 +37,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_run_killed_at_any_moment_goes_on_and_ends_with_the_same_loss(interrupted: Any) -> None:
+def test_a_run_killed_at_any_moment_resumes_and_ends_with_the_same_loss(interrupted: Any) -> None:
     assert len(interrupted["killed"]) == KILLS
     whole = interrupted["whole"]
     assert whole["base_loss"] - whole["eval_loss"] > 10 * SAME, "the runs learn too little to tell them apart"
@@ -47,7 +47,7 @@ def test_a_run_killed_at_any_moment_goes_on_and_ends_with_the_same_loss(interrup
     assert any(run["went_on"] for run in interrupted["killed"])
 
 
-def test_a_run_told_to_stop_saves_first_and_goes_on_later(interrupted: Any) -> None:
+def test_a_terminated_run_saves_first_and_resumes_later(interrupted: Any) -> None:
     assert interrupted["terminated"]["status"] == 143
     assert "Stopped. The same command resumes" in interrupted["terminated"]["said"]
     assert interrupted["after"]["went_on"]
@@ -55,7 +55,7 @@ def test_a_run_told_to_stop_saves_first_and_goes_on_later(interrupted: Any) -> N
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "unmarked"])
-def test_a_torn_checkpoint_is_passed_over(workspace: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_skipped(workspace: Path, tmp_path: Path, damage: str) -> None:
     from training import checkpoints
 
     for step in (5, 10):

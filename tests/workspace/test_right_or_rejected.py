@@ -1,4 +1,4 @@
-"""Rows that a chat template does not take, thoughts, and rows of Arrow: learnt right, or rejected by name."""
+"""Rows that a chat template refuses, thoughts, and rows of Arrow: learned correctly, or rejected with the reason."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rows_of(path: Path, count: int, odd: list[Any]) -> Any:
     return chat_rows("train", train_file=str(path), held_out_file="unused", max_bad_rows=1)
 
 
-def test_rows_that_the_chat_template_does_not_take_are_rejected_up_to_the_share(
+def test_rows_that_the_chat_template_refuses_are_rejected_up_to_the_share(
     tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from preparing.problems import DataError
@@ -103,7 +103,7 @@ def test_a_part_of_a_turn_that_the_template_leaves_out_rejects_the_row(tokenizer
 @pytest.mark.parametrize("form", ["content", "key"])
 @pytest.mark.parametrize("template", ["thinks", "chatml"])
 @pytest.mark.parametrize("thinking", ["auto", "on", "off"])
-def test_thoughts_are_learnt_as_the_template_writes_them_or_left_out_and_said(
+def test_thoughts_are_learned_as_the_template_writes_them_or_left_out_with_a_note(
     tokenizer: Any, form: str, template: str, thinking: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from preparing import conversations
@@ -199,7 +199,7 @@ def tokens_of_lengths(*rows: tuple[int, int]) -> Any:
     return Tokens(len(rows), len(rows), masks, estimated=False)
 
 
-def test_the_advised_length_is_enough_for_both_parts_and_within_what_the_model_reads(workspace: Path) -> None:
+def test_the_advised_length_is_enough_for_both_parts_and_within_the_models_context(workspace: Path) -> None:
     from planning.fit import cut_answers
     from settings.run_settings import read_settings
 

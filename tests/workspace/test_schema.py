@@ -1,4 +1,4 @@
-"""The schema that editors read takes what the validation takes, over every setting that either knows."""
+"""The schema for editors accepts what the validation accepts, for every setting that either of them knows."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def found() -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize(("section", "method"), CASES)
-def test_the_schema_takes_the_values_that_the_validation_takes(
+def test_the_schema_accepts_the_values_that_the_validation_accepts(
     verdicts: Verdicts, found: dict[str, list[Any]], section: str, method: str
 ) -> None:
     known = set().union(*EXCEPTIONS.values())
@@ -206,7 +206,7 @@ def an_unknown_method(config: Config) -> None:
         *(two_systems, the_rows_of_the_other_part, an_unknown_method),
     ],
 )
-def test_both_refuse(verdicts: Verdicts, change: Callable[[Config], None]) -> None:
+def test_schema_and_validation_refuse_a_wrong_structure(verdicts: Verdicts, change: Callable[[Config], None]) -> None:
     config = config_of("LoRA")
     change(config)
     assert verdicts(config) == (False, False)
@@ -225,7 +225,9 @@ def small_letters(config: Config) -> None:
 
 
 @pytest.mark.parametrize("change", [other_order, other_name, small_letters])
-def test_both_take(verdicts: Verdicts, change: Callable[[Config], None]) -> None:
+def test_schema_and_validation_accept_equivalent_structures(
+    verdicts: Verdicts, change: Callable[[Config], None]
+) -> None:
     config = config_of("LoRA")
     change(config)
     assert verdicts(config) == (True, True)
@@ -258,7 +260,7 @@ def test_both_take(verdicts: Verdicts, change: Callable[[Config], None]) -> None
         ("input_model", "load_kwargs", None, ": input_model.load_kwargs is missing: "),
     ],
 )
-def test_a_wrong_value_is_told_with_what_to_write(
+def test_a_wrong_value_is_refused_with_what_to_write(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, section: str, key: str, value: Any, words: str
 ) -> None:
     from settings.config_file import ConfigError, check_sections
@@ -275,7 +277,7 @@ def test_a_wrong_value_is_told_with_what_to_write(
     assert str(error.value).startswith("olive-config.yaml")
 
 
-def test_a_whole_number_with_a_point_is_one_for_the_schema_alone(verdicts: Verdicts) -> None:
+def test_a_whole_number_with_a_point_is_accepted_only_by_the_schema(verdicts: Verdicts) -> None:
     """Draft 7 says so; Olive would say that it gets a float."""
     config = config_of("LoRA")
     config["passes"]["finetune"]["r"] = 16.0
@@ -283,7 +285,7 @@ def test_a_whole_number_with_a_point_is_one_for_the_schema_alone(verdicts: Verdi
 
 
 @pytest.mark.parametrize("number", ["2e-4", "2E-4", "2.0e-4", "0.0002", "1", "+1", ".5"])
-def test_a_number_in_yaml_1_2_which_editors_read_is_one_for_the_run(number: str) -> None:
+def test_a_number_in_yaml_1_2_is_also_a_number_for_the_run(number: str) -> None:
     import yaml
 
     from settings.config_file import Loader
@@ -308,7 +310,7 @@ def test_every_setting_in_the_schema_is_explained() -> None:
     assert unexplained == [".data_configs.name", ".systems.local_system"]
 
 
-def test_the_schema_is_what_the_script_makes(tmp_path: Path) -> None:
+def test_the_schema_is_current(tmp_path: Path) -> None:
     script = """
 import sys
 sys.path.insert(0, "docs")

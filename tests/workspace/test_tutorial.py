@@ -1,4 +1,4 @@
-"""The first tutorial, command by command, in one shell: what it promises is what the commands show."""
+"""The first tutorial, command by command, in one shell: the commands show what the page promises."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_chance_becomes_nearly_always_right_on_the_numbers_of_rows_that_are_name
     assert after >= 0.95
 
 
-def test_the_files_named_are_there_and_hold_the_figures(outputs: list[str]) -> None:
+def test_the_named_files_exist_and_have_the_metrics(outputs: list[str]) -> None:
     listing, _, run_json = outputs[4].partition("{")
     assert {"adapter_model.safetensors", "tokenizer.json", "index.html"} <= set(listing.split())
     run = json.loads("{" + run_json)
@@ -103,7 +103,9 @@ def test_the_two_answers_differ_and_the_second_is_the_one_promised(outputs: list
     assert base != tuned == promised[1]
 
 
-def test_one_epoch_is_hardly_better_than_chance_and_the_old_setting_gives_the_old_figures(outputs: list[str]) -> None:
+def test_one_epoch_is_hardly_better_than_chance_and_the_restored_setting_gives_the_same_metrics(
+    outputs: list[str],
+) -> None:
     assert accuracy(outputs[6])[1] < 0.4
     assert len(figures(outputs[3])) == 3
     assert figures(outputs[7]) == figures(outputs[3])
