@@ -30,16 +30,16 @@ def render(folder: Path, answers: Path) -> None:
     elif found := shutil.which("copier"):
         copier = [found]
     else:
-        raise DriftError("Copier is not installed: `python -m pip install -r setup/requirements-copier.txt`.")
+        raise DriftError("Copier is not installed: run `python -m pip install -r setup/requirements-copier.txt`.")
     if not answers.is_file():
-        raise DriftError(f"{answers.name} is missing, so the release is unknown: `git checkout {answers.name}`.")
+        raise DriftError(f"{answers.name} is missing, so the release is unknown: run `git checkout {answers.name}`.")
     (folder / ANSWERS).write_bytes(answers.read_bytes())
     options = ["--vcs-ref", ":current:", "--defaults", "--overwrite", "--skip-tasks", "--quiet"]
     command = [*copier, "recopy", *options, str(folder)]
     done = subprocess.run(command, cwd=WORKSPACE, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise DriftError(f"the template cannot be rendered ({reason}): see _src_path and _commit in {answers.name}.")
+        raise DriftError(f"the template cannot be rendered ({reason}): check _src_path and _commit in {answers.name}.")
 
 
 def differences(template: Path) -> dict[str, str]:

@@ -55,7 +55,7 @@ def get_model() -> None:
     if model == DEMO:
         build_demo(found)
     elif found and found.commit is None:
-        print(f"The model is a folder, and it is there: {found.folder}")
+        print(f"The model is the folder {found.folder}")
     else:
         print(f"The model is in {download(model, revision, found).folder}")
     print(f"Next, in {ROOT}:\n  python finetuning/invoke_olive.py --check")
@@ -112,7 +112,7 @@ def build_demo(found: Found | None) -> None:
     command = [sys.executable, "-m", "training.tiny_model"]
     env = {**os.environ, "PYTHONSAFEPATH": ""}  # -m finds it in the current folder
     if subprocess.run(command, cwd=ROOT / "finetuning", env=env, check=False).returncode != 0:
-        raise ModelError("finetuning/training/tiny_model.py failed, as shown above: correct that and run this again.")
+        raise ModelError("finetuning/training/tiny_model.py failed: fix the error shown above, and run this again.")
 
 
 def download(model: str, revision: str | None, here: Found | None) -> Found:
@@ -232,7 +232,7 @@ def get_onnx() -> None:
     if variant is None:
         raise ModelError(
             f"{model} has no ready-made ONNX model for {wanted['platform']} and {wanted['device']} in setup/model.yaml:"
-            " fine-tune, and finetuning/export.py makes one."
+            " fine-tune, then create one with `python finetuning/export.py`."
         )
     made_from = {"base_model": model, "hub_id": variant["hub_id"], "hub_revision": variant["revision"]}
     made_from |= {"base_revision": revision, "folder": variant["folder"]}
@@ -305,7 +305,7 @@ def show_list() -> None:
             row = (model["id"], model["name"], f"{gib:.1f} GiB", licence, fits, "ready" if model["onnx"] else "")
             table.add_row(*row)
     Console().print(table)
-    print("Fits: to chat in 16 bits, a fifth on top. Training needs more: python finetuning/invoke_olive.py --check")
+    print("Fits: to chat in 16 bits, plus a fifth. Training needs more: python finetuning/invoke_olive.py --check")
 
 
 def memory_gib() -> float:
@@ -331,7 +331,7 @@ def check_disk(cache: Path, missing: int) -> None:
     if missing > free:
         raise ModelError(
             f"{folder} has {free / 1e9:.1f} GB free and the model needs {missing / 1e9:.1f} more:"
-            " make room, or set HF_HOME to a folder on another disk."
+            " free some space, or set HF_HOME to a folder on another disk."
         )
 
 
@@ -362,7 +362,7 @@ def explain(error: BaseException, model: str, revision: str | None) -> str:
     if status >= 500:
         return f"{hub} is out of order ({status}): wait, then {again}."
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"The disk is full: make room in {constants.HF_HUB_CACHE}, or set HF_HOME to a folder on another disk."
+        return f"The disk is full: free space in {constants.HF_HUB_CACHE}, or set HF_HOME to a folder on another disk."
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename} cannot be written ({error.strerror}): set HF_HOME to a folder of your own."
     if "TimeoutException" in kinds:

@@ -118,7 +118,9 @@ def find_model(model: str, revision: str | None, workspace: Path) -> Found:
             )
         return find_snapshot(model, revision)
     except OSError as error:
-        raise ModelError(f"{error.filename} cannot be read ({error.strerror}): give yourself the right to.") from error
+        raise ModelError(
+            f"{error.filename} cannot be read ({error.strerror}): give yourself read permission."
+        ) from error
 
 
 def check_folder(folder: Path, model: str) -> None:
@@ -158,12 +160,12 @@ def find_snapshot(model: str, revision: str | None) -> Found:
     except ModelError as error:
         if sizes is not None:
             raise
-        part = f"{model} is only partly on this machine: {GET}, which fetches the rest."  # the hub may have more files
+        part = (
+            f"{model} is only partly on this machine: {GET}, which downloads the rest."  # the hub may have more files
+        )
         if isinstance(error, OldWeightsError):
-            part = (
-                f"{model} is on this machine with pytorch_model.bin, and safetensors are needed: {GET}, which fetches "
-            )
-            part += "them if the hub has them."
+            part = f"{model} is on this machine with pytorch_model.bin, and safetensors are needed: {GET}, which "
+            part += "downloads them if the hub has them."
         raise ModelMissingError(part) from error
     extra = EXTRA + (EXTRA_BESIDE_TOKENIZER_JSON if "tokenizer.json" in names else ())
     names = [name for name in names if not matches(name, extra)]

@@ -28,7 +28,9 @@ def undo(workspace: Path) -> None:
     if pending.exists():
         names = [pending.read_text(encoding="utf-8")]
     if not names:
-        raise UndoError("there is no update to take back: the last three are kept, in this repository alone.")
+        raise UndoError(
+            "there is no update to undo: the last three are kept, in this repository only; `git log` has older states."
+        )
     copy = copies / names[-1]
     state = json.loads((copy / "state.json").read_text(encoding="utf-8"))
     touched = {*state["names"], *files(copy / "new"), *files(copy / "mine")}
@@ -42,7 +44,7 @@ def undo(workspace: Path) -> None:
         delete_again(workspace, state["gone"])
     (copy / "undone").touch()
     pending.unlink(missing_ok=True)
-    print(f"The update of {names[-1][:10]} is taken back. The previous content of these files is in {now}.")
+    print(f"The update of {names[-1][:10]} is undone. The previous content of these files is in {now}.")
     print("Next: git status")
 
 
@@ -74,7 +76,7 @@ def restore_index(workspace: Path, state: dict[str, list[str]]) -> None:
     prefix = state["prefix"]
     before = {line.partition("\t")[2]: line.split()[:3] for line in state["index"]}
     lines = []
-    # git takes a file of another size for changed, even one that differs only in line ends: let it compare them again
+    # for git, a file of another size has changed, even if only the line ends differ: make git compare it again
     written = {*git(workspace, "diff-files", "--name-only", "--relative", "-z").split("\0")}
     for line in git(workspace, "ls-files", "--stage", "-z").split("\0"):
         name = line.partition("\t")[2]
@@ -113,7 +115,7 @@ def git(workspace: Path, *arguments: str, given: str = "") -> str:
     )
     if done.returncode != 0:
         reason = done.stderr.decode(errors="replace").strip().partition("\n")[0]
-        raise UndoError(f"git {arguments[0]} did not work in {workspace} ({reason}): put that right and try again.")
+        raise UndoError(f"git {arguments[0]} failed in {workspace} ({reason}): fix that and try again.")
     return done.stdout.decode(errors="surrogateescape")
 
 

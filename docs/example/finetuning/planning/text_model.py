@@ -6,6 +6,7 @@ used: setup/get_model.py asks it before a download.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import json
@@ -15,6 +16,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import preparing.workspace  # noqa: F401 - turns telemetry off, before transformers is imported
 
 Config = Mapping[str, Any]  # a config.json
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endings of classes that generate text
@@ -84,5 +87,14 @@ def no_int4(config: Config) -> str | None:
     return f"no int4 ONNX model: the builder does not know {name}; export.py --format merged works"
 
 
+def main() -> int:
+    """Read a config.json from stdin, and print why the model cannot be used."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="the model's id or folder, for the sentence")
+    arguments = parser.parse_args()
+    print(refused(arguments.name, json.load(sys.stdin)) or "", end="")
+    return 0
+
+
 if __name__ == "__main__":
-    print(refused(sys.argv[1], json.load(sys.stdin)) or "", end="")
+    sys.exit(main())
