@@ -26,7 +26,7 @@ NEWEST := $(CURDIR)/.cache/newest
 RENDER := copier copy --quiet --defaults --overwrite --skip-tasks --vcs-ref HEAD -d environment=venv .
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test test-all release lint environments workspace test-workspace test-real test-azure test-walk test-hub
+.PHONY: demo test test-all release lint environments workspace test-runs test-workspace test-real test-azure test-walk test-hub
 .PHONY: bench docs site lock newest clean
 
 .venv/ready: locks/repository.txt
@@ -135,18 +135,24 @@ IN_PAIRS := --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)
 
 test: .venv/ready
 	@$(MAKE) $(IN_PAIRS) lint environments site
-	pytest -n 2 tests/unit tests/render tests/update tests/azure/test_bicep.py tests/azure/test_environment.py \
-	  --ignore tests/unit/test_get_model.py --ignore tests/unit/test_hub.py
-	pytest -n 2 tests/site
-	AUTOCRLF=true pytest -n 2 tests/update/test_edits.py tests/update/test_migrations.py tests/update/test_update.py
-	@$(MAKE) $(IN_PAIRS) test-workspace test-real test-azure test-walk test-hub
+	pytest -n 2 --dist worksteal tests/unit tests/render tests/update tests/site tests/azure/test_bicep.py \
+	  tests/azure/test_environment.py --ignore tests/unit/test_get_model.py --ignore tests/unit/test_hub.py
+	AUTOCRLF=true pytest -n 2 --dist worksteal tests/update/test_edits.py tests/update/test_migrations.py \
+	  tests/update/test_update.py
+	@$(MAKE) $(IN_PAIRS) test-runs test-workspace test-real test-azure test-walk test-hub
 
 environments: workspace .cache/azure-cli/ready .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready \
   .cache/fastjsonschema/ready .cache/playwright/ready .cache/rattler/ready .cache/bicep-tools/ready \
   $(WORKSPACE)/.venv-promptflow/ready .cache/smollm2/ready
 
+# The tests of tests/workspace that take longest, so that two processes share the folder.
+RUNS := $(addprefix tests/workspace/test_,demo.py export.py gradients.py plan.py resume.py settings.py waiting.py)
+
+test-runs:
+	$(WORKSPACE)/.venv/bin/python -m pytest $(RUNS)
+
 test-workspace:
-	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace
+	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace $(addprefix --ignore ,$(RUNS))
 
 test-real:
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/real --ignore tests/real/test_gemma.py
