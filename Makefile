@@ -135,8 +135,9 @@ IN_PAIRS := --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)
 
 test: .venv/ready
 	@$(MAKE) $(IN_PAIRS) lint environments site
-	pytest -n 2 --dist worksteal tests/unit tests/render tests/update tests/site tests/azure/test_bicep.py \
+	pytest -n 2 --dist worksteal tests/unit tests/render tests/update tests/azure/test_bicep.py \
 	  tests/azure/test_environment.py --ignore tests/unit/test_get_model.py --ignore tests/unit/test_hub.py
+	pytest -n 2 tests/site
 	AUTOCRLF=true pytest -n 2 --dist worksteal tests/update/test_edits.py tests/update/test_migrations.py \
 	  tests/update/test_update.py
 	@$(MAKE) $(IN_PAIRS) test-runs test-workspace test-real test-azure test-walk test-hub

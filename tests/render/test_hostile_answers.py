@@ -504,7 +504,7 @@ def test_copier_s_own_copy_and_recopy_run_the_hook_whatever_the_answers_and_the_
     root = tmp_path / "a;touch${IFS}pwned"  # a blank is refused
     conda = root / "bin" / "conda"
     conda.parent.mkdir(parents=True)
-    conda.write_text('#!/bin/sh\nprintf \'%s\\0\' "$@" >>"$CONDA_SAYS"\necho \'{"envs": []}\'\ntest "$2" = list\n')
+    conda.write_text('#!/bin/sh\nprintf \'%s\\0\' "$@" >>"$CONDA_SAYS"\necho \'{"envs": []}\'\ntest "$1" != create\n')
     conda.chmod(0o755)
     folder = tmp_path / "it's `touch pwned` {{ 7 * 7 }}; 😀"
     answers = {
@@ -530,7 +530,9 @@ def test_copier_s_own_copy_and_recopy_run_the_hook_whatever_the_answers_and_the_
         recorded = yaml.safe_load((folder / ".copier-answers.yml").read_text(encoding="utf-8"))
         assert {name: recorded[name] for name in answers} == answers
         said = (tmp_path / "says").read_text().split("\0")
-        assert said == ["env", "list", "--json", "create", "--name", "n--prefix", ""]
+        assert said[:7] == ["env", "list", "--json", "info", "--json", "create", "--prefix"]
+        assert said[7] == str(root / "envs" / "n--prefix")
+        assert said[8:] == ["--override-channels", "--channel", "conda-forge", "--no-default-packages", ""]
         (tmp_path / "says").unlink()
         assert {path.name for path in tmp_path.iterdir()} == {root.name, folder.name}
         assert not list(tmp_path.rglob("pwned"))
