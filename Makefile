@@ -168,7 +168,7 @@ test-hub:
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/unit/test_hub.py tests/unit/test_get_model.py
 
 test-all: test .cache/gemma3-270m/ready
-	EVERY_ANSWER=1 pytest -n 2 tests/update/test_every_answer.py
+	EVERY_ANSWER=1 pytest -n 2 tests/update/test_every_answer.py tests/render/test_render_matrix.py
 	UPDATE_DRAWS=2000 pytest -n 2 tests/update/test_property.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/walk/test_every_walk.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/real/test_gemma.py

@@ -163,9 +163,9 @@ def test_an_update_equals_a_fresh_render(
 ) -> None:
     catalogue = yaml.safe_load(git(releases, "show", f"{known(releases, before)}:catalog/models.yml"))["models"]
     had = {model["id"] for model in catalogue}
-    # every set from the first and the last release, a quarter from those between; all of them in `make test-all`
-    whole = before in (BEFORE[0], BEFORE[-1]) or os.environ.get("EVERY_ANSWER") == "1"
-    for number, row in enumerate(SETS[share :: SHARES if whole else 4 * SHARES]):
+    # each set from one of the releases; from all of them in `make test-all`
+    first, step = (0, 1) if os.environ.get("EVERY_ANSWER") == "1" else (BEFORE.index(before), len(BEFORE))
+    for number, row in enumerate(SETS[share::SHARES][first::step]):
         answers = answers_of(row)
         # Every eighth goes on to the release after this one. A model that came later starts with this one.
         tags = [before, NOW, NEXT[0]] if number % 8 == 0 else [before, NOW]

@@ -290,7 +290,9 @@ def test_the_model_for_a_gpu_computes_the_same_on_the_cpus_kernels(
     options.clear()
     file.write_text(json.dumps(settings))
     assert tuned_source(models.parent).dtype == "float32"
-    figures = int4.compare(models / "merged", tmp_path, [held_out(models)[i] for i in range(20)], "float32")
+    figures = int4.compare(
+        models / "merged", tmp_path, [held_out(models)[i] for i in range(20)], "float32", thinking=False
+    )
     assert figures["tokens"] >= 0.95
     assert figures["logits_mean"] < 0.2
 

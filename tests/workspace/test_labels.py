@@ -55,6 +55,7 @@ def serving(workspace: Path) -> Any:
     def make(tokenizer: Any, system_prompt: str, thinking: bool = False) -> Any:
         backend: Any = object.__new__(torch_backend.TorchBackend)
         backend.tokenizer, backend.context, backend.thinking = tokenizer, 4096, thinking
+        backend.vocabulary = len(tokenizer)
         return engine.Engine(SimpleNamespace(system_prompt=system_prompt), backend)
 
     return make

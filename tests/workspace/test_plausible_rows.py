@@ -274,6 +274,7 @@ def chat(workspace: Any) -> Any:
         def ask(tokenizer: Any, thinking: bool, messages: list[dict[str, str]]) -> list[int] | None:
             backend: Any = object.__new__(torch_backend.TorchBackend)
             backend.tokenizer, backend.context, backend.thinking = tokenizer, 10**6, thinking
+            backend.vocabulary = len(tokenizer)
             try:
                 return engine.Engine(SimpleNamespace(system_prompt=""), backend).fit(messages, 64, pytest.fail)[0]
             except engine.ChatError:

@@ -271,6 +271,7 @@ CASES = {
     f"{TOKENS}.system_prompt": Case("I am mournful.", lambda seen: "I am mournful." in seen.text(), True),
     f"{TOKENS}.max_seq_len": Case(25, lambda seen: max(map(len, seen.rows())), 25, {f"{TOKENS}.max_bad_rows": 1}),
     f"{TOKENS}.train_on": Case("all", lambda seen: seen.labels() == len(seen.rows()[0]), True),
+    f"{TOKENS}.thinking": Case("on", lambda seen: seen.run.json["thinking"], True),
     f"{PASS}.type": Case("DoRA", lambda seen: (seen.adapter["use_dora"], seen.run.json["method"]), (True, "dora")),
     f"{PASS}.r": Case(3, lambda seen: (seen.adapter["r"], seen.modules("r")), (3, {3})),
     f"{PASS}.alpha": Case(48, lambda seen: (seen.adapter["lora_alpha"], seen.modules("scaling")), (48, {3.0})),
@@ -346,8 +347,9 @@ IN_FOUR_BITS = {
     f"{PASS}.compute_dtype": ("bfloat16", lambda layer: str(layer.compute_dtype), "torch.bfloat16"),
 }
 OLIVE_RUN = {"clean_cache", "cache_dir", "output_dir"}
-# have tests of their own below
+# have tests of their own below, or in tests/unit/test_row_files.py
 ELSEWHERE = {
+    f"{ROWS}.encoding",
     *(f"{ROWS}.max_bad_rows", f"{TOKENS}.max_bad_rows"),
     *(f"{ARGS}.report_to", "systems.local_system.accelerators.0.device"),
 }
