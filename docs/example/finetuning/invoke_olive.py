@@ -152,10 +152,12 @@ def tune(settings: Settings, rows: dict[str, list[Any]], results: Path, fresh: b
     found = {part: tokenise_rows(tokenizer, rows[part], **vars(settings.data[part].tokens)) for part in rows}
     for part in found:
         list_refused(found[part].refused, rows[part])
+        if cut := found[part].cut_in_words():
+            print(cut)
     rows = {part: found[part].rows for part in found}
     tokens = {part: found[part].examples for part in found}
-    show_plan.show("rows", row_facts(settings, rows, len(tokens["train"])))
     settings, estimated, line = settle(settings, found)
+    show_plan.show("rows", row_facts(settings, rows, len(tokens["train"])))
     show_plan.show("memory", {"line": line})
     if fresh or (run_folder / "finished").exists():
         shutil.rmtree(run_folder, ignore_errors=True)  # the result of a finished run is in models/adapter

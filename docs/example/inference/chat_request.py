@@ -14,14 +14,13 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
 
 from api_error import ApiError
-from engine import Generation, Message
+from engine import COLDEST, Generation, Message
 
 # Fields that do not affect the answer, and neutral values of other fields.
 IGNORED = {"metadata", "name", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store"}
 IGNORED |= {"tool_choice", "user"}  # without tools, tool_choice has no effect
 NEUTRAL: dict[str, Any] = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "top_logprobs": 0}
 NEUTRAL |= {"response_format": {"type": "text"}, "modalities": ["text"]}
-COLDEST = 0.01
 NO_TOOLS = ", as the model knows no tools: leave out the turns that call one, and those with its result"
 WHY = {"tool_calls": NO_TOOLS, "function_call": NO_TOOLS}
 WHY["chat_template_kwargs"] = ": the chat template gets the same values as in the training"

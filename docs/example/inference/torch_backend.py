@@ -68,6 +68,7 @@ class TorchBackend:
         if not tokenizer.chat_template:  # a base model's tokenizer
             tokenizer.chat_template = read_yaml(root, "setup/model.yaml")["chat_template"]
         self.tokenizer, self.thinking = tokenizer, source.thinking
+        self.vocabulary = model.get_input_embeddings().num_embeddings
         self.stops = self.end_of_answer(model.generation_config.eos_token_id)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # A new one: the model's own may sample or penalise repetition, which the evaluation did not do.
@@ -104,7 +105,7 @@ class TorchBackend:
     def encode(self, text: str) -> list[int]:
         """Tokenise a rendered text, as the training did. Raises ChatError for a token that the model lacks."""
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if (token := max(ids, default=0)) >= self.model.get_input_embeddings().num_embeddings:
+        if (token := max(ids, default=0)) >= self.vocabulary:
             raise ChatError(
                 f"The tokenizer is larger than the model: {self.tokenizer.convert_ids_to_tokens(token)!r} has the id "
                 f"{token}, for which the model has no embedding: leave this text out."

@@ -67,9 +67,8 @@ def tokenise_rows(
 ) -> Tokenised:
     """Tokenise conversations; see tokenise for the labels. `thinking` is auto (as the rows are), on or off.
 
-    Rows that the chat template refuses, or of which it drops a part, are added to the list of rejected rows. Raises
-    DataError if they are more than the share `max_bad_rows`, or all rows, or if the template does not take the system
-    prompt.
+    Rows that the chat template refuses, or of which it drops a part, are left out and counted. Raises DataError if they
+    are more than the share `max_bad_rows`, or all rows, or if the template does not take the system prompt.
     """
     # YAML 1.1 reads on as true
     thinks = thinking in ("on", True) or (thinking == "auto" and any(map(has_thought, rows)))

@@ -190,7 +190,8 @@ def part_settings(config: Mapping[str, Any], part: str) -> PartSettings:
             rows = arguments_of(chat_rows, data_config["load_dataset_config"], {"part"})
             others = {"rows", "model_path", "revision"}
             tokens = arguments_of(chat_tokens, data_config["pre_process_data_config"], others)
-            tokens["thinking"] = {True: "on", False: "off"}.get(tokens["thinking"], tokens["thinking"])
+            if isinstance(tokens["thinking"], bool):  # YAML 1.1 reads on as true
+                tokens["thinking"] = "on" if tokens["thinking"] else "off"
             return PartSettings(RowSettings(**rows), TokenSettings(**tokens))
     raise ConfigError(f"{CONFIG.name}: data_configs has no entry named {part}. {RESTORE}.")
 
