@@ -32,13 +32,13 @@ REQUIRED = {
 }
 
 
-def sources(model: str) -> tuple[str, ...]:
+def data_sources(model: str) -> tuple[str, ...]:
     return SOURCES if model in WHOLE or os.environ.get("EVERY_ANSWER") == "1" else SOURCES[:1]
 
 
 def combinations(model: str) -> Iterator[dict[str, Any]]:
     for device, platform, target, method, source in itertools.product(
-        ("gpu", "cpu"), PLATFORMS, ("local", "azure"), METHODS, sources(model)
+        ("gpu", "cpu"), PLATFORMS, ("local", "azure"), METHODS, data_sources(model)
     ):
         yield {
             "model": model,
@@ -128,7 +128,7 @@ def test_every_valid_combination_renders_right_and_every_other_is_refused(
         rendered += 1
         for name in made:  # the folders stay: to remove them takes longer than to render
             (tmp_path / "workspace" / name).unlink()
-    assert rendered == len(sources(model)) * (5 * len(METHODS) + (6 if model == "demo" else 3) * (len(METHODS) - 1))
+    assert rendered == len(data_sources(model)) * (5 * len(METHODS) + (6 if model == "demo" else 3) * (len(METHODS) - 1))
 
 
 def wanted(name: str, device: str, target: str, **_: Any) -> bool:
