@@ -128,7 +128,8 @@ def test_every_valid_combination_renders_right_and_every_other_is_refused(
         rendered += 1
         for name in made:  # the folders stay: to remove them takes longer than to render
             (tmp_path / "workspace" / name).unlink()
-    assert rendered == len(data_sources(model)) * (5 * len(METHODS) + (6 if model == "demo" else 3) * (len(METHODS) - 1))
+    places = 5 * len(METHODS) + (6 if model == "demo" else 3) * (len(METHODS) - 1)
+    assert rendered == len(data_sources(model)) * places
 
 
 def wanted(name: str, device: str, target: str, **_: Any) -> bool:
