@@ -72,6 +72,7 @@ SPLIT_FILES: dict[str, tuple[str, ...]] = {
     "inference/engine.py": ("inference/load_engine.py", "inference/sources.py"),
     "inference/server.py": ("inference/guard.py",),
     "setup/create_env.py": ("setup/conda_environment.py",),
+    "setup/get_model.py": ("setup/hub_download.py",),
     "setup/install.py": ("setup/installed.py",),
 }
 # File, by its newest name → old name → new name of a setting.

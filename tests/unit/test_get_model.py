@@ -57,7 +57,7 @@ class Workspace:
         self.root = root
         (root / "setup").mkdir(parents=True)
         (root / "finetuning" / "training").mkdir(parents=True)
-        for script in ("get_model.py", "model_folder.py", "no_telemetry.py"):
+        for script in ("get_model.py", "hub_download.py", "model_folder.py", "no_telemetry.py"):
             shutil.copy(SETUP / script, root / "setup")
         self.env = {"PATH": os.defpath, "HF_HOME": str(root / "hub"), "HOME": str(root), "CI": "1"}
         self.before: list[str] = []  # options of setpriv
@@ -245,15 +245,16 @@ def test_the_list_shows_what_is_offered_and_marks_what_fits_this_machine(workspa
 
 
 def test_a_full_disk_is_said_before_the_download(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("get_model", workspace.root / "setup" / "get_model.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=10**9))
-    module.check_disk(workspace.root / "not" / "yet", 10**9)
-    with pytest.raises(module.ModelError, match=r"1\.0 GB free and the model needs 7\.6 more"):
-        module.check_disk(workspace.root / "not" / "yet", int(7.6e9))
+    monkeypatch.syspath_prepend(str(workspace.root / "setup"))
+    for name in ("model_folder", "hub_download"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import hub_download
+
+    monkeypatch.setattr(hub_download.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=10**9))
+    hub_download.check_disk(workspace.root / "not" / "yet", 10**9)
+    with pytest.raises(hub_download.ModelError, match=r"1\.0 GB free and the model needs 7\.6 more"):
+        hub_download.check_disk(workspace.root / "not" / "yet", int(7.6e9))
 
 
 # -------------------------------------------------------------------------------------------------------- from the hub
@@ -296,7 +297,8 @@ class Here:
 
     def __init__(self, root: Path, cache: Path, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.root, self.cache, self.patch, self.capsys = root, cache, patch, capsys
-        self.model_folder = module(root, "model_folder")  # first: get_model.py imports it
+        self.model_folder = module(root, "model_folder")  # first: the others import it
+        self.hub_download = module(root, "hub_download")
         self.get_model = module(root, "get_model")
         self.snapshots = cache / "models--me--tiny" / "snapshots"
 
@@ -349,7 +351,7 @@ def here(
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(workspace.root / "no-token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     yield Here(workspace.root, cache, monkeypatch, capsys)
-    for name in ("get_model", "model_folder"):
+    for name in ("get_model", "hub_download", "model_folder"):
         del sys.modules[name]
 
 
@@ -642,7 +644,7 @@ def test_a_gated_model_names_the_page_of_its_licence_and_the_variable(
 def test_a_hub_in_trouble_is_one_sentence(
     here: Here, workspace: Workspace, hub: Hub, fault: dict[str, Any], words: tuple[str, ...]
 ) -> None:
-    here.patch.setattr(here.get_model, "WAIT", 0.5)
+    here.patch.setattr(here.hub_download, "WAIT", 0.5)
     hub.fail("/api/models/me/tiny", **fault)
     workspace.configure("me/tiny", COMMIT)
     here.says(hub.url, *words)
@@ -651,7 +653,7 @@ def test_a_hub_in_trouble_is_one_sentence(
 
 
 def test_a_hub_that_answers_and_then_no_more_does_not_hold_for_ever(here: Here, workspace: Workspace, hub: Hub) -> None:
-    here.patch.setattr(here.get_model, "WAIT", 0.3)
+    here.patch.setattr(here.hub_download, "WAIT", 0.3)
     here.patch.setattr("time.sleep", lambda _seconds: None)  # the library's pauses before it tries again
     hub.fail("/api/models/me/tiny/tree", delay=60)
     workspace.configure("me/tiny", COMMIT)
