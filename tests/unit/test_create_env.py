@@ -104,9 +104,10 @@ def test_a_dry_run_shows_torch_before_the_lock_and_touches_nothing(
     lines = capsys.readouterr().out.splitlines()
     mark = '"' if platform == "win32" else "'"  # what a shell of that system takes; the folder has a space in its name
     python = create_env.ROOT / ".venv" / ("Scripts/python.exe" if platform == "win32" else "bin/python")
-    pip = f"{mark}{python}{mark} -m pip install"
+    pip = f"{mark}{python}{mark} -m pip install --no-compile"
+    compiler = f"  {mark}{python}{mark} -m compileall -q -j 0 -x "
     torch = f"  PIP_INDEX_URL=https://download.pytorch.org/{index} {pip} --no-deps --force-reinstall torch==2.13.0"
-    assert lines == [
+    assert [line for line in lines if not line.startswith(compiler)] == [
         "Commands for the environment .venv with venv (no conda was found):",
         f"  {sys.executable} -m venv {mark}{create_env.ROOT / '.venv'}{mark}",
         *([torch] if index else []),  # macOS has one build, and the lock takes it from the usual index
@@ -115,6 +116,7 @@ def test_a_dry_run_shows_torch_before_the_lock_and_touches_nothing(
         f"  {activate}",
         "  python finetuning/invoke_olive.py --check",
     ]
+    assert lines[-4].startswith(compiler)
     assert sorted(create_env.ROOT.rglob("*")) == before
 
 
@@ -140,7 +142,7 @@ def test_a_dry_run_with_conda_asks_it_for_the_place_and_runs_nothing_else(
         f"  {conda} create --prefix {prefix} {only} --no-default-packages",
         f"  {conda} install --prefix {prefix} {only} python=3.11 pip",
     ]
-    assert lines[-4] == f"  {python} -m pip install -r {prefix / 'requirements-cpu.txt'}"
+    assert lines[-5] == f"  {python} -m pip install --no-compile -r {prefix / 'requirements-cpu.txt'}"
     assert lines[-2] == "  conda activate small"
     assert (tmp_path / "ran").read_text() == "env list --json\ninfo --json\n" and not prefix.exists()
 
@@ -246,10 +248,11 @@ def test_prompt_flow_has_a_venv_of_its_own_whatever_manager_the_other_environmen
     (create_env.FLOW / "requirements.txt").write_text("promptflow==1.0\n")
     assert environments(create_env, *options, monkeypatch=monkeypatch) == 0
     prefix = create_env.ROOT / ".venv-promptflow"
-    assert capsys.readouterr().out.splitlines() == [
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if " -m compileall " not in line] == [
         "Commands for the environment .venv-promptflow with venv:",
         f"  {sys.executable} -m venv '{prefix}'",
-        f"  '{prefix}/bin/python' -m pip install -r '{create_env.FLOW / 'requirements.txt'}'",
+        f"  '{prefix}/bin/python' -m pip install --no-compile -r '{create_env.FLOW / 'requirements.txt'}'",
         f"Next, in {create_env.ROOT}:",
         "  source .venv-promptflow/bin/activate",
         "  pf flow test --flow inference/flow --interactive",
@@ -422,8 +425,9 @@ def test_an_environment_is_made_of_the_folder_of_wheels_and_then_left_alone(make
     assert done.returncode == 0, done.stderr
     assert "torch 2.13.0 from your find-links" in done.stdout
     assert (workspace.version("torch"), workspace.version("small")) == ("2.13.0+cpu", "1.0")
-    assert workspace.log.count("$ ") == 3  # the venv, torch, the lock
-    assert list((workspace.root / ".venv").glob("lib/*/site-packages/__pycache__/small.*.pyc"))
+    assert workspace.log.count("$ ") == 4  # the venv, torch, the lock, bytecode
+    site = next((workspace.root / ".venv").glob("lib/*/site-packages"))
+    assert list(site.glob("torch/__pycache__/*.pyc")) and not list(site.glob("pip/__pycache__/*.pyc"))
     assert done.stdout.splitlines()[-2:] == [
         "  source .venv/bin/activate",
         "  python finetuning/invoke_olive.py --check",

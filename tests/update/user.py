@@ -198,7 +198,8 @@ class User:
     def add(self, name: str = "") -> str:
         name = name or self.new_name()
         path = self.workspace / name
-        if path.exists() or path.is_symlink() or name in self.used:
+        taken = path.exists() or path.is_symlink() or name in self.used
+        if taken or any((self.workspace / parent).is_file() for parent in Path(name).parents):
             return ""
         with_parents(path)
         self.used.add(name)
@@ -300,8 +301,7 @@ class User:
     def reject(self) -> str:
         """Keep what `git apply` left of a patch, as Copier leaves it too."""
         self.exclude("*.rej")
-        name = f"{self.rng.choice(sorted(self.old))}.rej"
-        return "" if any((self.workspace / parent).is_file() for parent in Path(name).parents) else self.add(name)
+        return self.add(f"{self.rng.choice(sorted(self.old))}.rej")
 
     def pattern(self) -> str:
         return self.rng.choice(["*.toml", "/finetuning/", ".vscode/", "README.md", "*.py", "/setup", "*.rej", "later/"])

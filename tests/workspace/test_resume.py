@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from conftest import RENDERED, Run
 
 Invoke = Callable[..., Run]
-KILLS = 20
+KILLS = int(os.environ.get("KILLS", "8"))
 SAME = 3e-4  # nats: a twentieth of what these short runs learn, and far below one per cent
 
 
