@@ -40,7 +40,20 @@ from conda_environment import (
     package_name,
 )
 from gpu import too_old
-from install import LOG, TORCH_INDEX, SetupError, again, asked_build, install, install_more, log, quoted, step, works
+from install import (
+    LOG,
+    TORCH_INDEX,
+    SetupError,
+    again,
+    asked_build,
+    compile_imported,
+    install,
+    install_more,
+    log,
+    quoted,
+    step,
+    works,
+)
 from installed import ROOT, python_in, site_packages, torch_versions
 
 SETUP = ROOT / "setup"
@@ -84,6 +97,7 @@ def create(manager: str, purpose: str, dry_run: bool) -> None:
             install(prefix, device, lock, dry_run)
             if conda and (more := conda_lists()[2]):
                 install_more(prefix, more, dry_run)
+            compile_imported(prefix, dry_run)
             if not dry_run:
                 # Last, so that an interrupted environment never counts as complete.
                 write_stamp(prefix, stamp_for(prefix, lock))

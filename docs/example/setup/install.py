@@ -27,6 +27,12 @@ UV_NAMES = ("UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_INSECURE_HOST", "SSL_CERT_
 # With these, pip installs elsewhere, or takes packages of another environment for installed.
 ELSEWHERE = ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN")
 HERE = {"PIP_USER": "0", "PYTHONNOUSERSITE": "1", "PIP_REQUIRE_VIRTUALENV": "0"}
+# A run starts in half the time if what it imports is compiled; compiling all packages takes three times as long.
+COMPILED = (
+    "accelerate|datasets|gradio|huggingface_hub|matplotlib|numpy|olive|onnxscript|optuna|pandas|peft|pydantic|scipy"
+    "|sympy|torch|transformers"
+)
+NOT_COMPILED = rf"site-packages[\\/](?!({COMPILED})[\\/])|[\\/](tests?|testing|models)[\\/]"
 
 
 class SetupError(Exception):
@@ -36,6 +42,8 @@ class SetupError(Exception):
 def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
     """Install torch from its own index, if the lock has it, then the rest. Raises SetupError."""
     command, env = installer(python_in(prefix))
+    if not dry_run:
+        remove_torn(prefix)
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)", lock.read_text(encoding="utf-8"), re.MULTILINE))
     by_conda = dict(project(folder) for _, _, folder in conda_distributions(prefix))
     version = pins.get("torch")
@@ -54,8 +62,6 @@ def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
         if pins[name] != by_conda[name]:
             print(f"  {name} {by_conda[name]} is conda's and stays; the lock has {pins[name]}.")
     options = ["--no-index"] if env.get("PIP_NO_INDEX") else []
-    # With compiled bytecode, scripts start in half the time; pip compiles by default.
-    env = {"UV_COMPILE_BYTECODE": "1", **env}
     file, count = requirements(prefix, lock, set(by_conda), dry_run)
     step(f"{count} locked packages", [*command, *options, "-r", str(file)], env, dry_run)
     if not dry_run:
@@ -66,6 +72,23 @@ def install_more(prefix: Path, packages: list[str], dry_run: bool) -> None:
     """Install the user's own packages of pip. Raises SetupError."""
     command, env = installer(python_in(prefix))
     step(f"{len(packages)} packages of pip, from conda-environment.yml", [*command, *packages], env, dry_run)
+
+
+def compile_imported(prefix: Path, dry_run: bool) -> None:
+    """Compile the packages that a run imports to bytecode, on all cores: pip would use one."""
+    place = str(site_packages(prefix) or prefix)
+    command = [str(python_in(prefix)), "-m", "compileall", "-q", "-j", "0", "-x", NOT_COMPILED, place]
+    # it fails for files that are for another Python
+    step("bytecode of what a run imports", command, dict(os.environ), dry_run, may_fail=True)
+
+
+def remove_torn(prefix: Path) -> None:
+    """Delete a package's *-info folder that has no metadata, which a full disk leaves and uv stops at."""
+    site = site_packages(prefix)
+    for folder in site.glob("*.dist-info") if site else ():
+        metadata = folder / "METADATA"
+        if not metadata.is_file() or metadata.stat().st_size == 0:
+            shutil.rmtree(folder)
 
 
 def check_arrived(prefix: Path, file: Path) -> None:
@@ -107,7 +130,7 @@ def installer(python: Path) -> tuple[list[str], dict[str, str]]:
     if not shutil.which("uv"):
         if "UV_FIND_LINKS" in env:
             env.setdefault("PIP_FIND_LINKS", env["UV_FIND_LINKS"].replace(",", " "))
-        return [str(python), "-m", "pip", "install"], env
+        return [str(python), "-m", "pip", "install", "--no-compile"], env
     if "PIP_EXTRA_INDEX_URL" in env:
         env.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")  # as pip uses several indexes
     if "PIP_FIND_LINKS" in env:
