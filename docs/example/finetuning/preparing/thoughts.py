@@ -51,8 +51,8 @@ def as_written(tokenizer: Any, messages: list[Message], thinking: bool) -> list[
         given: Message = turn if answer == turn["content"] or END in turn["content"] else turn | {"content": answer}
         for form in (given, inline):
             turns[i] = form
-            text = render(tokenizer, turns[: i + 1], thinking)
-            if thought in text and text != without:
+            # counted: a thought of few words can also stand in the answer, or be a word of the template
+            if render(tokenizer, turns[: i + 1], thinking).count(thought) > without.count(thought):
                 break
         else:
             if turn.get("learn", True):
