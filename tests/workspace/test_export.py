@@ -204,18 +204,69 @@ def test_an_architecture_that_the_builder_does_not_know_leaves_the_merged_model(
     assert not (models / "onnx").exists()
 
 
-def test_a_model_that_answers_otherwise_than_the_merged_one_does_not_take_its_place(
-    export: Export, exported: Path, monkeypatch: pytest.MonkeyPatch
+def babbling(folder: Path) -> None:
+    """Name another token as the end: the answers go on until the limit."""
+    file = folder / "genai_config.json"
+    settings = json.loads(file.read_text())
+    settings["model"]["eos_token_id"] = [1]
+    file.write_text(json.dumps(settings))
+
+
+def relabelled(rows: slice) -> Callable[[Path], None]:
+    """Teach the model a wrong first word for these held-out rows, and nothing else: then the right end."""
+
+    def damage(folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from exporting import int4
+        from preparing.tokens import load_tokenizer
+
+        tokenizer = load_tokenizer(str(folder))
+        wrong = [[dict(turn) for turn in row] for row in held_out(folder.parent)[:64]]
+        for row in wrong[rows]:
+            row[-1]["content"] = "anger" if row[-1]["content"] != "anger" else "joy"
+        model = AutoModelForCausalLM.from_pretrained(folder.parent / "merged", dtype=torch.float32)
+        teach(model, tokenizer, wrong, 120)
+        aside = folder.parent / "relabelled"
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        shutil.rmtree(folder)
+        int4.build(aside, folder, "cpu")
+        shutil.rmtree(aside)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "reached"),
+    [
+        (babbling, r"[0-5]\.\d%"),
+        (relabelled(slice(None, None, 10)), r"(8\d|9[0-3])\.\d%"),
+        (relabelled(slice(None)), r"\d\.\d%"),
+    ],
+    ids=["does not end", "wrong in every tenth answer", "wrong in the first word"],
+)
+def test_an_int4_model_that_is_really_wrong_is_not_published(
+    export: Export, exported: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], reached: str
 ) -> None:
     from exporting import int4
 
-    worse = {"rows": 64, "answers": 0.5, "tokens": 0.9, "logits_max": 9.0, "logits_mean": 1.0}
-    monkeypatch.setattr(int4, "compare", lambda *_: worse)
+    build = int4.build
+
+    def build_wrong(merged: Path, folder: Path, provider: str) -> None:
+        build(merged, folder, provider)
+        monkeypatch.setattr(int4, "build", build)
+        damage(folder)
+
+    monkeypatch.setattr(int4, "build", build_wrong)
     before = (exported / "model.onnx").stat().st_mtime_ns
     (exported / "export.json").rename(exported / "mark")  # or it would be used again
     try:
         refused(
-            export(), r"chooses 90\.0% of the answer tokens .* less than the 95% that are wanted: use models/merged"
+            export(),
+            rf"The int4 model gives {reached} of 64 answers as base and adapter do \(for example '.*' for '.*'\), less "
+            r"than the 95% that are wanted, and is not published: .* use models/merged, or .* --agreement 0",
         )
         assert (exported / "model.onnx").stat().st_mtime_ns == before
     finally:
@@ -258,7 +309,8 @@ def test_an_int4_model_answers_held_out_rows_as_torch_does(exported: Path, model
     assert figures["rows"] == 64
     assert figures["answers"] >= 0.95
     assert figures["tokens"] >= 0.95
-    assert 0 < figures["logits_mean"] < figures["logits_max"] < 2
+    assert figures["first_tokens"] >= 0.95
+    assert 0 < figures["difference"] < 0.1
     rows = held_out(models)
     model = load_model(str(models / "demo"), models / "adapter", read_settings())
     tokenizer = load_tokenizer(str(models / "adapter"))
@@ -277,6 +329,8 @@ def test_the_model_for_a_gpu_computes_the_same_on_the_cpus_kernels(
     import onnx
 
     from exporting import int4
+    from exporting.agreement import ask_base_and_adapter, compare
+    from exporting.tuned_model import read_run
     from sources import tuned_source
 
     int4.build(models / "merged", tmp_path, provider)
@@ -290,11 +344,10 @@ def test_the_model_for_a_gpu_computes_the_same_on_the_cpus_kernels(
     options.clear()
     file.write_text(json.dumps(settings))
     assert tuned_source(models.parent).dtype == "float32"
-    figures = int4.compare(
-        models / "merged", tmp_path, [held_out(models)[i] for i in range(20)], "float32", thinking=False
-    )
-    assert figures["tokens"] >= 0.95
-    assert figures["logits_mean"] < 0.2
+    reference = ask_base_and_adapter(read_run(), models / "demo")
+    figures, _ = compare(reference, int4.ask_onnx(reference, tmp_path))
+    assert figures["answers"] >= 0.95
+    assert figures["difference"] < 0.1
 
 
 def test_a_provider_that_is_not_here_is_refused_before_the_work(export: Export, exported: Path) -> None:
@@ -430,8 +483,8 @@ def test_an_adapter_of_a_tied_layer_is_merged_without_changing_the_other(
     assert (logits - expected).abs().max() <= 1e-3
     assert len(set(expected.argmax(-1).tolist())) > 1
     assert not merged.config.tie_word_embeddings
-    assert (run.json["export"]["merged"]["first_tokens"], run.json["export"]["merged"]["difference"]) == (1, 0)
-    assert "On 16 held-out rows 100.0% of the first tokens are base and adapter's.\n" in run.out
+    assert (run.json["export"]["merged"]["answers"], run.json["export"]["merged"]["difference"]) == (1, 0)
+    assert "MiB: on 64 held-out rows 100.0% of the answers are base and adapter's\n" in run.out
 
 
 def test_a_tied_model_stays_tied_where_neither_layer_has_an_adapter(
@@ -453,7 +506,8 @@ def test_the_int4_model_of_an_adapted_tied_layer_answers_as_base_and_adapter(
     import onnxruntime_genai
     import torch
 
-    from exporting.agreement import answer_greedily, prompts_of
+    from exporting.agreement import questions
+    from exporting.int4 import answer_greedily
     from preparing.tokens import load_tokenizer
 
     shutil.copytree(exported, tmp_path / "onnx")
@@ -463,11 +517,11 @@ def test_the_int4_model_of_an_adapted_tied_layer_answers_as_base_and_adapter(
             tune(models.parent, "lora", steps=50, target_modules=layers, **tied)
             run = export()
             assert run.status == 0, run.err
-            assert run.json["export"]["onnx"]["tokens"] >= 0.95
+            assert run.json["export"]["onnx"]["answers"] >= 0.95
             expected = first_tokens(models, tuned(models)).argmax(-1)
             onnx, tokenizer = onnxruntime_genai.Model(str(exported)), load_tokenizer(str(models / "tied"))
-            prompts = prompts_of(tokenizer, held_out(models)[:64], thinking=False)
-            answers = [answer_greedily(onnx, prompt)[0][0] for prompt in prompts]
+            prompts, limit = questions(tokenizer, held_out(models)[:64], thinking=False)
+            answers = [answer_greedily(onnx, prompt, limit)[0][0] for prompt in prompts]
         finally:
             shutil.rmtree(exported)
             shutil.copytree(tmp_path / "onnx", exported)
@@ -483,13 +537,13 @@ def test_a_merged_model_that_answers_otherwise_is_not_published(
     shutil.rmtree(models / "merged", ignore_errors=True)
     with another_run(models, tmp_path):
         tune(models.parent, "lora", target_modules=("embed_tokens",), **tied)
-        refused(export(), r"answers otherwise than base and adapter \(\d+% of 16 first tokens .* chat with torch")
+        refused(export(), r"merged model gives \d+\.\d% of 64 answers as base and adapter do \(.* chat with torch")
         assert not (models / "merged").exists()
 
 
 def test_a_merged_model_that_was_never_compared_is_merged_again(export: Export, exported: Path, models: Path) -> None:
     run = json.loads((models / "run.json").read_text())
-    del run["export"]["merged"]["difference"]  # as an earlier release wrote it
+    del run["export"]["merged"]["answers"]  # as an earlier release wrote it
     (models / "run.json").write_text(json.dumps(run))
     again = export()
     assert "Merging models/adapter" in again.out and "Building the int4 model" in again.out
@@ -533,7 +587,7 @@ def test_the_builder_rotates_positions_as_torch_does_for_every_architecture_of_t
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from exporting import int4
-    from exporting.agreement import answer_greedily
+    from exporting.int4 import answer_greedily
 
     size = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
     size |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512, "eos_token_id": 1}
@@ -549,7 +603,7 @@ def test_the_builder_rotates_positions_as_torch_does_for_every_architecture_of_t
     ids = list(range(100, 300))
     with torch.inference_mode():
         expected = model(torch.tensor([ids])).logits[0, -1].numpy()
-    _, logits = answer_greedily(onnxruntime_genai.Model(str(tmp_path / "onnx")), ids)
+    _, logits = answer_greedily(onnxruntime_genai.Model(str(tmp_path / "onnx")), ids, 1)
     assert expected.std() > 0.1
     assert abs(logits - expected).max() < 1e-2  # rotated wrongly, Phi-2 is off by 0.2 on average
 

@@ -21,6 +21,8 @@ def render(tokenizer: Any, messages: Sequence[Message], thinking: bool, ask: boo
     """Render messages with the chat template; `ask` adds the start of an answer, as a chat does."""
     turns = [{key: value for key, value in turn.items() if key != "learn"} for turn in messages]
     options = {"tokenize": False, "add_generation_prompt": ask, "enable_thinking": thinking}
+    if date := getattr(tokenizer, "date", None):  # see load_tokenizer
+        options["strftime_now"] = date.strftime
     return str(tokenizer.apply_chat_template(turns, **options))
 
 
