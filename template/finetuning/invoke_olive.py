@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
 from preparing.workspace import MODELS, ROOT
-from settings.startup import explain, leave_out, quiet
+from settings.startup import explain, hide_gpus, leave_out, quiet
 from training.processes import PROCESSES, RANK
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     results = MODELS / "smoke" if arguments.smoke else MODELS
     settings = read_settings()
+    if not settings.gpu:
+        hide_gpus()
     if arguments.check:
         return check_only(settings, arguments.json)
     validate(settings)
@@ -98,6 +100,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def help_train() -> int:
     """Take part in the training as one of several processes, silently: the first one does everything else."""
+    from settings.run_settings import read_settings
+
+    if not read_settings().gpu:
+        hide_gpus()
     from training.processes import share
     from training.train import train
 

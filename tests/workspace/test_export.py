@@ -212,22 +212,23 @@ def babbling(folder: Path) -> None:
     file.write_text(json.dumps(settings))
 
 
-def relabelled(rows: slice) -> Callable[[Path], None]:
-    """Teach the model a wrong first word for these held-out rows, and nothing else: then the right end."""
+def relabelled(step: int) -> Callable[[Path], None]:
+    """Teach the model a wrong label for every so manieth of the rows that are compared; then it ends as before."""
 
     def damage(folder: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         from exporting import int4
+        from exporting.tuned_model import compared_rows, read_run
         from preparing.tokens import load_tokenizer
 
         tokenizer = load_tokenizer(str(folder))
-        wrong = [[dict(turn) for turn in row] for row in held_out(folder.parent)[:64]]
-        for row in wrong[rows]:
-            row[-1]["content"] = "anger" if row[-1]["content"] != "anger" else "joy"
+        rows = [[dict(turn) for turn in row] for row in compared_rows(read_run())]
+        for row in rows[::step]:
+            row[-1]["content"] = "joy" if row[-1]["content"] == "fear" else "fear"
         model = AutoModelForCausalLM.from_pretrained(folder.parent / "merged", dtype=torch.float32)
-        teach(model, tokenizer, wrong, 120)
+        teach(model, tokenizer, rows, 200)
         aside = folder.parent / "relabelled"
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
@@ -242,8 +243,8 @@ def relabelled(rows: slice) -> Callable[[Path], None]:
     ("damage", "reached"),
     [
         (babbling, r"[0-5]\.\d%"),
-        (relabelled(slice(None, None, 10)), r"(8\d|9[0-3])\.\d%"),
-        (relabelled(slice(None)), r"\d\.\d%"),
+        (relabelled(10), r"(8\d|9[0-3])\.\d%"),
+        (relabelled(1), r"\d\.\d%"),
     ],
     ids=["does not end", "wrong in every tenth answer", "wrong in the first word"],
 )

@@ -45,8 +45,9 @@ def chat_rows(
 
     A file can also be a folder, a pattern or a list of them. Without a `held_out_file`, the held-out rows are taken
     from the training rows: a share (`eval_split` below 1, at least one row) or a number of rows. The choice depends on
-    `data_seed` and the rows' content, and rows that are appended do not change it. Unusable rows are rejected, up to
-    the share `max_bad_rows`. Raises DataError.
+    `data_seed` and the rows' content. With a share, rows that are appended do not change it; a number is chosen anew,
+    as no choice of exactly so many can be right for every length of a file. Unusable rows are rejected, up to the share
+    `max_bad_rows`. Raises DataError.
     """
     file, name = train_file, dataset_name
     if held_out_file and part == "held_out":

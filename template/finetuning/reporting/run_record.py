@@ -189,10 +189,10 @@ def data_facts(
     }
 
 
-def exact_answers(metrics: dict[str, Any]) -> str:
-    """Return the share of exact answers in readable form, with its confidence interval."""
-    low, high = metrics.get("accuracy_interval", (None, None))  # runs before release 0.4.0 have none
-    return f"{metrics['accuracy']:.1%}" + (f" ({low:.1%} to {high:.1%})" if low is not None else "")
+def interval_in_words(metrics: dict[str, Any]) -> str:
+    """Return the confidence interval of the exact answers in readable form; runs before release 0.4.0 have none."""
+    low, high = metrics.get("accuracy_interval", (0, 1))
+    return f"{low:.1%} to {high:.1%}"
 
 
 def publish(run_json: RunRecord, adapter: Path, folder: str, results: Path) -> None:

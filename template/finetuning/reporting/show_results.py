@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from preparing.dataset import spread
-from reporting.run_record import RunRecord, exact_answers
+from reporting.run_record import RunRecord, interval_in_words
 
 
 def show(run_json: RunRecord, report: Path) -> None:
@@ -17,7 +17,8 @@ def show(run_json: RunRecord, report: Path) -> None:
     console = Console()
     before, after = run_json["metrics"]["before"], run_json["metrics"]["after"]
     table = Table("held-out rows", "before", "after")
-    table.add_row("exact answers", exact_answers(before), exact_answers(after))
+    table.add_row("exact answers", f"{before['accuracy']:.2%}", f"{after['accuracy']:.2%}")
+    table.add_row("  95 % sure", interval_in_words(before), interval_in_words(after))
     for name in ("eval_loss", "perplexity"):
         table.add_row(name.replace("_", " "), f"{before[name]:.4f}", f"{after[name]:.4f}")
     console.print(table)
