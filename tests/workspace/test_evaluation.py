@@ -27,10 +27,11 @@ def evaluated(workspace: Path) -> Callable[..., Any]:
     from reporting.evaluate import evaluate
     from settings.run_settings import read_settings
 
-    def run(rows: list[Any], **changes: Any) -> Any:
+    def run(rows: list[Any], normalizer: Any = None, **changes: Any) -> Any:
         settings = replace(read_settings(), **changes)
         folder = str(base_model(settings).folder)
         tokenizer = load_tokenizer(folder)
+        tokenizer.backend_tokenizer.normalizer = normalizer
         examples = [one for row in rows for one in tokenise(tokenizer, row)]
         return evaluate(settings, tokenizer, folder, None, rows, examples)
 
@@ -147,7 +148,7 @@ def test_out_of_memory_names_the_setting_of_what_ran(
     settings = replace(read_settings(), gradient_checkpointing=False, per_device_eval_batch_size=32)
     trainer: Any = object.__new__(AnswerTrainer)
     trainer.model_wrapped = torch.nn.Linear(1, 1)
-    with pytest.raises(ConfigError) as error, explained(settings, 2**33):  # noqa: PT012
+    with pytest.raises(ConfigError) as error, explained(settings, 2**33):
         if moment == "evaluation":
             evaluated([row("one", "joy")])
         elif moment == "training":
@@ -192,19 +193,10 @@ def test_an_expected_answer_in_another_unicode_form_can_be_exact(
 
     from tokenizers.normalizers import NFC
 
-    from preparing import tokens
     from reporting import evaluate
 
-    load = tokens.load_tokenizer
-
-    def normalising(folder: str) -> Any:
-        tokenizer = load(folder)
-        tokenizer.backend_tokenizer.normalizer = NFC()
-        return tokenizer
-
-    monkeypatch.setattr(tokens, "load_tokenizer", normalising)
     monkeypatch.setattr(evaluate, "generate", lambda *_: [unicodedata.normalize("NFC", "très")])
-    assert evaluated([row("how", unicodedata.normalize("NFD", "très"))]).metrics["accuracy"] == 1
+    assert evaluated([row("how", unicodedata.normalize("NFD", "très"))], NFC()).metrics["accuracy"] == 1
 
 
 # ---- precision

@@ -290,6 +290,46 @@ def test_what_is_whole_is_used_again_and_what_is_torn_is_made_again(
     assert (after[0] == times[0], after[1] == times[1]) == (True, False)
 
 
+def test_what_an_interrupted_export_left_is_removed_before_the_disk_is_counted(
+    export: Export, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exporting import exported_folder
+
+    left = [models / name for name in (".merged.new", ".onnx.new", ".onnx.old")]
+    for folder in left:
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors").write_bytes(b"half of it")
+    usage = shutil.disk_usage("/")
+
+    def free(path: Path) -> Any:
+        return usage._replace(free=2**19 if any(folder.exists() for folder in left) else 2**40)
+
+    monkeypatch.setattr(exported_folder.shutil, "disk_usage", free)
+    run = export("--format", "merged")
+    assert run.status == 0, run.err
+
+
+def test_without_the_data_the_examples_of_the_run_are_compared(export: Export, models: Path) -> None:
+    file = models.parent / "dataset" / "sample-heldout.jsonl"
+    rows = held_out(models)[:10]
+    examples = [{"question": row[0]["content"], "expected": row[1]["content"]} for row in rows]
+    run = json.loads((models / "run.json").read_text())
+    shutil.rmtree(models / "merged", ignore_errors=True)
+    file.rename(file.with_suffix(".aside"))
+    try:
+        (models / "run.json").write_text(json.dumps(run | {"examples": examples}))
+        made = export("--format", "merged")
+        assert made.status == 0, made.err
+        assert "The data cannot be read, so the models are compared on the examples in models/run.json (" in made.out
+        assert made.json["export"]["merged"]["rows"] == 10
+        shutil.rmtree(models / "merged")
+        (models / "run.json").write_text(json.dumps(run | {"examples": []}))
+        refused(export("--format", "merged"), r"sample-heldout.jsonl.* The export needs held-out rows to compare the m")
+    finally:
+        file.with_suffix(".aside").rename(file)
+        (models / "run.json").write_text(json.dumps(run))
+
+
 def test_a_share_out_of_range_is_a_usage_error(export: Export) -> None:
     with pytest.raises(SystemExit, match="2"):
         export("--agreement", "95")
@@ -366,6 +406,53 @@ def test_an_exported_model_ends_at_the_end_of_turn_that_only_the_template_knows(
     for path in (models / "merged/generation_config.json", exported / "genai_config.json"):
         settings = json.loads(path.read_text())
         assert settings.get("model", settings)["eos_token_id"] == stops
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "eos_token_id": [7, 8]},
+        {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "max_length": 4096},
+    ],
+    ids=["as Qwen", "as Llama 2"],
+)
+def test_exports_answer_greedily_as_measured_whatever_the_base_model_says(
+    export: Export, models: Path, exported: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    from transformers import GenerationConfig
+
+    shutil.copytree(exported, tmp_path / "onnx")
+    shutil.copytree(models / "demo", models / "sampling")
+    (models / "sampling" / "generation_config.json").write_text(json.dumps(settings))
+    with another_run(models, tmp_path):
+        try:
+            tune(models.parent, "lora", steps=50, model_path="models/sampling", revision=None)
+            run = export()
+            assert run.status == 0, run.err
+            stops = run.json["stops"]
+            merged = GenerationConfig.from_pretrained(models / "merged").to_diff_dict()
+            merged.pop("transformers_version", None)
+            assert merged == {"do_sample": False, "eos_token_id": stops, "pad_token_id": merged["pad_token_id"]}
+            genai = json.loads((exported / "genai_config.json").read_text())
+            assert genai["model"]["eos_token_id"] == stops
+            search = {name: genai["search"][name] for name in ("do_sample", "temperature", "repetition_penalty")}
+            assert search == {"do_sample": False, "temperature": 1.0, "repetition_penalty": 1.0}
+        finally:
+            shutil.rmtree(models / "sampling")
+            shutil.rmtree(exported)
+            shutil.copytree(tmp_path / "onnx", exported)
+
+
+def test_the_chat_asks_the_exported_model_what_the_comparison_asked_it(exported: Path, models: Path) -> None:
+    from exporting.agreement import questions
+    from exporting.tuned_model import compared_rows, read_run
+    from onnx_backend import ChatTokenizer
+    from preparing.tokens import load_tokenizer
+
+    run, chat = read_run(), ChatTokenizer(exported, models.parent)
+    rows = compared_rows(run)
+    prompts, _ = questions(load_tokenizer(str(models / "adapter"), run["date"]), rows, thinking=False)
+    assert [chat.encode(chat.render(row[:-1])) for row in rows] == prompts
 
 
 def test_the_merged_folder_is_all_that_transformers_needs(exported: Path, models: Path) -> None:
