@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def compare(reference: Reference, answers: Answers) -> tuple[dict[str, Any], str
     return figures, f"for example {text!r} for {other!r}"
 
 
-def agrees(figures: dict[str, Any], share: float) -> bool:
+def agrees(figures: Mapping[str, float], share: float) -> bool:
     """Return whether enough whole answers agree; releases before 0.4.0 did not count them like this."""
     return bool(figures.get("answers", -1) + figures.get("close_calls", -1) >= share)
 

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -189,7 +190,7 @@ def data_facts(
     }
 
 
-def interval_in_words(metrics: dict[str, Any]) -> str:
+def interval_in_words(metrics: Mapping[str, Sequence[float]]) -> str:
     """Return the confidence interval of the exact answers in readable form; runs before release 0.4.0 have none."""
     low, high = metrics.get("accuracy_interval", (0, 1))
     return f"{low:.1%} to {high:.1%}"
