@@ -205,11 +205,14 @@ def test_the_page_answers_as_the_console_does(walk: Walk, server: str) -> None:
 
 
 def test_it_is_exported_merged_and_in_four_bits(walk: Walk) -> None:
-    """At today's options its int4 model agrees with the merged one on too few tokens: the bound is lowered here."""
+    """At today's options its int4 model gives too few of the answers: the bound is lowered here."""
     walk.step("finetuning/export.py", "--format", "merged")
     walk.step("finetuning/export.py", "--agreement", "0.5")
     figures = walk.run["export"]["onnx"]
-    walk.figures["int4, equal to merged"] = f"{figures['tokens']:.1%} of tokens, {figures['answers']:.1%} of answers"
+    walk.figures["int4, equal to base and adapter"] = (
+        f"{figures['answers']:.1%} of answers and {figures['close_calls']:.1%} after a close call, "
+        f"{figures['tokens']:.1%} of tokens"
+    )
     learnt = next(one for one in walk.run["examples"] if one["after"] == one["expected"])
     said = walk.step("inference/console_chat.py", "--engine", "onnx", "--prompt", learnt["question"]).strip()
     assert said in {row[-1]["content"] for row in walk.rows("sample-train.jsonl")}
@@ -236,11 +239,9 @@ def test_an_adapter_on_the_output_layer_that_shares_the_embedding_is_merged_with
     assert same >= 60  # its weights are rounded to bfloat16, and the answers of a short training are close calls
     made = walk.run["export"]
     if onnx.returncode:  # a model as small as this one loses much in four bits
-        assert re.match(
-            r"error: The int4 model chooses \d\d\.\d% of the answer tokens as the merged model does", err
-        ), err
+        assert re.match(r"error: The int4 model gives \d\d\.\d% of 64 answers as base and adapter do", err), err
     else:
-        assert made["onnx"]["tokens"] >= 0.95
+        assert made["onnx"]["answers"] + made["onnx"]["close_calls"] >= 0.95
     moved = made["merged"]["difference"]
     walk.figures["lm_head, merged"] = f"{same} of 64 first tokens as base and adapter, {moved} of the probability moved"
     walk.figures["lm_head, int4"] = err.strip() or f"{made['onnx']['tokens']:.1%} of tokens"
