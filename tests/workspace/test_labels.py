@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,9 +53,9 @@ def serving(workspace: Path) -> Any:
 
     def make(tokenizer: Any, system_prompt: str, thinking: bool = False) -> Any:
         backend: Any = object.__new__(torch_backend.TorchBackend)
-        backend.tokenizer, backend.context, backend.thinking = tokenizer, 4096, thinking
-        backend.vocabulary = len(tokenizer)
-        return engine.Engine(SimpleNamespace(system_prompt=system_prompt), backend)
+        backend.tokenizer, backend.context, backend.vocabulary = tokenizer, 4096, len(tokenizer)
+        backend.source = engine.Source("models/demo", None, None, "lora", "float32", system_prompt, thinking=thinking)
+        return engine.Engine(backend.source, backend)
 
     return make
 
