@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import threading
-import traceback
 from bisect import bisect_left
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
@@ -153,18 +152,22 @@ class Engine:
         text, sent, ended = "", 0, False
         top_k = min(generation.top_k or LIKELIEST, LIKELIEST)
         computing = self.backend.generate(prompt, replace(generation, max_new_tokens=room, top_k=top_k))
-        with self.lock, explained(), contextlib.closing(computing):
-            for token in computing:
-                tokens.append(token)
-                usage.completion_tokens = len(tokens)
-                # All tokens together, since some tokenizers change the space at the start of decoded text.
-                text = self.backend.decode(tokens)
-                if ends := [end for stop in generation.stop if (end := text.find(stop)) >= 0]:
-                    text, ended = text[: min(ends)], True
-                    break
-                known = len(text) - half_said(text, generation.stop)
-                yield text[sent:known]
-                sent = max(sent, known)
+        try:
+            with self.lock, contextlib.closing(computing):
+                for token in computing:
+                    tokens.append(token)
+                    usage.completion_tokens = len(tokens)
+                    # All tokens together, since some tokenizers change the space at the start of decoded text.
+                    text = self.backend.decode(tokens)
+                    if ends := [end for stop in generation.stop if (end := text.find(stop)) >= 0]:
+                        text, ended = text[: min(ends)], True
+                        break
+                    known = len(text) - half_said(text, generation.stop)
+                    yield text[sent:known]
+                    sent = max(sent, known)
+        except Exception as error:
+            explain(error)
+            raise
         if len(text) > sent:
             yield text[sent:]
         if len(tokens) == room and not ended:
@@ -225,23 +228,19 @@ class Engine:
                 )
 
 
-@contextlib.contextmanager
-def explained() -> Generator[None, None, None]:
-    """Raise ChatError for errors of a backend that a user can do something about."""
-    try:
-        yield
-    except Exception as error:
-        # An error keeps the variables of all functions that it has left: among them the cache, for which memory lacked.
-        traceback.clear_frames(error.__traceback__)
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, ChatError):
-            raise
-        if NO_MEMORY.search(reason):
-            raise ChatError("The memory is full: ask for a shorter answer, or clear the chat.") from error
-        if BROKEN.search(reason):
-            first = str(error).strip().partition("\n")[0].rstrip(".")
-            raise BrokenError(f"The GPU has failed ({first}): start this program again.") from error
-        raise
+def explain(error: Exception) -> None:
+    """Raise ChatError for an error of a backend that a user can do something about."""
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, ChatError):
+        return
+    if NO_MEMORY.search(reason):
+        # without the traceback: it keeps the variables of all functions, among them the cache that was too large
+        raise ChatError("The memory is full: ask for a shorter answer, or clear the chat.") from error.with_traceback(
+            None
+        )
+    if BROKEN.search(reason):
+        first = str(error).strip().partition("\n")[0].rstrip(".")
+        raise BrokenError(f"The GPU has failed ({first}): start this program again.") from error
 
 
 def same_start(one: list[int], other: list[int]) -> int:
