@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnxruntime_genai
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from engine import ChatError, Generation, Message, Source, same_start
+from chat_template import ChatTemplate
+from engine import ChatError, Generation, Source, same_start
 from sources import read_yaml
 
 # attributes of the tokenizer that a chat template may use
@@ -139,19 +136,10 @@ class ChatTokenizer:
                 template = file.read_text(encoding="utf-8")
         except Exception as error:  # tokenizers raises no more specific error
             raise damaged(folder, root, error) from error
-        self.source = source
-        self.template = compile_template(str(template or read_yaml(root, "setup/model.yaml")["chat_template"]))
         marks = {name: settings[name] for name in MARKS if settings.get(name)}
-        self.marks = {name: mark["content"] if isinstance(mark, dict) else mark for name, mark in marks.items()}
-
-    def render(self, messages: list[Message]) -> str:
-        """Render messages with the chat template, up to the start of the answer. Raises ChatError."""
-        variables = self.marks | {"tools": None, "documents": None, "enable_thinking": self.source.thinking}
-        variables["strftime_now"] = self.source.strftime_now
-        try:
-            return str(self.template.render(messages=messages, add_generation_prompt=True, **variables))
-        except TemplateError as error:
-            raise ChatError(f"The model's chat template does not take this conversation: {error}.") from error
+        marks = {name: mark["content"] if isinstance(mark, dict) else mark for name, mark in marks.items()}
+        template = template or read_yaml(root, "setup/model.yaml")["chat_template"]
+        self.render = ChatTemplate(str(template), marks, source).render
 
     def encode(self, text: str) -> list[int]:
         """Tokenise a rendered text, as the training did."""
@@ -181,31 +169,3 @@ def damaged(folder: Path, root: Path, error: Exception) -> ChatError:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file."""
     return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def compile_template(text: str) -> Any:
-    """Return a chat template that renders as in transformers, with the functions that templates expect."""
-    world = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
-    )
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, **({"ensure_ascii": False} | options))
-
-    world.filters["tojson"] = to_json
-    world.globals["raise_exception"] = refuse
-    return world.from_string(text)
-
-
-class GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's text for training: it has no effect here."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2's name for it
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return the content of the block."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from engine import ChatError, Generation, Message, Source, same_start
+from chat_template import ChatTemplate
+from engine import ChatError, Generation, Source, same_start
 from sources import BASE, TUNE, read_yaml
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # deprecation warnings of the libraries
@@ -78,7 +78,8 @@ class TorchBackend:
             raise ChatError(f"The tokenizer in {source.adapter} is missing or damaged: {TUNE} again, {BASE}") from error
         if not tokenizer.chat_template:  # a base model's tokenizer
             tokenizer.chat_template = read_yaml(root, "setup/model.yaml")["chat_template"]
-        self.tokenizer, self.source = tokenizer, source
+        self.tokenizer = tokenizer
+        self.render = ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map, source).render
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self.stops = list(source.stops) or self.end_of_answer(model.generation_config.eos_token_id)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -108,15 +109,6 @@ class TorchBackend:
         stops = [self.tokenizer.eos_token_id, end_of_turn(self.tokenizer)]
         stops += end_of_text if isinstance(end_of_text, list) else [end_of_text]
         return sorted({stop for stop in stops if stop is not None})
-
-    def render(self, messages: list[Message]) -> str:
-        """Render messages with the chat template, up to the start of the answer. Raises ChatError."""
-        try:
-            options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
-            options |= {"enable_thinking": self.source.thinking, "strftime_now": self.source.strftime_now}
-            return str(self.tokenizer.apply_chat_template(messages, **options))
-        except TemplateError as error:
-            raise ChatError(f"The model's chat template does not take this conversation: {error}.") from error
 
     def encode(self, text: str) -> list[int]:
         """Tokenise a rendered text, as the training did. Raises ChatError for a token that the model lacks."""

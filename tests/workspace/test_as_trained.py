@@ -110,19 +110,18 @@ DATED = "{{ strftime_now('%d %B %Y') }}{% for turn in messages %}[{{ turn.role }
 
 
 def test_a_template_that_writes_the_date_gets_the_run_s_with_both_engines(tmp_path: Path) -> None:
+    from chat_template import ChatTemplate
     from onnx_backend import ChatTokenizer
-    from torch_backend import TorchBackend
 
     tokenizer = tokenizer_of("{role}{content}", [], True)
     tokenizer.chat_template = DATED
     tokenizer.save_pretrained(tmp_path)
     today = datetime.datetime.now().strftime("%d %B %Y")
     for changes, date in (({"date": "2026-03-04"}, "04 March 2026"), ({}, today)):
-        backend: Any = object.__new__(TorchBackend)
-        backend.tokenizer, backend.source = tokenizer, source_of(tmp_path, **changes)
-        messages = [{"role": "user", "content": "hi"}]
-        rendered = [backend.render(messages), ChatTokenizer(tmp_path, tmp_path, backend.source).render(messages)]
-        assert rendered == [f"{date}[user]hi"] * 2
+        source = source_of(tmp_path, **changes)
+        with_torch = ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map, source)
+        for engine in (with_torch, ChatTokenizer(tmp_path, tmp_path, source)):
+            assert engine.render(HELLO) == f"{date}[user]hi"
 
 
 def test_a_date_that_is_none_is_one_sentence(tmp_path: Path) -> None:

@@ -740,7 +740,7 @@ def test_every_family_of_chat_templates_gives_the_tokens_of_the_training(
 
 
 def test_a_template_may_use_what_transformers_offers_it() -> None:
-    from onnx_backend import compile_template
+    from chat_template import compile_template
 
     text = "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}\n"
     text += "{% generation %}{{ strftime_now('%Y') | length }}{% endgeneration %}"

@@ -237,10 +237,10 @@ def test_an_answer_that_fails_leaves_nothing_that_is_half_computed(root: Path) -
 def test_after_a_lack_of_memory_nothing_of_the_failed_answer_stays_in_memory(root: Path) -> None:
     import torch
 
-    from engine import ChatError, Engine, Generation
+    from engine import ChatError, Engine, Generation, Source
 
     backend, held = torch_backend(root, "llama"), []
-    engine = Engine(backend.source, backend)
+    engine = Engine(Source("llama", None, None, "lora", "float32", ""), backend)
 
     def lack(_: Any, arguments: Any, options: dict[str, Any]) -> None:
         large = torch.zeros(1000)  # as a layer's tensors, which the frames of the error hold
