@@ -6,6 +6,7 @@ and tokenised here, to the same tokens as in the training.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Generator
@@ -29,9 +30,14 @@ SAME_ROTATION = {"phi3": 4096, "phimoe": 4096, "phi3small": 8196}
 
 
 class Kept(NamedTuple):
-    """What was computed for the last conversation, and the options that cannot change any more."""
+    """What was computed for the last conversation, and the options that cannot change any more.
+
+    Only the prompt is used again, and two tokens at least are computed: ONNX Runtime rounds a single token, as those of
+    an answer, otherwise than several together, and an answer would depend on what was asked before.
+    """
 
     generator: Any
+    prompt: list[int]
     options: dict[str, Any]
     room: int  # tokens
 
@@ -106,12 +112,12 @@ class OnnxBackend:
             and needed <= kept.room
             and len(prompt) <= self.same_rotation >= kept.generator.token_count()
         ):
-            known = kept.generator.get_sequence(0).tolist()
-            same = min(same_start(known, prompt), len(prompt) - 1, len(known) - 1)  # the last token's output is needed
-            kept.generator.rewind_to(same)
-            kept.generator.append_tokens(prompt[same:])
-            self.kept = kept
-            return kept.generator
+            same = min(same_start(kept.prompt, prompt), len(prompt) - 2)
+            with contextlib.suppress(RuntimeError):  # some kinds of models cannot rewind
+                kept.generator.rewind_to(max(same, 0))
+                kept.generator.append_tokens(prompt[max(same, 0) :])
+                self.kept = kept._replace(prompt=prompt)
+                return kept.generator
         del kept  # its memory is needed
         room = min(needed + min(needed, AHEAD), self.context) if self.can_keep else needed
         settings = onnxruntime_genai.GeneratorParams(self.model)
@@ -119,7 +125,7 @@ class OnnxBackend:
         generator = onnxruntime_genai.Generator(self.model, settings)
         generator.append_tokens(prompt)
         if self.can_keep:
-            self.kept = Kept(generator, options, room)
+            self.kept = Kept(generator, prompt, options, room)
         return generator
 
 

@@ -195,11 +195,28 @@ def test_onnx_runtime_computes_only_what_is_new_in_the_next_turn(
     backend, prompt = onnx_backend(onnx_folder), list(range(10, 90))
     answer = list(backend.generate(prompt, Generation(4)))
     list(backend.generate([*prompt, *answer, 91, 92], Generation(4)))
-    assert (read[0], read[1] <= 3) == (80, True)
+    assert (read[0], read[1]) == (80, len(answer) + 2)  # the answer again, as a part of the prompt
     list(backend.generate([*prompt, *answer, 91, 93], replace(Generation(4), repetition_penalty=1.2)))
-    assert read[2] == 86  # the options of a generator are fixed, so this is another one
+    assert read[2] == 80 + len(answer) + 2  # the options of a generator are fixed, so this is another one
     list(backend.generate(list(range(10, 290)), Generation(100)))
     assert read[3] == 280  # there is no room for so many
+
+
+@pytest.mark.parametrize("new", [[], [91], [91, 92, 93]])
+def test_onnx_runtime_computes_the_very_same_numbers_as_without_what_it_kept(onnx_folder: Path, new: list[int]) -> None:
+    import numpy
+
+    from engine import Generation
+
+    backend, fresh, prompt = onnx_backend(onnx_folder), onnx_backend(onnx_folder), list(range(10, 90))
+    prompt += [*backend.generate(prompt, Generation(8)), *new] if new else []  # nothing new: the same question again
+    logits = []
+    for one in (backend, fresh):
+        list(one.generate(prompt, Generation(1)))
+        one.kept.generator.rewind_to(len(prompt) - 2)
+        one.kept.generator.append_tokens(prompt[-2:])
+        logits.append(numpy.array(one.kept.generator.get_logits()))
+    assert numpy.array_equal(*logits)
 
 
 def test_a_model_that_rotates_positions_otherwise_from_some_length_on_computes_longer_prompts_anew(root: Path) -> None:
