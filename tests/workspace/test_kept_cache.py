@@ -209,7 +209,8 @@ def test_onnx_runtime_computes_the_very_same_numbers_as_without_what_it_kept(onn
     from engine import Generation
 
     backend, fresh, prompt = onnx_backend(onnx_folder), onnx_backend(onnx_folder), list(range(10, 90))
-    prompt += [*backend.generate(prompt, Generation(8)), *new] if new else []  # nothing new: the same question again
+    answer = list(backend.generate(prompt, Generation(8)))
+    prompt += [*answer, *new] if new else []  # nothing new: the same question again
     logits = []
     for one in (backend, fresh):
         list(one.generate(prompt, Generation(1)))
