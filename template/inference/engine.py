@@ -234,10 +234,8 @@ def explain(error: Exception) -> None:
     if isinstance(error, ChatError):
         return
     if NO_MEMORY.search(reason):
-        # without the traceback: it keeps the variables of all functions, among them the cache that was too large
-        raise ChatError("The memory is full: ask for a shorter answer, or clear the chat.") from error.with_traceback(
-            None
-        )
+        error.__traceback__ = None  # it keeps the variables of all functions: among them the cache that was too large
+        raise ChatError("The memory is full: ask for a shorter answer, or clear the chat.") from error
     if BROKEN.search(reason):
         first = str(error).strip().partition("\n")[0].rstrip(".")
         raise BrokenError(f"The GPU has failed ({first}): start this program again.") from error

@@ -17,8 +17,8 @@ import yaml
 from conftest import inference_of
 
 VOCABULARY = 300
-# «window» has layers that see only the last tokens; «long» rotates all positions otherwise beyond 64 tokens
-KINDS = ("llama", "window", "long")
+# «window» has layers that see only the last tokens; «long» and «phi» rotate all positions otherwise beyond 64 tokens
+KINDS = ("llama", "window", "long", "phi")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +53,8 @@ def root(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "window": transformers.Gemma3TextConfig(
             **size, sliding_window=24, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=16
         ),
-        "long": transformers.Phi3Config(
+        "long": transformers.LlamaConfig(**size, rope_parameters=longrope),
+        "phi": transformers.Phi3Config(
             **{key: value for key, value in size.items() if key != "head_dim"},
             rope_parameters=longrope,
             original_max_position_embeddings=64,
@@ -220,10 +221,13 @@ def test_onnx_runtime_computes_the_very_same_numbers_as_without_what_it_kept(onn
     assert numpy.array_equal(*logits)
 
 
-def test_a_model_that_rotates_positions_otherwise_from_some_length_on_computes_longer_prompts_anew(root: Path) -> None:
+@pytest.mark.parametrize("kind", ["long", "phi"])
+def test_a_model_that_rotates_positions_otherwise_from_some_length_on_computes_longer_prompts_anew(
+    root: Path, kind: str
+) -> None:
     from engine import Generation
 
-    backend = torch_backend(root, "long")
+    backend = torch_backend(root, kind)
     with computed_tokens(backend) as passes:
         for length, expected in ((50, 50), (60, 10), (80, 80), (90, 90), (60, 60)):
             passes.clear()
