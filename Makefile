@@ -185,13 +185,14 @@ release: .venv/ready
 	@$(MAKE) --no-print-directory test
 	python tools/release.py $(VERSION)
 
-bench: workspace .cache/azure-cli/ready
+bench: workspace .cache/azure-cli/ready .cache/smollm2/ready
 	python benchmarks/copy_time.py
 	python benchmarks/update_time.py
 	python benchmarks/demo_run.py
 	python benchmarks/throughput.py
 	python benchmarks/memory_estimate.py
 	python benchmarks/busy_machine.py
+	$(WORKSPACE)/.venv/bin/python benchmarks/second_turn.py .cache/smollm2
 	$(WORKSPACE)/.venv/bin/python benchmarks/sync.py
 
 docs: .venv/ready workspace

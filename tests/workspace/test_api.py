@@ -323,7 +323,7 @@ def test_system_prompt_history_and_parts_reach_the_model(parrot: openai.OpenAI) 
     assert said(parrot, [{"role": "developer", "content": "Mine"}, user]) == "[system]Mine[user]hi"
     assert said(parrot, [{"role": "system", "content": ""}, user]) == "[user]hi"
     parts = [{"type": "text", "text": "é"}, {"type": "text", "text": "b"}]
-    assert said(parrot, [{"role": "user", "content": parts}]) == "[system]Rule[user]é\nb"
+    assert said(parrot, [{"role": "user", "content": parts}]) == "[system]Rule[user]éb"
     answer = ask(parrot, [user]).choices[0].message
     history = [user, answer, {"role": "user", "content": "and?"}]  # as the client keeps it
     assert said(parrot, history) == "[system]Rule[user]hi[assistant][system]Rule[user]hi[user]and?"
@@ -336,7 +336,7 @@ def test_settings_reach_the_model_and_the_defaults_are_those_of_the_page(echo: E
     more = {"top_k": 5, "repetition_penalty": 1.25}
     ask(parrot, temperature=0.5, top_p=0.75, seed=7, stop="x", max_tokens=9, extra_body=more)
     (_, as_it_is), (_, changed) = echo.asked
-    assert as_it_is == Generation(adapter=False)
+    assert as_it_is == Generation(top_k=1000, adapter=False)
     assert changed == Generation(9, 0.5, 0.75, 5, 1.25, 7, ("x",), adapter=False)
 
 
@@ -367,7 +367,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
         ({"extra_body": {"repetition_penalty": 1e-40}}, "repetition_penalty", "greater than or equal to 0.1"),
         ({"extra_body": {"repetition_penalty": 1e40}}, "repetition_penalty", "less than or equal to 10"),
         ({"temperature": "hot"}, "temperature", "valid number"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_p": 0}, "top_p", "greater than or equal to 0.000001"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"seed": 2**64}, "seed", "less than"),
         ({"stop": ["a", ""]}, "stop[1]", "at least 1 character"),

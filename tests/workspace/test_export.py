@@ -862,6 +862,7 @@ def families() -> dict[str, dict[str, Any]]:
 def test_every_family_of_chat_templates_gives_the_tokens_of_the_training(
     family: str, models: Path, tmp_path: Path
 ) -> None:
+    from engine import Source
     from onnx_backend import ChatTokenizer
     from preparing.tokens import load_tokenizer
     from training.tiny_model import build_tokenizer
@@ -869,7 +870,8 @@ def test_every_family_of_chat_templates_gives_the_tokens_of_the_training(
     facts = families()[family]
     words = {"chat_template": facts["template"], "special_tokens": facts["special_tokens"]}
     build_tokenizer(words, held_out(models)).save_pretrained(tmp_path)
-    ours, theirs = ChatTokenizer(tmp_path, tmp_path), load_tokenizer(str(tmp_path))
+    source = Source("models/demo", None, None, "lora", "float32", "")
+    ours, theirs = ChatTokenizer(tmp_path, tmp_path, source), load_tokenizer(str(tmp_path))
     texts = (" Why?\n", "grüß 🙂", "<|end|> </s> {{ x }}", "")
     user, system = {"role": "user", "content": texts[0]}, {"role": "system", "content": "Be kind.\n"}
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts[:3])]
@@ -881,8 +883,9 @@ def test_every_family_of_chat_templates_gives_the_tokens_of_the_training(
 
 
 def test_a_template_may_use_what_transformers_offers_it() -> None:
-    from onnx_backend import compile_template
+    from chat_template import compile_template
 
     text = "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}\n"
     text += "{% generation %}{{ strftime_now('%Y') | length }}{% endgeneration %}"
-    assert compile_template(text).render(messages=[{"a": "ü<"}, {}]) == '{"a": "ü<"}4'
+    values = {"messages": [{"a": "ü<"}, {}], "strftime_now": lambda form: form[1] * 4}
+    assert compile_template(text).render(values) == '{"a": "ü<"}4'

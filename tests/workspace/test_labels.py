@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,14 +48,16 @@ def serving(workspace: Path) -> Any:
     try:
         import engine
         import torch_backend
+        from chat_template import ChatTemplate
     finally:
         sys.path.pop(0)
 
     def make(tokenizer: Any, system_prompt: str, thinking: bool = False) -> Any:
         backend: Any = object.__new__(torch_backend.TorchBackend)
-        backend.tokenizer, backend.context, backend.thinking = tokenizer, 4096, thinking
-        backend.vocabulary = len(tokenizer)
-        return engine.Engine(SimpleNamespace(system_prompt=system_prompt), backend)
+        backend.tokenizer, backend.context, backend.vocabulary = tokenizer, 4096, len(tokenizer)
+        source = engine.Source("models/demo", None, None, "lora", "float32", system_prompt, thinking=thinking)
+        backend.render = ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map, source).render
+        return engine.Engine(source, backend)
 
     return make
 

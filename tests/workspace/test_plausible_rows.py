@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -270,13 +269,15 @@ def chat(workspace: Any) -> Any:
     with inference_of(workspace):
         import engine
         import torch_backend
+        from chat_template import ChatTemplate
 
         def ask(tokenizer: Any, thinking: bool, messages: list[dict[str, str]]) -> list[int] | None:
             backend: Any = object.__new__(torch_backend.TorchBackend)
-            backend.tokenizer, backend.context, backend.thinking = tokenizer, 10**6, thinking
-            backend.vocabulary = len(tokenizer)
+            backend.tokenizer, backend.context, backend.vocabulary = tokenizer, 10**6, len(tokenizer)
+            source = engine.Source("models/demo", None, None, "lora", "float32", "", thinking=thinking)
+            backend.render = ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map, source).render
             try:
-                return engine.Engine(SimpleNamespace(system_prompt=""), backend).fit(messages, 64, pytest.fail)[0]
+                return engine.Engine(source, backend).fit(messages, 64, pytest.fail)[0]
             except engine.ChatError:
                 return None
 
