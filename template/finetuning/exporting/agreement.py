@@ -13,6 +13,7 @@ from typing import Any
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from exporting.tuned_model import compared_rows, with_adapter
+from preparing.chat_template import ends_of_answer
 from preparing.problems import short
 from preparing.tokenised import tokenise_rows
 from preparing.tokens import last_answer, load_tokenizer, tokenise
@@ -121,17 +122,19 @@ def compare(reference: Reference, answers: Answers) -> tuple[dict[str, Any], str
     """Return how well a model's answers agree with the reference, and the first that does not, in words.
 
     The figures: `rows`; `answers`, the share of whole answers that are the same, with their end; `close_calls`, the
-    share of those that first differ where base and adapter were undecided, after which nothing can be compared;
+    share of those that first differ at a close call, not in their first token, and end if the reference does;
     `tokens`, the share up to the first difference; `first_tokens`; and `difference`, the probability of an answer's
     first token that moved to other tokens, on average.
     """
     wanted, found = reference.answers.tokens, answers.tokens
     alike = [len(os.path.commonprefix([one, other])) for one, other in zip(wanted, found, strict=True)]  # noqa: RUF071
     same = [one == other for one, other in zip(wanted, found, strict=True)]
+    stops = ends_of_answer(reference.tokenizer)
     close = [
         not same[i]
-        and place < min(len(wanted[i]), len(found[i]))
+        and 0 < place < min(len(wanted[i]), len(found[i]))
         and found[i][place] in reference.answers.close[i][place]
+        and (found[i][-1] in stops or wanted[i][-1] not in stops)
         for i, place in enumerate(alike)
     ]
     moved = [abs(one - other).sum() / 2 for one, other in zip(reference.answers.first, answers.first, strict=True)]
