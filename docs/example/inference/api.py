@@ -19,7 +19,7 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 
 from api_error import ApiError
 from chat_request import ChatRequest, read_request
-from engine import ChatError, TooLongError, Usage
+from engine import BrokenError, ChatError, TooLongError, Usage
 from request_queue import RequestQueue, Ticket
 
 READ = ["GET", "HEAD"]
@@ -32,9 +32,11 @@ router = APIRouter()
 
 
 async def open_queue(request: Request) -> RequestQueue:
-    """Return the model's request queue. Raises ApiError while the model is being loaded."""
+    """Return the model's request queue. Raises ApiError while the model is being loaded, and when it is broken."""
     if request.app.state.queue is None:
         raise ApiError(503, "The model is still being loaded.", "loading")
+    if request.app.state.queue.broken:
+        raise ApiError(503, request.app.state.queue.broken, "broken")
     return request.app.state.queue
 
 
@@ -82,20 +84,13 @@ async def complete(
     queue = ticket.queue
     check_name(wanted.model, queue)
     messages, generation, usage = wanted.conversation(), wanted.generation(), Usage()
-
-    def refuse(_: str) -> None:
-        raise TooLongError(
-            f"The conversation is longer than what the model reads ({queue.engine.backend.context} tokens, of which "
-            "those of the answer are kept free): leave out its oldest messages, or ask for a shorter answer."
-        )
-
     try:
-        await asyncio.to_thread(queue.engine.fit, messages, generation.max_new_tokens, refuse)
+        fitted = await asyncio.to_thread(queue.engine.fit, messages, generation.max_new_tokens, ignore, may_drop=False)
     except ChatError as error:
         code = "context_length_exceeded" if isinstance(error, TooLongError) else None
         raise ApiError(400, str(error), code, "messages") from error
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": wanted.model}
-    pieces = ticket.stream(messages, generation, lambda _: None, usage)  # finish_reason says that the answer was cut
+    pieces = ticket.stream(messages, generation, ignore, usage, fitted)
     if wanted.stream:
         stream = events(head, pieces, usage, wanted.stream_options.include_usage)
         return EventSourceResponse(stream, headers=AT_ONCE)
@@ -103,6 +98,10 @@ async def complete(
     choice = {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None}
     choice["finish_reason"] = usage.finish_reason
     return {**head, "object": "chat.completion", "choices": [choice], "usage": counts(usage)}
+
+
+def ignore(_: str) -> None:
+    """Take a notice: finish_reason says that the answer was cut."""
 
 
 async def whole(pieces: AsyncIterator[str]) -> str:
@@ -171,7 +170,7 @@ def counts(usage: Usage) -> dict[str, int]:
 
 def failure(error: Exception) -> ApiError:
     """Return the client's error for a failed answer; unexpected errors are logged."""
-    if isinstance(error, ChatError):
-        return ApiError(500, str(error))
+    if isinstance(error, ChatError):  # not 500: clients would try again, with the same request
+        return ApiError(503 if isinstance(error, BrokenError) else 400, str(error))
     logger.error("An answer failed.", exc_info=error)
     return ApiError(500, f"The answer failed ({type(error).__name__}); the server's log says more.")

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
 
 from api_error import ApiError
-from engine import COLDEST, Generation, Message
+from engine import COLDEST, LIMITS, Generation, Message
 
 # Fields that do not affect the answer, and neutral values of other fields.
 IGNORED = {"metadata", "name", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store"}
@@ -55,12 +55,12 @@ def known(role: Any) -> Any:
 
 
 def joined(content: Any) -> Any:
-    """Join the parts of a message with line breaks."""
+    """Join the parts of a message without anything between them, as the training does."""
     if not isinstance(content, list):
         return content
     if any(not isinstance(part, dict) or not isinstance(part.get("text"), str) for part in content):
         raise ValueError("every part must be a text, as the model reads nothing else")
-    return "\n".join(part["text"] for part in content)
+    return "".join(part["text"] for part in content)
 
 
 def not_too_cold(temperature: float) -> float:
@@ -68,6 +68,12 @@ def not_too_cold(temperature: float) -> float:
     if 0 < temperature < COLDEST:
         raise PydanticCustomError("too_cold", "must be 0, or at least {coldest}", {"coldest": COLDEST})
     return temperature
+
+
+def within(name: str) -> Any:
+    """Return the limits of a setting."""
+    low, high = LIMITS[name]
+    return Field(ge=low, le=high)
 
 
 def listed(stop: Any) -> Any:
@@ -105,10 +111,10 @@ class ChatRequest(Fields):
     stream_options: StreamOptions = StreamOptions()
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
-    temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(not_too_cold)] = Generation.temperature
-    top_p: Annotated[float, Field(gt=0, le=1)] = Generation.top_p
+    temperature: Annotated[float, within("temperature"), AfterValidator(not_too_cold)] = Generation.temperature
+    top_p: Annotated[float, within("top_p")] = Generation.top_p
     top_k: Annotated[int, Field(ge=0)] = Generation.top_k
-    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = Generation.repetition_penalty
+    repetition_penalty: Annotated[float, within("repetition_penalty")] = Generation.repetition_penalty
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=4), BeforeValidator(listed)] = ()
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
+from datetime import date, datetime
 from typing import Any, Protocol
 
 for variable, value in {
@@ -22,6 +25,10 @@ for variable, value in {
 
 ENGINES = ("auto", "torch", "onnx")
 COLDEST = 0.01  # temperature above 0: a lower one divides by almost nothing, which ends the ONNX Runtime's process
+LIKELIEST = 1000  # the most tokens that one is sampled from: ONNX Runtime needs up to 70 ms to sort a whole vocabulary
+LIMITS = {"temperature": (0, 2), "top_p": (1e-6, 1), "repetition_penalty": (0.1, 10)}
+NO_MEMORY = re.compile(r"out.?of.?memory|not enough memory|allocate memory|bad.?alloc|MemoryError", re.IGNORECASE)
+BROKEN = re.compile(r"AcceleratorError|CUDA error|device-side assert")  # after it, the GPU answers this process no more
 COMPARE = "the int4 model has the adapter merged in: to compare with the base model, start with --engine torch"
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -35,6 +42,10 @@ class TooLongError(ChatError):
     """A conversation does not fit into the model's context."""
 
 
+class BrokenError(ChatError):
+    """The model cannot answer any more."""
+
+
 @dataclass(frozen=True)
 class Generation:
     """Generation settings. Temperature 0 is greedy: the same answer everywhere."""
@@ -42,11 +53,19 @@ class Generation:
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0  # sample from the likeliest tokens that together reach this probability
-    top_k: int = 0  # sample from this many of the likeliest tokens; 0: all
+    top_k: int = 0  # sample from this many of the likeliest tokens; 0: LIKELIEST, which is also the most
     repetition_penalty: float = 1.0  # above 1: tokens are less likely to be repeated
     seed: int | None = None  # the same seed samples the same tokens; None: different ones each time
     stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
     adapter: bool = True  # False: the base model answers, without fine-tuning
+
+    def check(self) -> None:
+        """Raise ChatError for a value that no backend can compute with."""
+        for name, (low, high) in LIMITS.items():
+            if not low <= (value := getattr(self, name)) <= high:  # also what is not a number
+                raise ChatError(f"{name} is {value:g}: choose {low:g} to {high:g}.")
+        if 0 < self.temperature < COLDEST:
+            raise ChatError(f"temperature is {self.temperature:g}: choose 0 (greedy), or {COLDEST:g} or more.")
 
 
 @dataclass
@@ -70,6 +89,13 @@ class Source:
     system_prompt: str
     run: dict[str, Any] = field(default_factory=dict)  # models/run.json; empty for the base model alone
     thinking: bool = False  # whether the model is asked with thoughts, as it was trained
+    stops: tuple[int, ...] = ()  # tokens that end an answer, as the training found them; empty: the backend finds them
+    date: date | None = None  # of the training, for chat templates that write it; None: today
+    quantization: dict[str, Any] = field(default_factory=dict)  # quant_type, double_quant, compute_dtype; for QLoRA
+
+    def strftime_now(self, form: str) -> str:
+        """Return the date that a chat template writes: the training's, so that a chat asks what was trained."""
+        return (self.date or datetime.now()).strftime(form)
 
 
 class Backend(Protocol):
@@ -107,43 +133,54 @@ class Engine:
         generation: Generation,
         notify: Callable[[str], None],
         usage: Usage | None = None,
+        fitted: tuple[list[int], int] | None = None,
     ) -> Generator[str, None, None]:
         """Yield the answer in pieces, one per token; closing the iterator stops the computation. Raises ChatError.
 
         A piece is empty while the text may be the beginning of a character or a stop text. A conversation without a
         system message gets the training's system prompt; an empty one means no system prompt. `notify` is called with
-        a sentence if old messages are left out or the answer is cut, and `usage` is filled meanwhile.
+        a sentence if old messages are left out or the answer is cut, and `usage` is filled meanwhile. `fitted` is what
+        `fit` returned for these messages, if it was called already.
         """
         if self.source.adapter and not (generation.adapter or self.backend.switchable):
             raise ChatError(f"The base model cannot answer here, as {COMPARE}.")
-        if 0 < generation.temperature < COLDEST:
-            raise ChatError(f"The temperature is {generation.temperature:g}: choose 0 (greedy), or {COLDEST} or more.")
+        generation.check()
         usage = usage or Usage()
-        prompt, room = self.fit(messages, generation.max_new_tokens, notify)
+        prompt, room = fitted or self.fit(messages, generation.max_new_tokens, notify)
         usage.prompt_tokens = len(prompt)
         tokens: list[int] = []
         text, sent, ended = "", 0, False
-        computing = self.backend.generate(prompt, replace(generation, max_new_tokens=room))
-        with self.lock, contextlib.closing(computing):
-            for token in computing:
-                tokens.append(token)
-                usage.completion_tokens = len(tokens)
-                # All tokens together, since some tokenizers change the space at the start of decoded text.
-                text = self.backend.decode(tokens)
-                if ends := [end for stop in generation.stop if (end := text.find(stop)) >= 0]:
-                    text, ended = text[: min(ends)], True
-                    break
-                known = len(text) - half_said(text, generation.stop)
-                yield text[sent:known]
-                sent = max(sent, known)
+        top_k = min(generation.top_k or LIKELIEST, LIKELIEST)
+        computing = self.backend.generate(prompt, replace(generation, max_new_tokens=room, top_k=top_k))
+        try:
+            with self.lock, contextlib.closing(computing):
+                for token in computing:
+                    tokens.append(token)
+                    usage.completion_tokens = len(tokens)
+                    # All tokens together, since some tokenizers change the space at the start of decoded text.
+                    text = self.backend.decode(tokens)
+                    if ends := [end for stop in generation.stop if (end := text.find(stop)) >= 0]:
+                        text, ended = text[: min(ends)], True
+                        break
+                    known = len(text) - half_said(text, generation.stop)
+                    yield text[sent:known]
+                    sent = max(sent, known)
+        except Exception as error:
+            explain(error)
+            raise
         if len(text) > sent:
             yield text[sent:]
         if len(tokens) == room and not ended:
             usage.finish_reason = "length"
             notify(f"The answer was cut at {room} tokens.")
 
-    def fit(self, messages: list[Message], max_new_tokens: int, notify: Callable[[str], None]) -> tuple[list[int], int]:
-        """Return the prompt's tokens, without the oldest turns if necessary, and the answer's maximum tokens."""
+    def fit(
+        self, messages: list[Message], max_new_tokens: int, notify: Callable[[str], None], may_drop: bool = True
+    ) -> tuple[list[int], int]:
+        """Return the prompt's tokens and the answer's maximum tokens.
+
+        A conversation that is too long loses its oldest turns if it may, and otherwise raises TooLongError.
+        """
         # console and API input may contain bytes that are not text, which tokenizers refuse
         messages = [turn | {"content": turn["content"].encode(errors="replace").decode()} for turn in messages]
         given = [turn for turn in messages[:1] if turn["role"] == "system"]
@@ -153,15 +190,27 @@ class Engine:
         self.refuse_dropped(system + turns)
         context = self.backend.context
         kept = min(max_new_tokens, context // 2)  # reserved for the answer
-        while len(prompt := self.backend.encode(self.backend.render(system + turns))) > context - kept:
-            questions = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
-            if len(questions) < 2:
+
+        def prompt_from(turn: int) -> list[int]:
+            return self.backend.encode(self.backend.render(system + turns[turn:]))
+
+        prompt = prompt_from(0)
+        if len(prompt) > context - kept:
+            starts = [i for i, turn in enumerate(turns) if turn["role"] == "user"][1:]
+            if starts and not may_drop:
+                raise TooLongError(
+                    f"The conversation comes to {len(prompt)} tokens, but the model reads {context} and {kept} of them "
+                    "are kept for the answer: leave out its oldest messages, or ask for a shorter answer."
+                )
+            # halving: encoding once for each turn would take seconds
+            first = bisect_left(starts, True, key=lambda turn: len(prompt_from(turn)) <= context - kept)
+            dropped = starts[first] if first < len(starts) else starts[-1] if starts else 0
+            prompt = prompt_from(dropped)
+            if first == len(starts):
                 raise TooLongError(
                     f"The message comes to {len(prompt)} tokens, but the model reads {context} and {kept} of them are "
                     "kept for the answer: shorten the message or ask for a shorter answer."
                 )
-            turns = turns[questions[1] :]
-        if dropped := len(messages) - len(given) - len(turns):
             notify(f"The model reads {context} tokens: the oldest {dropped} messages of this chat were left out.")
         return prompt, min(max_new_tokens, context - len(prompt))
 
@@ -177,6 +226,25 @@ class Engine:
                     f"The model's chat template leaves out the {what}, so the model would not read it: leave it out "
                     "too, or write it into a question."
                 )
+
+
+def explain(error: Exception) -> None:
+    """Raise ChatError for an error of a backend that a user can do something about."""
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, ChatError):
+        return
+    if NO_MEMORY.search(reason):
+        error.__traceback__ = None  # it keeps the variables of all functions: among them the cache that was too large
+        raise ChatError("The memory is full: ask for a shorter answer, or clear the chat.") from error
+    if BROKEN.search(reason):
+        first = str(error).strip().partition("\n")[0].rstrip(".")
+        raise BrokenError(f"The GPU has failed ({first}): start this program again.") from error
+
+
+def same_start(one: list[int], other: list[int]) -> int:
+    """Return how many tokens both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
 def half_said(text: str, stops: tuple[str, ...]) -> int:

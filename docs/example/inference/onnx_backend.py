@@ -6,25 +6,40 @@ and tokenised here, to the same tokens as in the training.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Generator
-from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnxruntime_genai
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from engine import ChatError, Generation, Message, Source
+from chat_template import ChatTemplate
+from engine import ChatError, Generation, Source, same_start
 from sources import read_yaml
 
 # attributes of the tokenizer that a chat template may use
 MARKS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+AHEAD = 2048  # tokens of later turns, at most, for which memory is taken with a conversation's first
+# up to this many tokens, ONNX Runtime GenAI rotates positions of such models the same; beyond it computes all anew
+SAME_ROTATION = {"phi3": 4096, "phimoe": 4096, "phi3small": 8196}
+
+
+class Kept(NamedTuple):
+    """What was computed for the last conversation, and the options that cannot change any more.
+
+    Only the prompt is used again, and two tokens at least are computed: ONNX Runtime rounds a single token, as those of
+    an answer, otherwise than several together, and an answer would depend on what was asked before.
+    """
+
+    generator: Any
+    prompt: list[int]
+    options: dict[str, Any]
+    room: int  # tokens
 
 
 class OnnxBackend:
@@ -34,11 +49,12 @@ class OnnxBackend:
 
     def __init__(self, source: Source, folder: Path, root: Path) -> None:
         """Load model, tokenizer and chat template from a folder in the workspace `root`. Raises ChatError."""
-        self.tokenizer = ChatTokenizer(folder, root, source.thinking)
+        self.tokenizer = ChatTokenizer(folder, root, source)
         try:
             settings = read_json(folder / "genai_config.json")["model"]
             self.context, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
             ends = settings["eos_token_id"]
+            self.same_rotation = SAME_ROTATION.get(settings["type"], self.context)
             providers = [name for one in settings["decoder"]["session_options"]["provider_options"] for name in one]
             provider = providers[0] if providers else "cpu"
             config = onnxruntime_genai.Config(str(folder))
@@ -53,40 +69,70 @@ class OnnxBackend:
                 f"ONNX Runtime cannot compute with {provider} here ({str(error).splitlines()[0]}), which the model in "
                 f"models/{folder.name} is for: use --engine torch."
             ) from error
-        self.stops = {*ends} if isinstance(ends, list) else {ends}
+        self.stops = {*source.stops, *(ends if isinstance(ends, list) else [ends])}
         self.render, self.encode, self.decode = self.tokenizer.render, self.tokenizer.encode, self.tokenizer.decode
         self.description = f"ONNX Runtime, int4 weights on {provider}"
+        self.can_keep = provider in ("cpu", "cuda")  # the others cannot rewind
+        self.kept: Kept | None = None
         self.notices: list[str] = []
 
     def generate(self, prompt: list[int], generation: Generation) -> Generator[int, None, None]:
         """Yield the answer's tokens as they are generated. Closing the generator stops the computation."""
-        settings = onnxruntime_genai.GeneratorParams(self.model)
         # set all options: the model's own may sample or penalise repetition, which the evaluation did not do
+        seeded = generation.temperature > 0 and generation.seed is not None
         options: dict[str, Any] = {
-            "max_length": len(prompt) + generation.max_new_tokens,
             "do_sample": generation.temperature > 0,
             "temperature": generation.temperature or 1.0,
             "top_p": generation.top_p,
             # a value above the vocabulary size would crash the runtime
             "top_k": generation.top_k if generation.top_k < self.vocabulary else 0,
             "repetition_penalty": generation.repetition_penalty,
-            "random_seed": -1 if generation.seed is None else generation.seed % 2**31,  # the most bits it accepts
+            "random_seed": (generation.seed or 0) % 2**31 if seeded else -1,  # the most bits it accepts
         }
-        settings.set_search_options(**options)
+        try:
+            generator = self.generator_for(prompt, generation.max_new_tokens, options)
+            for _ in range(generation.max_new_tokens):
+                generator.generate_next_token()
+                token = int(generator.get_next_tokens()[0])
+                if token in self.stops:
+                    return
+                yield token
+        except Exception:  # not when the answer is stopped: what was computed until then is right
+            self.kept = None
+            raise
+
+    def generator_for(self, prompt: list[int], max_new_tokens: int, options: dict[str, Any]) -> Any:
+        """Return a generator that has read the prompt: the last conversation's, if that began with the same tokens."""
+        needed = len(prompt) + max_new_tokens
+        kept, self.kept = self.kept, None
+        if (
+            kept
+            and kept.options == options
+            and options["random_seed"] < 0  # a seed's draws begin with a new generator
+            and needed <= kept.room
+            and len(prompt) <= self.same_rotation >= kept.generator.token_count()
+        ):
+            same = min(same_start(kept.prompt, prompt), len(prompt) - 2)
+            with contextlib.suppress(RuntimeError):  # some kinds of models cannot rewind
+                kept.generator.rewind_to(max(same, 0))
+                kept.generator.append_tokens(prompt[max(same, 0) :])
+                self.kept = kept._replace(prompt=prompt)
+                return kept.generator
+        del kept  # its memory is needed
+        room = min(needed + min(needed, AHEAD), self.context) if self.can_keep else needed
+        settings = onnxruntime_genai.GeneratorParams(self.model)
+        settings.set_search_options(max_length=room, **options)
         generator = onnxruntime_genai.Generator(self.model, settings)
         generator.append_tokens(prompt)
-        while not generator.is_done():
-            generator.generate_next_token()
-            token = int(generator.get_next_tokens()[0])
-            if token in self.stops:
-                return
-            yield token
+        if self.can_keep:
+            self.kept = Kept(generator, prompt, options, room)
+        return generator
 
 
 class ChatTokenizer:
     """Conversations → tokens and back, like transformers with the same files."""
 
-    def __init__(self, folder: Path, root: Path, thinking: bool = False) -> None:
+    def __init__(self, folder: Path, root: Path, source: Source) -> None:
         """Read tokenizer and chat template. A base model has no template: the one in setup/model.yaml is used."""
         try:
             settings = read_json(folder / "tokenizer_config.json")
@@ -96,18 +142,10 @@ class ChatTokenizer:
                 template = file.read_text(encoding="utf-8")
         except Exception as error:  # tokenizers raises no more specific error
             raise damaged(folder, root, error) from error
-        self.thinking = thinking
-        self.template = compile_template(str(template or read_yaml(root, "setup/model.yaml")["chat_template"]))
         marks = {name: settings[name] for name in MARKS if settings.get(name)}
-        self.marks = {name: mark["content"] if isinstance(mark, dict) else mark for name, mark in marks.items()}
-
-    def render(self, messages: list[Message]) -> str:
-        """Render messages with the chat template, up to the start of the answer. Raises ChatError."""
-        variables = self.marks | {"tools": None, "documents": None, "enable_thinking": self.thinking}
-        try:
-            return str(self.template.render(messages=messages, add_generation_prompt=True, **variables))
-        except TemplateError as error:
-            raise ChatError(f"The model's chat template does not take this conversation: {error}.") from error
+        marks = {name: mark["content"] if isinstance(mark, dict) else mark for name, mark in marks.items()}
+        template = template or read_yaml(root, "setup/model.yaml")["chat_template"]
+        self.render = ChatTemplate(str(template), marks, source).render
 
     def encode(self, text: str) -> list[int]:
         """Tokenise a rendered text, as the training did."""
@@ -137,32 +175,3 @@ def damaged(folder: Path, root: Path, error: Exception) -> ChatError:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file."""
     return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def compile_template(text: str) -> Any:
-    """Return a chat template that renders as in transformers, with the functions that templates expect."""
-    world = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
-    )
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, **({"ensure_ascii": False} | options))
-
-    world.filters["tojson"] = to_json
-    world.globals["raise_exception"] = refuse
-    world.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return world.from_string(text)
-
-
-class GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's text for training: it has no effect here."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2's name for it
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return the content of the block."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -195,7 +195,7 @@ def draw_settings(system_prompt: str, most: int) -> list[Any]:
         gr.Slider(
             0.05, 1, 1, step=0.05, label="Top p", info="Sample from the likeliest tokens with this total probability."
         ),
-        gr.Slider(0, 200, 0, step=1, label="Top k", info="Sample from this many of the likeliest tokens; 0: all."),
+        gr.Slider(0, 200, 0, step=1, label="Top k", info="Sample from this many of the likeliest tokens; 0: 1,000."),
         gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty", info="Above 1: less repetition."),
         gr.Number(-1, precision=0, label="Seed", info="The same seed gives the same answer; -1: a new one each time."),
     ]

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
-from engine import ChatError, Engine, Generation, Message, Usage
+from engine import BrokenError, ChatError, Engine, Generation, Message, Usage
 
 WAITING = 32  # requests that may wait while one is answered; more are refused
 
@@ -25,6 +25,7 @@ class RequestQueue:
         """Create an empty queue."""
         self.engine, self.turn, self.tickets = engine, asyncio.Lock(), 0
         self.since = int(time.time())
+        self.broken = ""  # why no answer is possible any more
         self.models = ["tuned"] if engine.source.adapter else ["base"]  # those that can answer
         if engine.backend.switchable:
             self.models = ["tuned", "base"]
@@ -54,9 +55,14 @@ class Ticket:
     work: asyncio.Task[None] | None = None
 
     async def stream(
-        self, messages: list[Message], generation: Generation, notify: Callable[[str], None], usage: Usage | None = None
+        self,
+        messages: list[Message],
+        generation: Generation,
+        notify: Callable[[str], None],
+        usage: Usage | None = None,
+        fitted: tuple[list[int], int] | None = None,
     ) -> AsyncIterator[str]:
-        """Yield the answer in pieces when its turn comes. Raises the errors of the engine.
+        """Yield the answer in pieces when its turn comes, as the engine does. Raises its errors.
 
         A slow reader does not block the queue: pieces are buffered, and the turn ends when all are computed.
         """
@@ -65,12 +71,15 @@ class Ticket:
 
         def compute() -> None:
             try:
-                with contextlib.closing(self.queue.engine.stream(messages, generation, notify, usage)) as pieces:
+                stream = self.queue.engine.stream(messages, generation, notify, usage, fitted)
+                with contextlib.closing(stream) as pieces:
                     for piece in pieces:
                         if self.left.is_set():
                             return
                         hand(made.put_nowait, piece)
             except Exception as error:
+                if isinstance(error, BrokenError):
+                    self.queue.broken = str(error)
                 hand(made.put_nowait, error)
             else:
                 hand(made.put_nowait, None)

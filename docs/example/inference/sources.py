@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import tomllib
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,16 @@ def tuned_source(root: Path) -> Source:
             method=run["method"],
             dtype=run["dtype"],
             system_prompt=run["system_prompt"],
-            thinking=run.get("thinking", False),  # runs before release 0.3.0 do not say it
+            # runs of older releases do not say what follows
+            thinking=run.get("thinking", False),
+            stops=tuple(run.get("stops") or ()),
+            date=date.fromisoformat(run["date"]) if run.get("date") else None,
+            quantization=run.get("quantization") or quantization_of(run.get("config", {}).get("adapter", {})),
             run=run,
         )
     except FileNotFoundError:
         raise ChatError(f"No tuned model yet (models/run.json is missing): {TUNE}, {BASE}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ChatError(f"models/run.json is damaged or incomplete ({reason}): {TUNE} again, {BASE}") from error
 
@@ -49,6 +54,7 @@ def base_source(root: Path) -> Source:
             method=chosen["type"].lower(),
             dtype=chosen["torch_dtype"],
             system_prompt=next((settings["system_prompt"] for settings in data if settings.get("system_prompt")), ""),
+            quantization=quantization_of(chosen),
             # auto depends on the rows, which are not read here
             thinking=any(settings.get("thinking") in ("on", True) for settings in data),  # YAML 1.1 reads on as true
         )
@@ -57,6 +63,11 @@ def base_source(root: Path) -> Source:
             "finetuning/olive-config.yaml does not name the model as it should: restore it with git or "
             "`copier recopy --trust --vcs-ref :current:`."
         ) from error
+
+
+def quantization_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return how QLoRA quantises the base model, from the settings of Olive's pass."""
+    return {name: settings[name] for name in ("quant_type", "double_quant", "compute_dtype") if name in settings}
 
 
 def read_yaml(root: Path, file: str) -> dict[str, Any]:

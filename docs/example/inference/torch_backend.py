@@ -8,24 +8,34 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import queue
+import sys
 import threading
 import warnings
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from engine import ChatError, Generation, Message, Source
+from chat_template import ChatTemplate
+from engine import ChatError, Generation, Source, same_start
 from sources import BASE, TUNE, read_yaml
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # deprecation warnings of the libraries
 DAMAGED = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what transformers raises for damaged files
+
+
+class Kept(NamedTuple):
+    """What was computed for the last conversation."""
+
+    adapter: bool  # whether it was on
+    tokens: list[int]  # of the cache
+    cache: DynamicCache
 
 
 class TorchBackend:
@@ -35,11 +45,11 @@ class TorchBackend:
         """Load the model from the folder `base`, the adapter and the tokenizer. Raises ChatError."""
         logging.disable_progress_bar()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = "float32" if (device, source.dtype) == ("cpu", "float16") else source.dtype
+        dtype = computable(source.dtype, device)
         self.notices: list[str] = []
         quantization = None
         if source.method == "qlora" and importlib.util.find_spec("bitsandbytes"):
-            quantization = quantization_of_training(source, root)
+            quantization = quantization_of_training(source, device)
         elif source.method == "qlora":
             self.notices.append(
                 f"QLoRA trains on 4-bit weights, but bitsandbytes is not here: the base model is loaded in {dtype}, "
@@ -51,7 +61,8 @@ class TorchBackend:
             model = AutoModelForCausalLM.from_pretrained(
                 base,
                 dtype=getattr(torch, dtype),
-                device_map=device,
+                # as in the evaluation: over all GPUs if there are several, as the model may not fit on one
+                device_map="auto" if torch.cuda.device_count() > 1 else device,
                 quantization_config=quantization,
                 local_files_only=True,
             )
@@ -67,40 +78,37 @@ class TorchBackend:
             raise ChatError(f"The tokenizer in {source.adapter} is missing or damaged: {TUNE} again, {BASE}") from error
         if not tokenizer.chat_template:  # a base model's tokenizer
             tokenizer.chat_template = read_yaml(root, "setup/model.yaml")["chat_template"]
-        self.tokenizer, self.thinking = tokenizer, source.thinking
+        self.tokenizer = tokenizer
+        self.render = ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map, source).render
         self.vocabulary = model.get_input_embeddings().num_embeddings
-        self.stops = self.end_of_answer(model.generation_config.eos_token_id)
+        self.stops = list(source.stops) or self.end_of_answer(model.generation_config.eos_token_id)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # A new one: the model's own may sample or penalise repetition, which the evaluation did not do.
         model.generation_config = GenerationConfig(eos_token_id=self.stops, pad_token_id=pad)
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
         self.description = f"torch, {'4-bit weights, ' if quantization else ''}{dtype} on {device}"
+        if dtype != source.dtype:
+            self.description = f"torch, {dtype} instead of {source.dtype} on {device}"
+            self.notices.append(
+                f"This processor is slow in {source.dtype}: the model computes in {dtype}, and answers may differ a "
+                "little from those of the run."
+            )
+        self.kept: Kept | None = None
+        self.same_rotation = same_rotation(model.config.get_text_config())
         self.switchable = bool(source.adapter)
         self.model = (with_adapter(model, source, root) if source.adapter else model).eval()
 
     def end_of_answer(self, end_of_text: int | list[int] | None) -> list[int]:
         """Return the tokens that end an answer.
 
-        The model's and the tokenizer's end of text, and the chat template's end of turn: the first special token after
-        an answer. Often only the template has that one (Phi-3's <|end|>, ChatML's <|im_end|>). A tuned model generates
-        it, as trained, and would continue with a made-up conversation if it did not stop there.
+        These are for the base model alone and for runs of old releases; models/run.json has those of a tuned model.
+        The model's and the tokenizer's end of text, and the chat template's end of turn. Often only the template has
+        that one (Phi-3's <|end|>, ChatML's <|im_end|>). A tuned model generates it, as trained, and would continue with
+        a made-up conversation if it did not stop there.
         """
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "THE-ANSWER"}]
-        after = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("THE-ANSWER")[2]
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        tokens = self.tokenizer(after, add_special_tokens=False)["input_ids"]
-        end_of_turn = [token for token in tokens if token in special][:1]
-        stops = [self.tokenizer.eos_token_id, *end_of_turn]
+        stops = [self.tokenizer.eos_token_id, end_of_turn(self.tokenizer)]
         stops += end_of_text if isinstance(end_of_text, list) else [end_of_text]
         return sorted({stop for stop in stops if stop is not None})
-
-    def render(self, messages: list[Message]) -> str:
-        """Render messages with the chat template, up to the start of the answer. Raises ChatError."""
-        try:
-            options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": self.thinking}
-            return str(self.tokenizer.apply_chat_template(messages, **options))
-        except TemplateError as error:
-            raise ChatError(f"The model's chat template does not take this conversation: {error}.") from error
 
     def encode(self, text: str) -> list[int]:
         """Tokenise a rendered text, as the training did. Raises ChatError for a token that the model lacks."""
@@ -129,29 +137,36 @@ class TorchBackend:
             settings |= {"top_p": generation.top_p, "top_k": generation.top_k}
 
         without = self.switchable and not generation.adapter
+        cache = self.kept_cache(prompt, generation.adapter)
 
         def compute() -> None:
+            nonlocal cache
             try:
-                if generation.seed is not None:
-                    torch.manual_seed(generation.seed)
-                with self.model.disable_adapter() if without else contextlib.nullcontext():
-                    self.model.generate(
+                with contextlib.ExitStack() as stack:
+                    if without:
+                        stack.enter_context(self.model.disable_adapter())
+                    if generation.seed is not None:  # what is drawn for other answers stays as it would be without this
+                        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
+                        torch.manual_seed(generation.seed)
+                    made = self.model.generate(
                         input_ids=ids,
                         attention_mask=torch.ones_like(ids),
+                        past_key_values=cache,
                         use_cache=True,
+                        return_dict_in_generate=True,
                         streamer=streamer,
                         stopping_criteria=[streamer.is_cancelled],
                         **settings,
                     )
+                self.keep(generation.adapter, made.sequences[0].tolist(), made.past_key_values)
             except Exception as error:
+                cache = None
                 streamer.made.put(error)
 
         thread = threading.Thread(target=compute, daemon=True)
         thread.start()
         try:
             while (made := streamer.made.get()) is not None:
-                if isinstance(made, torch.OutOfMemoryError):
-                    raise ChatError("The GPU's memory is full: ask for a shorter answer, or clear the chat.") from made
                 if isinstance(made, Exception):
                     raise made
                 if made not in self.stops:
@@ -159,6 +174,27 @@ class TorchBackend:
         finally:
             streamer.cancelled.set()
             thread.join()
+
+    def kept_cache(self, prompt: list[int], adapter: bool) -> DynamicCache | None:
+        """Return the last conversation's cache, cut to the tokens that this prompt begins with too, or None."""
+        kept, self.kept = self.kept, None  # an answer that fails leaves none behind
+        if not kept or kept.adapter != adapter or len(prompt) > self.same_rotation:
+            return None
+        same = min(same_start(kept.tokens, prompt), len(prompt) - 1)  # the last token's output is needed
+        if surplus := kept.cache.get_seq_length() - same:
+            # a full window has no longer what came before it
+            if any(one.is_sliding and one.get_seq_length() >= one.sliding_window for one in kept.cache.layers):
+                return None
+            kept.cache.crop(-surplus)
+        return kept.cache if same else None
+
+    def keep(self, adapter: bool, tokens: list[int], cache: Any) -> None:
+        """Keep a conversation's cache for its next turn, if it is of a kind that can be continued and cut."""
+        known = type(cache) is DynamicCache and all(
+            type(one) in (DynamicLayer, DynamicSlidingWindowLayer) and one.is_initialized for one in cache.layers
+        )
+        if known and (length := cache.get_seq_length()) <= self.same_rotation:
+            self.kept = Kept(adapter, tokens[:length], cache)
 
 
 class TokenStreamer:
@@ -189,6 +225,39 @@ class TokenStreamer:
         return torch.full((ids.shape[0],), self.cancelled.is_set(), device=ids.device)
 
 
+def end_of_turn(tokenizer: Any) -> int | None:
+    """Return the token that the chat template writes after an answer, by the rule of the training.
+
+    Added tokens of blank text are none: Gemma has some for line breaks, and Phi-2 for spaces.
+    """
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "THE-ANSWER"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False).rpartition("THE-ANSWER")[2]
+    added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return next((token for token in tokens if token in added and tokenizer.decode(token).strip()), None)
+
+
+def computable(dtype: str, device: str) -> str:
+    """Return the precision to compute with: on a CPU that lacks the training's, float32 is up to 500 times faster."""
+    if device == "cpu" and (dtype == "float16" or (dtype == "bfloat16" and not has_bfloat16())):
+        return "float32"
+    return dtype
+
+
+def has_bfloat16() -> bool:
+    """Return whether PyTorch multiplies matrices in bfloat16 with instructions of this CPU, through oneDNN."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def same_rotation(config: Any) -> int:
+    """Return up to how many tokens a model rotates positions the same: some (longrope) rotate all otherwise beyond."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]
+    changing = [one for one in kinds if one.get("rope_type") in ("longrope", "dynamic")]
+    own = getattr(config, "max_position_embeddings", sys.maxsize)
+    return min((one.get("original_max_position_embeddings") or own for one in changing), default=sys.maxsize)
+
+
 def damaged(source: Source, error: Exception) -> ChatError:
     """Return the error for base model files that cannot be read."""
     reason = str(error).strip().partition("\n")[0][:200].rstrip(".!:")
@@ -213,12 +282,12 @@ def with_adapter(model: Any, source: Source, root: Path) -> Any:
         ) from error
 
 
-def quantization_of_training(source: Source, root: Path) -> BitsAndBytesConfig:
-    """Return the quantisation of the base model for QLoRA from olive-config.yaml."""
-    (chosen,) = read_yaml(root, "finetuning/olive-config.yaml")["passes"].values()
+def quantization_of_training(source: Source, device: str) -> BitsAndBytesConfig:
+    """Return the quantisation of the base model that QLoRA trained on."""
+    chosen = source.quantization
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=chosen.get("quant_type", "nf4"),
-        bnb_4bit_use_double_quant=chosen.get("double_quant", False),
-        bnb_4bit_compute_dtype=getattr(torch, chosen.get("compute_dtype") or source.dtype),
+        bnb_4bit_quant_type=chosen.get("quant_type") or "nf4",
+        bnb_4bit_use_double_quant=chosen.get("double_quant") or False,
+        bnb_4bit_compute_dtype=getattr(torch, computable(chosen.get("compute_dtype") or source.dtype, device)),
     )
