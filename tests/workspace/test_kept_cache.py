@@ -212,13 +212,16 @@ def test_onnx_runtime_computes_the_very_same_numbers_as_without_what_it_kept(onn
     backend, fresh, prompt = onnx_backend(onnx_folder), onnx_backend(onnx_folder), list(range(10, 90))
     answer = list(backend.generate(prompt, Generation(8)))
     prompt += [*answer, *new] if new else []  # nothing new: the same question again
-    logits = []
-    for one in (backend, fresh):
-        list(one.generate(prompt, Generation(1)))
-        one.kept.generator.rewind_to(len(prompt) - 2)
-        one.kept.generator.append_tokens(prompt[-2:])
-        logits.append(numpy.array(one.kept.generator.get_logits()))
+    options = backend.kept.options
+    logits = [numpy.array(one.generator_for(prompt, 4, options).get_logits())[0, -1] for one in (backend, fresh)]
     assert numpy.array_equal(*logits)
+
+
+def test_onnx_runtime_draws_the_same_answer_again_with_the_same_seed(onnx_folder: Path) -> None:
+    from engine import Generation
+
+    backend, how = onnx_backend(onnx_folder), Generation(12, temperature=2.0, top_k=200, seed=3)
+    assert len({tuple(backend.generate(list(range(10, 40)), how)) for _ in range(3)}) == 1
 
 
 @pytest.mark.parametrize("kind", ["long", "phi"])
