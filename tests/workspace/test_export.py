@@ -449,8 +449,9 @@ def test_the_chat_asks_the_exported_model_what_the_comparison_asked_it(exported:
     from exporting.tuned_model import compared_rows, read_run
     from onnx_backend import ChatTokenizer
     from preparing.tokens import load_tokenizer
+    from sources import tuned_source
 
-    run, chat = read_run(), ChatTokenizer(exported, models.parent)
+    run, chat = read_run(), ChatTokenizer(exported, models.parent, tuned_source(models.parent))
     rows = compared_rows(run)
     prompts, _ = questions(load_tokenizer(str(models / "adapter"), run["date"]), rows, thinking=False)
     assert [chat.encode(chat.render(row[:-1])) for row in rows] == prompts
