@@ -42,7 +42,8 @@ def check_adapter(run: RunRecord) -> str:
         with safe_open(weights, framework="numpy"):  # opening detects a damaged file
             pass
         trained_on = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        for name in ("tokenizer_config.json", "tokenizer.json"):
+            json.loads((folder / name).read_text(encoding="utf-8"))
         with weights.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
         digest.update(settings.read_bytes())
