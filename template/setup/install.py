@@ -27,7 +27,7 @@ UV_NAMES = ("UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_INSECURE_HOST", "SSL_CERT_
 # With these, pip installs elsewhere, or takes packages of another environment for installed.
 ELSEWHERE = ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN")
 HERE = {"PIP_USER": "0", "PYTHONNOUSERSITE": "1", "PIP_REQUIRE_VIRTUALENV": "0"}
-# A run starts in half the time if what it imports is compiled; compiling all packages takes three times as long.
+# A run starts in half the time if what it imports is compiled; compiling all packages takes more than twice as long.
 COMPILED = (
     "accelerate|datasets|gradio|huggingface_hub|matplotlib|numpy|olive|onnxscript|optuna|pandas|peft|pydantic|scipy"
     "|sympy|torch|transformers"

@@ -18,7 +18,7 @@ def show(run_json: RunRecord, report: Path) -> None:
     before, after = run_json["metrics"]["before"], run_json["metrics"]["after"]
     table = Table("held-out rows", "before", "after")
     table.add_row("exact answers", f"{before['accuracy']:.2%}", f"{after['accuracy']:.2%}")
-    table.add_row("  95 % sure", interval_in_words(before), interval_in_words(after))
+    table.add_row("95 % interval", interval_in_words(before), interval_in_words(after))
     for name in ("eval_loss", "perplexity"):
         table.add_row(name.replace("_", " "), f"{before[name]:.4f}", f"{after[name]:.4f}")
     console.print(table)
