@@ -21,6 +21,7 @@ from preparing.turns import Message
 from settings.config_file import ConfigError
 from settings.run_settings import Settings
 from training import batches
+from training.progress import shown
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def held_out_loss(model: Any, tokenizer: Any, examples: list[batches.Row], batch
     """Return the mean cross entropy in nats over all labels that are not IGNORED."""
     loss = labels = 0.0
     examples = sorted(examples, key=lambda row: len(row["input_ids"]))  # rows of similar length need little padding
-    for start in range(0, len(examples), batch_size):
+    for start in shown(range(0, len(examples), batch_size), "loss"):
         batch = batches.pad(examples[start : start + batch_size], tokenizer.pad_token_id, model.device)
         loss += batches.answer_loss(model, batch).item()
         labels += (batch["labels"][:, 1:] != IGNORED).sum().item()
@@ -170,7 +171,7 @@ def generate(model: Any, tokenizer: Any, expected: list[Answer], batch_size: int
     cut = 0
     # a batch takes as many steps as its longest answer
     order = sorted(range(len(expected)), key=lambda i: (expected[i].end - expected[i].start, expected[i].start))
-    for start in range(0, len(order), batch_size):
+    for start in shown(range(0, len(order), batch_size), "answers"):
         chosen = order[start : start + batch_size]
         # a longer answer is wrong anyway
         limit = max(expected[i].end - expected[i].start for i in chosen) + 8
