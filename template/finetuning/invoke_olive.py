@@ -184,7 +184,8 @@ def tune(
         before = evaluate(settings, tokenizer, folder, None, rows["held_out"], tokens["held_out"])
         sessions.note(before=before.seconds)
         print(f"Training an adapter: {run_json['method']}")
-        adapter, used, losses = train(*share((settings, tokens, run_folder)), sessions.note)
+        share((settings, tokens, run_folder))
+        adapter, used, losses = train(settings, tokens, run_folder, sessions.note)
         print("Evaluating the tuned model on the same rows")
         after = evaluate(settings, tokenizer, folder, adapter, rows["held_out"], tokens["held_out"])
 

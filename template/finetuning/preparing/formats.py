@@ -73,13 +73,13 @@ def detect(row: dict[str, Any], prompt_template: str | None) -> str:
     there = [name for column, (name, _) in FORMATS.items() if row.get(column) is not None]
     there += [name for column, (name, _) in FORMATS.items() if column in row]
     if not there:
-        raise DataError(f"columns {short(', '.join(row), 300)} fit no known format: {way_on(row)}")
+        texts = [column for column, value in row.items() if isinstance(value, str) and not {*"{}"} & {*column}]
+        raise DataError(f"columns {short(', '.join(row), 300)} fit no known format: {way_on(texts)}")
     return there[0]
 
 
-def way_on(row: dict[str, Any]) -> str:
-    """Return the settings that read a row whose columns fit no format: its first text asks, its last one answers."""
-    texts = [column for column, value in row.items() if isinstance(value, str) and not set("{}") & set(column)]
+def way_on(texts: list[str]) -> str:
+    """Return the settings that read a row by its columns of text: the first is the question, the last the answer."""
     if len(texts) < 2:
         return "see dataset_format in olive-config.yaml for the columns that each format needs, and rename them."
     return (

@@ -11,11 +11,10 @@ import os
 import platform
 import shutil
 import statistics
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from preparing.chat_template import ends_of_answer
 from preparing.conversations import Conversation
@@ -27,6 +26,9 @@ from preparing.workspace import ROOT
 from settings.config_file import ConfigError, the_pass
 from settings.run_settings import Settings, olive_config
 from training.whole_files import new_folder, replace_folder, write_json
+
+if TYPE_CHECKING:
+    from training.train import Used
 
 
 class RunRecord(TypedDict, total=False):
@@ -83,21 +85,21 @@ def describe(settings: Settings, rows: dict[str, list[list[Message]]], commit: s
     }
 
 
-def settings_as_used(settings: Settings, run_json: RunRecord, used: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def settings_as_used(settings: Settings, run_json: RunRecord, used: Used) -> dict[str, dict[str, Any]]:
     """Return the settings that affect the result, by group: without Olive's paths and switches.
 
     `used` are those that the training has decided, as train() returns them.
     """
     # with the base model's name, not the folder it was loaded from
     config = olive_config(replace(settings, model_path=run_json["base_model"], revision=run_json["revision"]))
-    olive_pass, tokens, decided = the_pass(config), settings.data["train"].tokens, dict(used or {})
+    olive_pass, tokens = the_pass(config), settings.data["train"].tokens
     adapter = {name: value for name, value in olive_pass.items() if not isinstance(value, dict) and "data" not in name}
     return {
         "model": {"model_path": run_json["base_model"]} | config["input_model"]["load_kwargs"],
         "rows": vars(settings.data["train"].rows),
         "tokens": {name: getattr(tokens, name) for name in ("system_prompt", "max_seq_len", "train_on", "thinking")},
-        "adapter": adapter | {"packing": decided.pop("packing", settings.packing)},
-        "training": olive_pass["training_args"] | decided,
+        "adapter": adapter | {"packing": used["packing"]},
+        "training": olive_pass["training_args"] | {name: value for name, value in used.items() if name != "packing"},
     }
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import transformers
@@ -31,19 +31,27 @@ from training.processes import share
 from training.progress import Progress
 
 
+class Used(TypedDict):
+    """Settings as the training used them: those that it may change, and what follows from several."""
+
+    packing: bool
+    gradient_checkpointing: bool
+    processes: int
+    rows_a_step: int
+
+
 def train(
     settings: Settings,
     tokens: dict[str, list[batches.Row]],
     run_folder: Path,
     note: Callable[..., None] = lambda **timings: None,
-) -> tuple[Path, dict[str, Any], list[dict[str, float]]]:
+) -> tuple[Path, Used, list[dict[str, float]]]:
     """Run the pass of olive-config.yaml and return the adapter's folder, the settings as used, and the losses.
 
     `tokens` are the rows of both parts, `train` and `held_out`, as chat_tokens returns them. Checkpoints go to
     run_folder/checkpoints, and training resumes from the newest one; the adapter goes to run_folder/output/adapter.
-    `note` gets the timings, see Progress. The settings as used are those that the training may change or that no
-    setting names; the losses are the Trainer's log: a dict with `step` and `loss` or `eval_loss` per entry. Raises
-    ConfigError if a loss is not a number, or nothing was learned.
+    `note` gets the timings, see Progress; the losses are the Trainer's log: a dict with `step` and `loss` or
+    `eval_loss` per entry. Raises ConfigError if a loss is not a number, or nothing was learned.
     """
     dataset.register()
     config = olive_config(settings)
@@ -119,7 +127,7 @@ class Training(ExtraSettings):
         if self.smoke:
             batch = trainer._prepare_inputs(trainer.data_collator(train_rows[: arguments.train_batch_size]))
             print(check_gradients(model, batch, config.torch_dtype, trainer.compute_loss_context_manager))
-        self.used = {
+        self.used: Used = {
             "packing": pack,
             "gradient_checkpointing": trainer.args.gradient_checkpointing,
             "processes": trainer.args.world_size,
