@@ -48,14 +48,19 @@ def evaluate(
     `examples` are the rows' tokens and labels, as chat_tokens returns them.
     eval_loss is the mean over all answer tokens; accuracy is the share of rows whose last answer is generated exactly
     as in the row, apart from a thought before it, by greedy decoding. ANSWERS rows are asked, spread over all of them.
-    Raises ConfigError if the base model's loss is not a number.
+    Raises ConfigError if the loss is not a number.
     """
     started = time.monotonic()
     model = load_model(folder, adapter, settings)
     batch_size, options = settings.per_device_eval_batch_size, settings.data["held_out"].tokens
     with computing_in(settings.torch_dtype):
         loss = held_out_loss(model, tokenizer, examples, batch_size)
-    if not adapter and not math.isfinite(loss):
+    if adapter and not math.isfinite(loss):
+        raise ConfigError(
+            "The tuned model's loss on the held-out rows is not a number, so no earlier result has changed: lower "
+            "learning_rate in olive-config.yaml."
+        )
+    if not math.isfinite(loss):
         raise ConfigError(
             f"The base model's loss on the held-out rows is not a number in torch_dtype: {settings.torch_dtype}, so it "
             "cannot be trained: set torch_dtype: float32 in olive-config.yaml, or bfloat16 on a GPU that has it."

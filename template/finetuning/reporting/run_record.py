@@ -201,7 +201,7 @@ def asked(row: list[Message]) -> str:
 
 
 def refuse_worse(run_json: RunRecord, adapter: Path, results: Path) -> None:
-    """Raise ConfigError if the held-out loss is higher than before the training, or not a number."""
+    """Raise ConfigError if the held-out loss is higher than before the training."""
     before, after = (run_json["metrics"][moment]["eval_loss"] for moment in ("before", "after"))
     if after <= before:
         return
