@@ -125,14 +125,14 @@ def test_thoughts_are_learned_as_the_template_writes_them_or_left_out_with_a_not
 
 
 def test_the_thoughts_of_the_training_rows_decide_for_both_parts_and_for_the_chat(invoke: Any, workspace: Path) -> None:
-    from planning.plan import with_thinking
+    from planning.plan import as_the_rows_are
     from settings.run_settings import read_settings
 
     settings = read_settings()
     thoughtful = [ASKED, ANSWERED | {"reasoning_content": "Clouds."}]
     unlearnt = [ASKED, thoughtful[1] | {"learn": False}, *ROW]
     for rows, expected in (([ROW], "off"), ([ROW, thoughtful], "on"), ([unlearnt], "off")):
-        decided = with_thinking(settings, rows)  # type: ignore[arg-type]
+        decided = as_the_rows_are(settings, rows)  # type: ignore[arg-type]
         assert {part.tokens.thinking for part in decided.data.values()} == {expected}
     file = workspace / "finetuning" / "olive-config.yaml"
     text = file.read_text(encoding="utf-8")

@@ -31,7 +31,9 @@ from planning.row_lengths import Lengths
 from planning.schedule import learning_steps
 from planning.token_counts import Tokens, count
 from planning.vocabulary import unknown_tokens
+from preparing.conversations import print_once, shared_system_prompt
 from preparing.dataset import chat_rows
+from preparing.problems import short
 from preparing.thoughts import has_thought
 from preparing.turns import Message
 from preparing.workspace import MODELS, ROOT
@@ -56,7 +58,7 @@ def plan(settings: Settings, show: Callable[[str, Any], None]) -> Plan:
     show("machine", report["machine"])
     validate(settings)  # heavy imports
     rows = read_rows(settings)
-    settings = with_thinking(settings, rows["train"])
+    settings = as_the_rows_are(settings, rows["train"])
     model = find(settings)
     report["model"] = model_facts(model, settings)
     show("model", report["model"])
@@ -87,9 +89,21 @@ def read_rows(settings: Settings) -> Rows:
     return rows
 
 
-def with_thinking(settings: Settings, rows: list[list[Message]]) -> Settings:
-    """Decide on `thinking: auto`, for both parts and for the chat: on if the rows to train on have thoughts."""
-    thinks = any(map(has_thought, rows))
+def as_the_rows_are(settings: Settings, rows: list[list[Message]]) -> Settings:
+    """Decide, by the rows to train on, what the settings leave open for both parts and for the chat.
+
+    `thinking: auto` is on if rows have thoughts. Without a `system_prompt`, it is the one that all rows have.
+    """
+    thinks, system_prompt = any(map(has_thought, rows)), shared_system_prompt(rows)
+    if system_prompt and not settings.data["train"].tokens.system_prompt:
+        print_once(
+            f"All rows have this system prompt, which chat, API and exports use too: {short(system_prompt, 200)}"
+        )
+        data = {
+            name: replace(part, tokens=replace(part.tokens, system_prompt=system_prompt))
+            for name, part in settings.data.items()
+        }
+        settings = replace(settings, data=data)
     data = {
         name: replace(part, tokens=replace(part.tokens, thinking="on" if thinks else "off"))
         if part.tokens.thinking == "auto"
