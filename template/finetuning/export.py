@@ -3,8 +3,8 @@
 python finetuning/export.py                    models/merged, then models/onnx: fast chat, mainly on a CPU
 python finetuning/export.py --format merged    models/merged only: for transformers, vLLM and other tools
 
-On held-out rows, the merged model is compared with base and adapter, and the int4 model with the merged one, before
-either is published. A complete export of the same adapter is reused. The figures are written to models/run.json.
+Each answers held-out rows before it is published, and must give the answers of base and adapter. A complete export of
+the same adapter is reused. The figures are written to models/run.json.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> int:
         type=share,
         default=0.95,
         metavar="SHARE",
-        help="the least share of answer tokens that must equal the merged model's, 0 to 1 (default: 0.95)",
+        help="the least share of whole answers that must be those of base and adapter, 0 to 1 (default: 0.95)",
     )
     parser.add_argument("--debug", action="store_true", help="show library output and the traceback of an error")
     options = parser.parse_args()
@@ -74,6 +74,7 @@ def export(kind: str, provider: str | None, agreement: float, debug: bool) -> No
     """Merge; for `onnx`, also build, compare and publish the int4 model. Raises ConfigError and DataError."""
     from filelock import FileLock
 
+    from exporting.agreement import agrees, ask_base_and_adapter
     from exporting.exported_folder import MERGED, ONNX, check_disk, is_made_from, shown
     from exporting.int4 import build_int4, choose_provider
     from exporting.merged import merge
@@ -92,22 +93,23 @@ def export(kind: str, provider: str | None, agreement: float, debug: bool) -> No
         base = base_folder(run)
         check_disk(base, kind, made_from)
         made = run.setdefault("export", {})
-        # releases that did not compare it could merge wrongly
-        again = is_made_from(MERGED, made_from) and "difference" in made.get("merged", {})
+        again = is_made_from(MERGED, made_from) and agrees(made.get("merged", {}), agreement)
+        reference = None
         if again:
             print(f"Using {shown(MERGED)} again: it was made from this adapter.")
         else:
             print(f"Merging {run['adapter']} into {run['base_model']}", flush=True)
             started = time.monotonic()
-            record(run, "merged", made_from, started, merge(run, base, made_from))
+            reference = ask_base_and_adapter(run, base)
+            record(run, "merged", made_from, started, merge(run, base, made_from, reference, agreement))
         made_for: MadeFrom = {**made_from, "provider": provider or ""}
-        agrees = made.get("onnx", {}).get("tokens", -1) >= agreement
-        if kind == "onnx" and again and is_made_from(ONNX, made_for) and agrees:
+        if kind == "onnx" and again and is_made_from(ONNX, made_for) and agrees(made.get("onnx", {}), agreement):
             print(f"Using {shown(ONNX)} again: it was made from this adapter.")
         elif kind == "onnx":
             print(f"Building the int4 model for {provider} (minutes for billions of weights)", flush=True)
             started = time.monotonic()
-            figures = build_int4(run, agreement, debug, made_for)
+            reference = reference or ask_base_and_adapter(run, base)
+            figures = build_int4(reference, agreement, debug, made_for)
             record(run, "onnx", made_from, started, {"precision": "int4", "provider": provider} | figures)
     show(made, kind)
 
@@ -133,16 +135,14 @@ def show(made: dict[str, Any], kind: str) -> None:
     from exporting.exported_folder import MERGED, shown
 
     for name in ("merged", "onnx") if kind == "onnx" else ("merged",):
-        print(f"  {name:6} {made[name]['folder']}, {made[name]['bytes'] / 2**20:,.1f} MiB")
-    merged = made["merged"]
-    print(f"On {merged['rows']} held-out rows {merged['first_tokens']:.1%} of the first tokens are base and adapter's.")
-    if kind == "onnx":
-        figures = made["onnx"]
+        figures = made[name]
+        close = f", {figures['close_calls']:.1%} after a close call differ" if figures["close_calls"] else ""
         print(
-            f"On {figures['rows']} held-out rows {figures['answers']:.1%} of its answers, and {figures['tokens']:.1%} "
-            f"of their tokens, are the merged model's; logits differ by {figures['logits_mean']} on average, "
-            f"{figures['logits_max']} at most."
+            f"  {name:6} {figures['folder']}, {figures['bytes'] / 2**20:,.1f} MiB: on {figures['rows']} held-out rows "
+            f"{figures['answers']:.1%} of the answers are base and adapter's{close}"
         )
+    if four_bit := made["merged"].get("four_bit"):
+        print(f"On the 4-bit base of the training, {four_bit['answers']:.1%} of the answers are the same.")
     serve = f"transformers serve {shown(MERGED)} (after python -m pip install openai), or vllm serve {shown(MERGED)}"
     print(f"Next: {'python inference/console_chat.py' if kind == 'onnx' else serve}")
 

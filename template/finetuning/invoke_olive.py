@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
 from preparing.workspace import MODELS, ROOT
-from settings.startup import explain, leave_out, quiet
+from settings.startup import explain, hide_gpus, leave_out, quiet
 from training.processes import PROCESSES, RANK
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     results = MODELS / "smoke" if arguments.smoke else MODELS
     settings = read_settings()
+    if not settings.gpu:
+        hide_gpus()
     if arguments.check:
         return check_only(settings, arguments.json)
     validate(settings)
@@ -98,6 +100,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def help_train() -> int:
     """Take part in the training as one of several processes, silently: the first one does everything else."""
+    from settings.run_settings import read_settings
+
+    if not read_settings().gpu:
+        hide_gpus()
     from training.processes import share
     from training.train import train
 
@@ -130,15 +136,17 @@ def tune(settings: Settings, rows: dict[str, list[Any]], results: Path, fresh: b
     from planning.fit import settle
     from planning.model_facts import base_model
     from planning.plan import row_facts
+    from preparing.dataset import spread
     from preparing.tokenised import list_refused, tokenise_rows
     from preparing.tokens import load_tokenizer
     from reporting.evaluate import evaluate
     from reporting.model_card import write_model_card
     from reporting.report import write_report
-    from reporting.run_record import data_facts, describe, keep_logs, publish
+    from reporting.run_record import STARTED, data_facts, describe, first_start, keep_logs, publish
     from reporting.show_results import show
     from training.processes import share
     from training.train import train
+    from training.whole_files import write_json
 
     gc.freeze()
     gc.enable()
@@ -148,7 +156,9 @@ def tune(settings: Settings, rows: dict[str, list[Any]], results: Path, fresh: b
     name = f"{run_json['config_sha256'][:8]}-{run_json['dataset_sha256'][:8]}-{PROCESSES}".removesuffix("-1")
     run_folder, folder = results / "checkpoints" / name, str(base.folder)
     settings = replace(settings, model_path=folder, revision=None)  # given an id, Olive would ask the hub
-    tokenizer = load_tokenizer(folder)
+    over = fresh or (run_folder / "finished").exists()
+    run_json["date"] = run_json["date"] if over else first_start(run_folder, run_json["date"])
+    tokenizer = load_tokenizer(folder, run_json["date"])
     found = {part: tokenise_rows(tokenizer, rows[part], **vars(settings.data[part].tokens)) for part in rows}
     for part in found:
         list_refused(found[part].refused, rows[part])
@@ -159,24 +169,27 @@ def tune(settings: Settings, rows: dict[str, list[Any]], results: Path, fresh: b
     settings, estimated, line = settle(settings, found)
     show_plan.show("rows", row_facts(settings, rows, len(tokens["train"])))
     show_plan.show("memory", {"line": line})
-    if fresh or (run_folder / "finished").exists():
+    if over:
         shutil.rmtree(run_folder, ignore_errors=True)  # the result of a finished run is in models/adapter
+    run_folder.mkdir(parents=True, exist_ok=True)
+    write_json(run_folder / STARTED, {"date": run_json["date"]})
     keep_logs(settings, results / "logs")
 
     with explained(settings, estimated):
         print(f"Evaluating {run_json['base_model']} on the held-out rows")
-        before = evaluate(settings, folder, None, rows["held_out"], tokens["held_out"])
+        before = evaluate(settings, tokenizer, folder, None, rows["held_out"], tokens["held_out"])
         print(f"Training an adapter: {run_json['method']}")
         adapter, timings, losses = train(*share((settings, tokens, run_folder)))
         print("Evaluating the tuned model on the same rows")
-        after = evaluate(settings, folder, adapter, rows["held_out"], tokens["held_out"])
+        after = evaluate(settings, tokenizer, folder, adapter, rows["held_out"], tokens["held_out"])
 
     run_json["data"] = data_facts(settings, rows, found["train"], tokenizer) | {"asked_rows": len(after.questions)}
     run_json["metrics"] = {"before": before.metrics, "after": after.metrics}
-    run_json["examples"] = [
+    examples = [
         {"question": row[-2]["content"], "expected": row[-1]["content"], "before": one, "after": other}
         for row, one, other in zip(after.questions, before.answers, after.answers, strict=True)
-    ][:EXAMPLES]
+    ]
+    run_json["examples"] = spread(examples, EXAMPLES)
     run_json["timings"] = timings | {"before": before.seconds, "after": after.seconds}
     run_json["seconds"] = round(time.monotonic() - started, 2)
     publish(run_json, adapter, folder, results)

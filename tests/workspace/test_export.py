@@ -204,18 +204,70 @@ def test_an_architecture_that_the_builder_does_not_know_leaves_the_merged_model(
     assert not (models / "onnx").exists()
 
 
-def test_a_model_that_answers_otherwise_than_the_merged_one_does_not_take_its_place(
-    export: Export, exported: Path, monkeypatch: pytest.MonkeyPatch
+def babbling(folder: Path) -> None:
+    """Name another token as the end: the answers go on until the limit."""
+    file = folder / "genai_config.json"
+    settings = json.loads(file.read_text())
+    settings["model"]["eos_token_id"] = [1]
+    file.write_text(json.dumps(settings))
+
+
+def relabelled(step: int) -> Callable[[Path], None]:
+    """Teach the model a wrong label for every so manieth of the rows that are compared; then it ends as before."""
+
+    def damage(folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from exporting import int4
+        from exporting.tuned_model import compared_rows, read_run
+        from preparing.tokens import load_tokenizer
+
+        tokenizer = load_tokenizer(str(folder))
+        rows = [[dict(turn) for turn in row] for row in compared_rows(read_run())]
+        for row in rows[::step]:
+            row[-1]["content"] = "joy" if row[-1]["content"] == "fear" else "fear"
+        model = AutoModelForCausalLM.from_pretrained(folder.parent / "merged", dtype=torch.float32)
+        teach(model, tokenizer, rows, 200)
+        aside = folder.parent / "relabelled"
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        shutil.rmtree(folder)
+        int4.build(aside, folder, "cpu")
+        shutil.rmtree(aside)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "reached"),
+    [
+        (babbling, r"[0-5]\.\d%"),
+        (relabelled(10), r"(8\d|9[0-3])\.\d%"),
+        (relabelled(1), r"\d\.\d%"),
+    ],
+    ids=["does not end", "wrong in every tenth answer", "wrong in the first word"],
+)
+def test_an_int4_model_that_is_really_wrong_is_not_published(
+    export: Export, exported: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], reached: str
 ) -> None:
     from exporting import int4
 
-    worse = {"rows": 64, "answers": 0.5, "tokens": 0.9, "logits_max": 9.0, "logits_mean": 1.0}
-    monkeypatch.setattr(int4, "compare", lambda *_: worse)
+    build = int4.build
+
+    def build_wrong(merged: Path, folder: Path, provider: str) -> None:
+        build(merged, folder, provider)
+        monkeypatch.setattr(int4, "build", build)
+        damage(folder)
+
+    monkeypatch.setattr(int4, "build", build_wrong)
     before = (exported / "model.onnx").stat().st_mtime_ns
     (exported / "export.json").rename(exported / "mark")  # or it would be used again
     try:
         refused(
-            export(), r"chooses 90\.0% of the answer tokens .* less than the 95% that are wanted: use models/merged"
+            export(),
+            rf"The int4 model gives {reached} of 64 answers as base and adapter do \(for example '.*' for '.*'\), less "
+            r"than the 95% that are wanted, and is not published: .* use models/merged, or .* --agreement 0",
         )
         assert (exported / "model.onnx").stat().st_mtime_ns == before
     finally:
@@ -238,6 +290,47 @@ def test_what_is_whole_is_used_again_and_what_is_torn_is_made_again(
     assert (after[0] == times[0], after[1] == times[1]) == (True, False)
 
 
+def test_what_an_interrupted_export_left_is_removed_before_the_disk_is_counted(
+    export: Export, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exporting import exported_folder
+
+    left = [models / name for name in (".merged.new", ".onnx.new", ".onnx.old")]
+    for folder in left:
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors").write_bytes(b"half of it")
+    usage = shutil.disk_usage("/")
+    shutil.rmtree(models / "merged", ignore_errors=True)
+
+    def free(path: Path) -> Any:
+        return usage._replace(free=2**19 if any(folder.exists() for folder in left) else 2**40)
+
+    monkeypatch.setattr(exported_folder.shutil, "disk_usage", free)
+    run = export("--format", "merged")
+    assert run.status == 0, run.err
+
+
+def test_without_the_data_the_examples_of_the_run_are_compared(export: Export, models: Path) -> None:
+    file = models.parent / "dataset" / "sample-heldout.jsonl"
+    rows = held_out(models)[:10]
+    examples = [{"question": row[0]["content"], "expected": row[1]["content"]} for row in rows]
+    run = json.loads((models / "run.json").read_text())
+    shutil.rmtree(models / "merged", ignore_errors=True)
+    file.rename(file.with_suffix(".aside"))
+    try:
+        (models / "run.json").write_text(json.dumps(run | {"examples": examples}))
+        made = export("--format", "merged")
+        assert made.status == 0, made.err
+        assert "The data cannot be read, so the models are compared on the examples in models/run.json (" in made.out
+        assert made.json["export"]["merged"]["rows"] == 10
+        shutil.rmtree(models / "merged")
+        (models / "run.json").write_text(json.dumps(run | {"examples": []}))
+        refused(export("--format", "merged"), r"sample-heldout.jsonl.* The export needs held-out rows to compare the m")
+    finally:
+        file.with_suffix(".aside").rename(file)
+        (models / "run.json").write_text(json.dumps(run))
+
+
 def test_a_share_out_of_range_is_a_usage_error(export: Export) -> None:
     with pytest.raises(SystemExit, match="2"):
         export("--agreement", "95")
@@ -258,7 +351,8 @@ def test_an_int4_model_answers_held_out_rows_as_torch_does(exported: Path, model
     assert figures["rows"] == 64
     assert figures["answers"] >= 0.95
     assert figures["tokens"] >= 0.95
-    assert 0 < figures["logits_mean"] < figures["logits_max"] < 2
+    assert figures["first_tokens"] >= 0.95
+    assert 0 < figures["difference"] < 0.1
     rows = held_out(models)
     model = load_model(str(models / "demo"), models / "adapter", read_settings())
     tokenizer = load_tokenizer(str(models / "adapter"))
@@ -277,6 +371,8 @@ def test_the_model_for_a_gpu_computes_the_same_on_the_cpus_kernels(
     import onnx
 
     from exporting import int4
+    from exporting.agreement import ask_base_and_adapter, compare
+    from exporting.tuned_model import read_run
     from sources import tuned_source
 
     int4.build(models / "merged", tmp_path, provider)
@@ -290,11 +386,10 @@ def test_the_model_for_a_gpu_computes_the_same_on_the_cpus_kernels(
     options.clear()
     file.write_text(json.dumps(settings))
     assert tuned_source(models.parent).dtype == "float32"
-    figures = int4.compare(
-        models / "merged", tmp_path, [held_out(models)[i] for i in range(20)], "float32", thinking=False
-    )
-    assert figures["tokens"] >= 0.95
-    assert figures["logits_mean"] < 0.2
+    reference = ask_base_and_adapter(read_run(), models / "demo")
+    figures, _ = compare(reference, int4.ask_onnx(reference, tmp_path))
+    assert figures["answers"] >= 0.95
+    assert figures["difference"] < 0.1
 
 
 def test_a_provider_that_is_not_here_is_refused_before_the_work(export: Export, exported: Path) -> None:
@@ -312,6 +407,53 @@ def test_an_exported_model_ends_at_the_end_of_turn_that_only_the_template_knows(
     for path in (models / "merged/generation_config.json", exported / "genai_config.json"):
         settings = json.loads(path.read_text())
         assert settings.get("model", settings)["eos_token_id"] == stops
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "eos_token_id": [7, 8]},
+        {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "max_length": 4096},
+    ],
+    ids=["as Qwen", "as Llama 2"],
+)
+def test_exports_answer_greedily_as_measured_whatever_the_base_model_says(
+    export: Export, models: Path, exported: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    from transformers import GenerationConfig
+
+    shutil.copytree(exported, tmp_path / "onnx")
+    shutil.copytree(models / "demo", models / "sampling")
+    (models / "sampling" / "generation_config.json").write_text(json.dumps(settings))
+    with another_run(models, tmp_path):
+        try:
+            tune(models.parent, "lora", steps=50, model_path="models/sampling", revision=None)
+            run = export("--agreement", "0")
+            assert run.status == 0, run.err
+            stops = run.json["stops"]
+            merged = GenerationConfig.from_pretrained(models / "merged").to_diff_dict()
+            merged.pop("transformers_version", None)
+            assert merged == {"do_sample": False, "eos_token_id": stops, "pad_token_id": merged["pad_token_id"]}
+            genai = json.loads((exported / "genai_config.json").read_text())
+            assert genai["model"]["eos_token_id"] == stops
+            search = {name: genai["search"][name] for name in ("do_sample", "temperature", "repetition_penalty")}
+            assert search == {"do_sample": False, "temperature": 1.0, "repetition_penalty": 1.0}
+        finally:
+            shutil.rmtree(models / "sampling")
+            shutil.rmtree(exported)
+            shutil.copytree(tmp_path / "onnx", exported)
+
+
+def test_the_chat_asks_the_exported_model_what_the_comparison_asked_it(exported: Path, models: Path) -> None:
+    from exporting.agreement import questions
+    from exporting.tuned_model import compared_rows, read_run
+    from onnx_backend import ChatTokenizer
+    from preparing.tokens import load_tokenizer
+
+    run, chat = read_run(), ChatTokenizer(exported, models.parent)
+    rows = compared_rows(run)
+    prompts, _ = questions(load_tokenizer(str(models / "adapter"), run["date"]), rows, thinking=False)
+    assert [chat.encode(chat.render(row[:-1])) for row in rows] == prompts
 
 
 def test_the_merged_folder_is_all_that_transformers_needs(exported: Path, models: Path) -> None:
@@ -430,8 +572,8 @@ def test_an_adapter_of_a_tied_layer_is_merged_without_changing_the_other(
     assert (logits - expected).abs().max() <= 1e-3
     assert len(set(expected.argmax(-1).tolist())) > 1
     assert not merged.config.tie_word_embeddings
-    assert (run.json["export"]["merged"]["first_tokens"], run.json["export"]["merged"]["difference"]) == (1, 0)
-    assert "On 16 held-out rows 100.0% of the first tokens are base and adapter's.\n" in run.out
+    assert (run.json["export"]["merged"]["answers"], run.json["export"]["merged"]["difference"]) == (1, 0)
+    assert "MiB: on 64 held-out rows 100.0% of the answers are base and adapter's\n" in run.out
 
 
 def test_a_tied_model_stays_tied_where_neither_layer_has_an_adapter(
@@ -453,7 +595,8 @@ def test_the_int4_model_of_an_adapted_tied_layer_answers_as_base_and_adapter(
     import onnxruntime_genai
     import torch
 
-    from exporting.agreement import answer_greedily, prompts_of
+    from exporting.agreement import questions
+    from exporting.int4 import answer_greedily
     from preparing.tokens import load_tokenizer
 
     shutil.copytree(exported, tmp_path / "onnx")
@@ -463,11 +606,11 @@ def test_the_int4_model_of_an_adapted_tied_layer_answers_as_base_and_adapter(
             tune(models.parent, "lora", steps=50, target_modules=layers, **tied)
             run = export()
             assert run.status == 0, run.err
-            assert run.json["export"]["onnx"]["tokens"] >= 0.95
+            assert run.json["export"]["onnx"]["answers"] >= 0.95
             expected = first_tokens(models, tuned(models)).argmax(-1)
             onnx, tokenizer = onnxruntime_genai.Model(str(exported)), load_tokenizer(str(models / "tied"))
-            prompts = prompts_of(tokenizer, held_out(models)[:64], thinking=False)
-            answers = [answer_greedily(onnx, prompt)[0][0] for prompt in prompts]
+            prompts, limit = questions(tokenizer, held_out(models)[:64], thinking=False)
+            answers = [answer_greedily(onnx, prompt, limit)[0][0] for prompt in prompts]
         finally:
             shutil.rmtree(exported)
             shutil.copytree(tmp_path / "onnx", exported)
@@ -483,13 +626,13 @@ def test_a_merged_model_that_answers_otherwise_is_not_published(
     shutil.rmtree(models / "merged", ignore_errors=True)
     with another_run(models, tmp_path):
         tune(models.parent, "lora", target_modules=("embed_tokens",), **tied)
-        refused(export(), r"answers otherwise than base and adapter \(\d+% of 16 first tokens .* chat with torch")
+        refused(export(), r"merged model gives \d+\.\d% of 64 answers as base and adapter do \(.* chat with torch")
         assert not (models / "merged").exists()
 
 
 def test_a_merged_model_that_was_never_compared_is_merged_again(export: Export, exported: Path, models: Path) -> None:
     run = json.loads((models / "run.json").read_text())
-    del run["export"]["merged"]["difference"]  # as an earlier release wrote it
+    del run["export"]["merged"]["answers"]  # as an earlier release wrote it
     (models / "run.json").write_text(json.dumps(run))
     again = export()
     assert "Merging models/adapter" in again.out and "Building the int4 model" in again.out
@@ -533,7 +676,7 @@ def test_the_builder_rotates_positions_as_torch_does_for_every_architecture_of_t
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from exporting import int4
-    from exporting.agreement import answer_greedily
+    from exporting.int4 import answer_greedily
 
     size = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
     size |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512, "eos_token_id": 1}
@@ -549,7 +692,7 @@ def test_the_builder_rotates_positions_as_torch_does_for_every_architecture_of_t
     ids = list(range(100, 300))
     with torch.inference_mode():
         expected = model(torch.tensor([ids])).logits[0, -1].numpy()
-    _, logits = answer_greedily(onnxruntime_genai.Model(str(tmp_path / "onnx")), ids)
+    _, logits = answer_greedily(onnxruntime_genai.Model(str(tmp_path / "onnx")), ids, 1)
     assert expected.std() > 0.1
     assert abs(logits - expected).max() < 1e-2  # rotated wrongly, Phi-2 is off by 0.2 on average
 

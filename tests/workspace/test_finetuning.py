@@ -120,7 +120,8 @@ def test_a_run_writes_every_result_that_the_contract_names(invoke: Invoke, works
         *("seconds", "system_prompt", "dtype", "config", "data", "machine", "timings"),
     }
     assert run.json["base_model"] == "models/demo"
-    assert all(set(figures) == {"eval_loss", "perplexity", "accuracy"} for figures in run.json["metrics"].values())
+    named = {"eval_loss", "perplexity", "accuracy", "accuracy_interval"}
+    assert all(set(figures) == named for figures in run.json["metrics"].values())
     assert run.json["metrics"]["after"]["eval_loss"] != run.json["metrics"]["before"]["eval_loss"]
     adapter = workspace / run.json["adapter"]
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "models/demo"

@@ -1,94 +1,190 @@
-"""Compare the answers of an int4 model with those of the merged model: the check that an export must pass."""
+"""Compare an exported model's answers with those of base model and adapter: the check that every export must pass."""
 
 from __future__ import annotations
 
-import json
+import gc
+import math
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from exporting.tuned_model import compared_rows, with_adapter
+from preparing.problems import short
 from preparing.tokenised import tokenise_rows
 from preparing.tokens import last_answer, load_tokenizer, tokenise
+from preparing.workspace import ROOT
+from reporting.evaluate import computing_in, decode, four_bits, load_base, set_greedy
+from reporting.run_record import RunRecord
 from settings.config_file import ConfigError
 
-COMPARED_TOKENS = 64  # per answer; more takes longer and barely changes the figures
-WAITING = {"session.intra_op.allow_spinning": "0"}  # waiting threads sleep: awake, they slow down a busy machine
+LONGEST = 256  # tokens of an answer that are compared
+TEXT = 64  # the same, for plain text, which goes on from its first half
+BATCH = 16
+CLOSE = 0.5  # a token is a close call if the model finds it at least half as likely as the likeliest
 
 
-def compare(merged: Path, folder: Path, rows: list[Any], dtype: str, thinking: bool) -> dict[str, Any]:
-    """Generate answers to held-out rows greedily with the ONNX model, and check whether torch chooses the same tokens.
+@dataclass
+class Answers:
+    """The greedy answers of a model."""
 
-    Returns `rows`; `answers`, the share of answers (up to COMPARED_TOKENS) that torch gives token for token; `tokens`,
-    the share of tokens that torch chooses after the same prefix; and `logits_max` and `logits_mean`, the absolute
-    difference of the logits for the first token of an answer. `dtype` is torch's, as in models/run.json.
+    tokens: list[list[int]] = field(default_factory=list)  # of each answer, with its end
+    first: list[Any] = field(default_factory=list)  # the probabilities (vocabulary) of each answer's first token
+    close: list[list[set[int]]] = field(default_factory=list)  # for each token, those that were close calls
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The questions, and what base model and adapter answer."""
+
+    tokenizer: Any
+    prompts: list[list[int]]
+    limit: int  # tokens of an answer
+    answers: Answers
+
+
+def ask_base_and_adapter(run: RunRecord, base: Path) -> Reference:
+    """Let base model and adapter answer held-out rows, with unquantised weights. Raises ConfigError and DataError."""
+    tokenizer = load_tokenizer(str(ROOT / run["adapter"]), run.get("date"))
+    prompts, limit = questions(tokenizer, compared_rows(run), run.get("thinking", False))
+    model = with_adapter(load_base(str(base), run["dtype"]), run)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    prompts = [prompt[-max(context - limit, 1) :] for prompt in prompts] if context else prompts
+    set_greedy(model, tokenizer)
+    return Reference(tokenizer, prompts, limit, answer(model, tokenizer, prompts, limit, run["dtype"]))
+
+
+def questions(tokenizer: Any, rows: list[Any], thinking: bool) -> tuple[list[list[int]], int]:
+    """Return the tokens before the last answer of each row, and how long an answer may be.
+
+    Of plain text, the prompt is the first half.
     """
-    import numpy
-    import torch
-
-    from reporting.evaluate import load_base
-
-    if not torch.cuda.is_available() and dtype == "float16":
-        dtype = "float32"
-    model = load_base(str(merged), dtype)
-    onnx, tokenizer = load_onnx(folder), load_tokenizer(str(merged))
-    context = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["context_length"]
-    alike: list[Any] = []
-    differences = []
-    for whole in prompts_of(tokenizer, rows, thinking):
-        prompt = whole[-(context - COMPARED_TOKENS) :]
-        tokens, logits = answer_greedily(onnx, prompt)
-        with torch.inference_mode():
-            ids = torch.tensor([prompt + tokens], device=model.device)
-            expected = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().cpu().numpy()
-        alike.append(expected.argmax(axis=-1) == numpy.array(tokens))
-        differences.append(numpy.abs(expected[0] - logits))
-    return {
-        "rows": len(alike),
-        "answers": round(sum(bool(row.all()) for row in alike) / len(alike), 4),
-        "tokens": round(float(numpy.concatenate(alike).mean()), 4),
-        "logits_max": round(float(numpy.max(differences)), 4),
-        "logits_mean": round(float(numpy.mean(differences)), 4),
-    }
-
-
-def load_onnx(folder: Path) -> Any:
-    """Load the ONNX model. Raises ConfigError if the libraries of its provider are missing."""
-    import onnxruntime_genai
-
-    try:
-        config = onnxruntime_genai.Config(str(folder))
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": WAITING}}}))
-        return onnxruntime_genai.Model(config)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"ONNX Runtime GenAI cannot load the int4 model here ({reason}): --provider cpu makes one for the CPU."
-        ) from error
-
-
-def prompts_of(tokenizer: Any, rows: list[Any], thinking: bool) -> list[list[int]]:
-    """Return the tokens before the last answer of each conversation; of plain text, its first half."""
-    prompts = []
+    prompts, longest = [], 0
     for row in tokenise_rows(tokenizer, rows, max_bad_rows=1, thinking="on" if thinking else "off").rows:
-        _, answer = last_answer(tokenizer, row, thinking)
-        if answer:
-            prompts.append(answer.ids[: answer.start])
+        _, expected = last_answer(tokenizer, row, thinking)
+        if expected:
+            prompts.append(expected.ids[: expected.start])
+            longest = max(longest, expected.end - expected.start + 8)  # as in the evaluation
         else:
             tokens = tokenise(tokenizer, row, "all")[0]["input_ids"]
             prompts.append(tokens[: (len(tokens) + 1) // 2])
-    return prompts
+            longest = max(longest, TEXT)
+    return prompts, min(longest, LONGEST)
 
 
-def answer_greedily(model: Any, prompt: list[int]) -> tuple[list[int], Any]:
-    """Return the ONNX model's answer tokens, with the end token, and the logits (vocabulary) of the first one."""
-    import onnxruntime_genai
+def answer(model: Any, tokenizer: Any, prompts: list[list[int]], limit: int, dtype: str) -> Answers:
+    """Answer by the model's own generation_config. `dtype` is the precision of the training."""
+    answers = Answers()
+    for start in range(0, len(prompts), BATCH):
+        seen = Watch()
+        with computing_in(dtype):
+            batch = decode(
+                model,
+                tokenizer,
+                prompts[start : start + BATCH],
+                limit,
+                logits_processor=LogitsProcessorList([seen]),
+            )
+        answers.tokens += batch
+        answers.first += seen.first
+        answers.close += [[step[i] for step in seen.close] for i in range(len(batch))]
+    return answers
 
-    settings = onnxruntime_genai.GeneratorParams(model)
-    settings.set_search_options(do_sample=False, repetition_penalty=1.0, max_length=len(prompt) + COMPARED_TOKENS)
-    generator = onnxruntime_genai.Generator(model, settings)
-    generator.append_tokens(prompt)
-    logits = generator.get_logits()[0, -1].copy()
-    tokens = []
-    while not generator.is_done():
-        generator.generate_next_token()
-        tokens.append(int(generator.get_next_tokens()[0]))
-    return tokens, logits
+
+class Watch(LogitsProcessor):
+    """Keeps the probabilities of the first tokens of a batch, and which tokens were close calls."""
+
+    def __init__(self) -> None:
+        self.first: list[Any] = []
+        self.close: list[list[set[int]]] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Look at the logits (answers, vocabulary) of the next token; change nothing."""
+        logits = scores.float()
+        if not self.first:
+            self.first = [*logits.softmax(-1).cpu().numpy()]
+        values, tokens = logits.topk(min(8, logits.shape[-1]))
+        near = (values >= values[:, :1] + math.log(CLOSE)).tolist()
+        self.close.append(
+            [
+                {token for token, is_near in zip(*row, strict=True) if is_near}
+                for row in zip(tokens.tolist(), near, strict=True)
+            ]
+        )
+        return scores
+
+
+def compare(reference: Reference, answers: Answers) -> tuple[dict[str, Any], str]:
+    """Return how well a model's answers agree with the reference, and the first that does not, in words.
+
+    The figures: `rows`; `answers`, the share of whole answers that are the same, with their end; `close_calls`, the
+    share of those that first differ where base and adapter were undecided, after which nothing can be compared;
+    `tokens`, the share up to the first difference; `first_tokens`; and `difference`, the probability of an answer's
+    first token that moved to other tokens, on average.
+    """
+    wanted, found = reference.answers.tokens, answers.tokens
+    alike = [len(os.path.commonprefix([one, other])) for one, other in zip(wanted, found, strict=True)]  # noqa: RUF071
+    same = [one == other for one, other in zip(wanted, found, strict=True)]
+    close = [
+        not same[i]
+        and place < min(len(wanted[i]), len(found[i]))
+        and found[i][place] in reference.answers.close[i][place]
+        for i, place in enumerate(alike)
+    ]
+    moved = [abs(one - other).sum() / 2 for one, other in zip(reference.answers.first, answers.first, strict=True)]
+    rows = len(wanted)
+    figures = {
+        "rows": rows,
+        "answers": round(sum(same) / rows, 4),
+        "close_calls": round(sum(close) / rows, 4),
+        "tokens": round(sum(alike) / sum(map(len, wanted)), 4),
+        "first_tokens": round(sum(place > 0 for place in alike) / rows, 4),
+        "difference": round(float(sum(moved)) / rows, 4),
+    }
+    wrong = next((i for i in range(rows) if not same[i] and not close[i]), None)
+    if wrong is None:
+        return figures, ""
+    text, other = (short(reference.tokenizer.decode(one[wrong]), 40) for one in (found, wanted))
+    return figures, f"for example {text!r} for {other!r}"
+
+
+def agrees(figures: dict[str, Any], share: float) -> bool:
+    """Return whether enough whole answers agree; releases before 0.4.0 did not count them like this."""
+    return bool(figures.get("answers", -1) + figures.get("close_calls", -1) >= share)
+
+
+def check(model: str, reference: Reference, answers: Answers, share: float, instead: str) -> dict[str, Any]:
+    """Return the figures of `compare`. Raises ConfigError if fewer than this share of the answers agree."""
+    figures, example = compare(reference, answers)
+    if not agrees(figures, share):
+        reached = figures["answers"] + figures["close_calls"]
+        raise ConfigError(
+            f"The {model} model gives {reached:.1%} of {figures['rows']} answers as base and adapter do ({example}), "
+            f"less than the {share:.0%} that are wanted, and is not published: {instead}, or if that is good enough, "
+            f"allow it with --agreement {math.floor(100 * reached) / 100:g}."
+        )
+    return figures
+
+
+def ask_folder(reference: Reference, folder: Path, dtype: str) -> Answers:
+    """Let a Hugging Face folder answer the questions, by its own generation_config.json."""
+    gc.collect()  # the reference's model
+    model = load_base(str(folder), dtype)
+    return answer(model, reference.tokenizer, reference.prompts, reference.limit, dtype)
+
+
+def four_bit_agreement(reference: Reference, run: RunRecord, base: Path) -> dict[str, Any] | None:
+    """Return how the answers on QLoRA's 4-bit base, as trained, agree with the reference; None without bitsandbytes."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        return None
+    quantization = run.get("quantization") or {
+        name: run["config"]["adapter"][name] for name in ("quant_type", "double_quant", "compute_dtype")
+    }
+    model = with_adapter(load_base(str(base), run["dtype"], four_bits(**quantization)), run)
+    set_greedy(model, reference.tokenizer)
+    asked = (reference.tokenizer, reference.prompts, reference.limit, run["dtype"])
+    return compare(reference, answer(model, *asked))[0]

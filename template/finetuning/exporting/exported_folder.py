@@ -9,7 +9,7 @@ from typing import NotRequired, TypedDict
 
 from preparing.workspace import MODELS, ROOT
 from settings.config_file import ConfigError
-from training.whole_files import replace_folder
+from training.whole_files import remove_unfinished, replace_folder
 
 
 class MadeFrom(TypedDict):
@@ -27,9 +27,14 @@ INT4_BYTES = 0.65  # per weight, including the scale of each block of 32
 
 
 def check_disk(base: Path, kind: str, made_from: MadeFrom) -> None:
-    """Raise ConfigError unless the disk has room for the export in addition to the existing files."""
+    """Raise ConfigError unless the disk has room for the export in addition to the existing files.
+
+    What an interrupted export left is removed first.
+    """
     from safetensors import safe_open
 
+    for folder in (MERGED, ONNX):
+        remove_unfinished(folder)
     files = list(base.glob("*.safetensors"))
     needed = 0.0 if is_made_from(MERGED, made_from) else float(sum(file.stat().st_size for file in files))
     for file in files if kind == "onnx" else []:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from exporting.agreement import compare
+import numpy
+
+from exporting.agreement import Answers, Reference, check
 from exporting.exported_folder import MERGED, ONNX, MadeFrom, put_in_place, shown
-from exporting.tuned_model import held_out_rows
-from reporting.run_record import RunRecord
 from settings.config_file import ConfigError
 from training.whole_files import new_folder
 
+WAITING = {"session.intra_op.allow_spinning": "0"}  # waiting threads sleep: awake, they slow down a busy machine
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "dml": "DmlExecutionProvider"}
 SETTINGS = {
     "precision": "int4",
@@ -90,8 +91,8 @@ def old_names(auto_config: Any) -> Any:
     return OldNames
 
 
-def build_int4(run: RunRecord, agreement: float, debug: bool, made_for: MadeFrom) -> dict[str, Any]:
-    """Build models/onnx from models/merged and return how well they agree. Raises ConfigError if it is too little."""
+def build_int4(reference: Reference, agreement: float, debug: bool, made_for: MadeFrom) -> dict[str, Any]:
+    """Build models/onnx from models/merged and return how well it agrees. Raises ConfigError if it is too little."""
     unfinished = new_folder(ONNX)
     try:
         with contextlib.ExitStack() as stack:
@@ -107,13 +108,54 @@ def build_int4(run: RunRecord, agreement: float, debug: bool, made_for: MadeFrom
             f"ONNX Runtime GenAI's builder cannot convert {architecture} ({error}): chat with "
             f"torch, or serve {shown(MERGED)}, which is complete."
         ) from error
-    print("Comparing it with the merged model on held-out rows", flush=True)
-    figures = compare(MERGED, unfinished, held_out_rows(run), run["dtype"], run.get("thinking", False))
-    if figures["tokens"] < agreement:
+    print("Comparing its answers with those of base and adapter", flush=True)
+    try:
+        answers = ask_onnx(reference, unfinished)
+        figures = check("int4", reference, answers, agreement, f"four bits lose too much of it; use {shown(MERGED)}")
+    except ConfigError:
         shutil.rmtree(unfinished)
-        raise ConfigError(
-            f"The int4 model chooses {figures['tokens']:.1%} of the answer tokens as the merged model does, less than "
-            f"the {agreement:.0%} that are wanted: use {shown(MERGED)}, or allow it with --agreement."
-        )
+        raise
     put_in_place(unfinished, ONNX, made_for)
     return figures
+
+
+def load_onnx(folder: Path) -> Any:
+    """Load the ONNX model. Raises ConfigError if the libraries of its provider are missing."""
+    import onnxruntime_genai
+
+    try:
+        config = onnxruntime_genai.Config(str(folder))
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": WAITING}}}))
+        return onnxruntime_genai.Model(config)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"ONNX Runtime GenAI cannot load the int4 model here ({reason}): --provider cpu makes one for the CPU."
+        ) from error
+
+
+def ask_onnx(reference: Reference, folder: Path) -> Answers:
+    """Let the ONNX model answer the questions, by its own genai_config.json. Raises ConfigError."""
+    model, answers = load_onnx(folder), Answers()
+    for prompt in reference.prompts:
+        tokens, logits = answer_greedily(model, prompt, reference.limit)
+        likely = numpy.exp(logits - logits.max())
+        answers.tokens.append(tokens)
+        answers.first.append(likely / likely.sum())
+    return answers
+
+
+def answer_greedily(model: Any, prompt: list[int], limit: int) -> tuple[list[int], Any]:
+    """Return the ONNX model's answer tokens, with the end token, and the logits (vocabulary) of the first one."""
+    import onnxruntime_genai
+
+    settings = onnxruntime_genai.GeneratorParams(model)
+    settings.set_search_options(do_sample=False, repetition_penalty=1.0, max_length=len(prompt) + limit)
+    generator = onnxruntime_genai.Generator(model, settings)
+    generator.append_tokens(prompt)
+    logits = generator.get_logits()[0, -1].astype("float32")
+    tokens = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        tokens.append(int(generator.get_next_tokens()[0]))
+    return tokens, logits

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from preparing.dataset import chat_rows
+from preparing.dataset import chat_rows, spread
+from preparing.problems import DataError
 from preparing.tokens import with_system
 from preparing.workspace import MODELS, ROOT, find_model
 from reporting.run_record import RunRecord
@@ -61,7 +62,31 @@ def base_folder(run: RunRecord) -> Path:
     return find_model(run["base_model"], run["revision"], ROOT).folder
 
 
-def held_out_rows(run: RunRecord) -> list[Any]:
-    """Return some of the run's held-out rows, with its system prompt. Raises DataError."""
-    rows = chat_rows("held_out", **run["config"]["rows"])[:COMPARED_ROWS]
+def with_adapter(model: Any, run: RunRecord) -> Any:
+    """Return the base model with the run's adapter. Raises ConfigError if they do not fit."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(ROOT / run["adapter"])).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(": ")
+        raise ConfigError(
+            f"The adapter in {run['adapter']} is damaged, or does not fit {run['base_model']} ({reason}): run "
+            "`python finetuning/invoke_olive.py --fresh`."
+        ) from error
+
+
+def compared_rows(run: RunRecord) -> list[Any]:
+    """Return held-out rows of the run, spread over all of them, with its system prompt.
+
+    If the data is not here, they are the examples in models/run.json. Raises DataError if there are none.
+    """
+    try:
+        rows: list[Any] = spread(chat_rows("held_out", **run["config"]["rows"]), COMPARED_ROWS)
+    except DataError as error:
+        if not run.get("examples"):
+            raise DataError(f"{error} The export needs held-out rows to compare the models on.") from error
+        print(f"The data cannot be read, so the models are compared on the examples in models/run.json ({error})")
+        names = (("user", "question"), ("assistant", "expected"))
+        rows = [[{"role": role, "content": one[name]} for role, name in names] for one in run["examples"]]
     return [with_system(row, run["system_prompt"]) for row in rows]

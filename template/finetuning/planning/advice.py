@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,9 +50,16 @@ def advice(shape: Shape, settings: Settings, lengths: Lengths, limit: float) -> 
     return "no setting makes it fit: choose a smaller model or a larger machine"
 
 
-def out_of_memory(estimated: float | None, peak: float, settings: Settings) -> str:
-    """Return the message for a run out of GPU memory: the estimate, the peak (bytes), and what to change."""
-    if not settings.gradient_checkpointing:
+def out_of_memory(estimated: float | None, peak: float, settings: Settings, evaluating: bool) -> str:
+    """Return the message for a run out of GPU memory: the estimate, the peak (bytes), and what to change.
+
+    `evaluating`: it happened in an evaluation, which needs no memory for gradients.
+    """
+    if evaluating and settings.per_device_eval_batch_size > 1:
+        change = f"set per_device_eval_batch_size: {settings.per_device_eval_batch_size // 2}"
+    elif evaluating:
+        change = "drop the longest of the held-out rows, or choose a smaller model"
+    elif not settings.gradient_checkpointing:
         change = "set gradient_checkpointing: true"
     elif settings.per_device_train_batch_size > 1:
         half = settings.per_device_train_batch_size // 2
@@ -60,7 +68,8 @@ def out_of_memory(estimated: float | None, peak: float, settings: Settings) -> s
     else:
         change = f"set max_seq_len: {max(16, settings.max_seq_len // 2)}, or choose a smaller model"
     known = f"{estimated / GIB:.1f} GiB were estimated and " if estimated else ""
-    return f"The GPU's memory is full: {known}{peak / GIB:.1f} GiB were in use; {change} in olive-config.yaml."
+    where = " in an evaluation" if evaluating else ""
+    return f"The GPU's memory is full{where}: {known}{peak / GIB:.1f} GiB were in use; {change} in olive-config.yaml."
 
 
 @contextmanager
@@ -73,4 +82,7 @@ def explained(settings: Settings, estimated: float) -> Iterator[None]:
             raise
         import torch
 
-        raise ConfigError(out_of_memory(estimated, torch.cuda.max_memory_allocated(), settings)) from error
+        # before, in the middle of, or after the training
+        evaluating = any(call.name == "evaluate" for call in traceback.extract_tb(error.__traceback__))
+        peak = torch.cuda.max_memory_allocated()
+        raise ConfigError(out_of_memory(estimated, peak, settings, evaluating)) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from planning import cost, hardware
 from planning.advice import advice
-from planning.architecture import Shape
+from planning.architecture import OVERFLOW_IN_FLOAT16, Shape
 from planning.facts import AzureGpus
 from planning.memory import GIB, memory
 from planning.model_facts import Model, find
@@ -63,11 +63,21 @@ def problem(
         return model.problem
     if azure["target"] != "azure" and (missing := hardware.lacking(settings, here)):
         return missing
-    if complaint := cut_answers(counted, settings, model.context):
+    if complaint := overflows(model, settings) or cut_answers(counted, settings, model.context):
         return complaint
     if model.shape is None or not lengths["train"].tokens:
         return None
     return too_large(model.shape, settings, lengths, limit(settings, here, azure), here.disk_free, model.download)
+
+
+def overflows(model: Model, settings: Settings) -> str | None:
+    """Return the error if the model's numbers are too large for the precision; None otherwise."""
+    if settings.torch_dtype != "float16" or not model.shape or model.shape.architecture not in OVERFLOW_IN_FLOAT16:
+        return None
+    return (
+        f"torch_dtype: float16 is too small for the numbers in {model.shape.architecture}, which would answer nothing: "
+        "set torch_dtype, and compute_dtype if present, to bfloat16, or to float32 on a GPU without bfloat16."
+    )
 
 
 def cut_answers(counted: Mapping[str, Tokens], settings: Settings, context: int | None) -> str | None:
@@ -135,6 +145,7 @@ def settle(settings: Settings, found: Mapping[str, Tokenised]) -> tuple[Settings
     steps, _ = settings.steps(len(tokens["train"]))
     complaint = (
         model.problem
+        or overflows(model, settings)
         or cut_answers({part: tokens_of(rows) for part, rows in found.items()}, settings, model.context)
         or learns_nothing(steps, learning_steps(settings, steps))
         or beyond(model, (row["input_ids"] for rows in tokens.values() for row in rows))

@@ -6,9 +6,13 @@ what follows.
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 from collections.abc import Sequence
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from preparing.problems import DataError
 from preparing.turns import Message
@@ -21,7 +25,17 @@ def render(tokenizer: Any, messages: Sequence[Message], thinking: bool, ask: boo
     """Render messages with the chat template; `ask` adds the start of an answer, as a chat does."""
     turns = [{key: value for key, value in turn.items() if key != "learn"} for turn in messages]
     options = {"tokenize": False, "add_generation_prompt": ask, "enable_thinking": thinking}
-    return str(tokenizer.apply_chat_template(turns, **options))
+    with today_is(getattr(tokenizer, "date", None)):  # see load_tokenizer
+        return str(tokenizer.apply_chat_template(turns, **options))
+
+
+def today_is(date: datetime.date | None) -> contextlib.AbstractContextManager[Any]:
+    """Let chat templates write this date as today's, None the true one: transformers has no option for it."""
+    if date is None:
+        return contextlib.nullcontext()
+    from transformers.utils import chat_template_utils
+
+    return mock.patch.object(chat_template_utils, "datetime", SimpleNamespace(now=lambda: date))
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

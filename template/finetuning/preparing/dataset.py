@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import sys
 from collections.abc import Sequence
+from typing import TypeVar
 
 from preparing.conversations import read
 from preparing.problems import DataError
@@ -20,6 +22,8 @@ from preparing.turns import Message
 from preparing.workspace import ROOT, find_model
 
 ALWAYS = 8  # a run needs as many rows (LEAST_ROWS in planning/fit.py)
+
+Item = TypeVar("Item")
 
 
 def chat_rows(
@@ -41,8 +45,9 @@ def chat_rows(
 
     A file can also be a folder, a pattern or a list of them. Without a `held_out_file`, the held-out rows are taken
     from the training rows: a share (`eval_split` below 1, at least one row) or a number of rows. The choice depends on
-    `data_seed` and the rows' content, and rows that are appended do not change it. Unusable rows are rejected, up to
-    the share `max_bad_rows`. Raises DataError.
+    `data_seed` and the rows' content. With a share, rows that are appended do not change it; a number is chosen anew,
+    as no choice of exactly so many can be right for every length of a file. Unusable rows are rejected, up to the share
+    `max_bad_rows`. Raises DataError.
     """
     file, name = train_file, dataset_name
     if held_out_file and part == "held_out":
@@ -75,6 +80,17 @@ def held_out_positions(conversations: Sequence[list[Message]], eval_split: float
         return set()
     lowest = min(digests[:ALWAYS])
     return {i for i, digest in enumerate(digests) if digest == lowest or int(digest[:8], 16) < eval_split * 2**32}
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """Choose `count` items, in their order: one at random, always the same, from each of as many equal parts.
+
+    The first rows of a sorted file have one label; at even distances, so may those of a file with a pattern.
+    """
+    chance, total = random.Random(0), len(items)
+    if total <= count:
+        return [*items]
+    return [items[chance.randrange(i * total // count, (i + 1) * total // count)] for i in range(count)]
 
 
 def chat_tokens(

@@ -6,6 +6,7 @@ chat asks for it, and the same with the answer. So a tuned model is asked exactl
 
 from __future__ import annotations
 
+import datetime
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +34,12 @@ class Answer:
     end: int  # after the end of the turn; the template may write more, like a line break
 
 
-def load_tokenizer(folder: str) -> Any:
-    """Load a folder's tokenizer; one without a chat template (a base model's) gets the template of setup/model.yaml."""
+def load_tokenizer(folder: str, date: str | None = None) -> Any:
+    """Load a folder's tokenizer; one without a chat template (a base model's) gets the template of setup/model.yaml.
+
+    `date` (YYYY-MM-DD) is what a template writes as today's (Llama 3.2, SmolLM3), so that a run has the same tokens on
+    every day; None: today.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -42,6 +47,7 @@ def load_tokenizer(folder: str) -> Any:
         tokenizer.chat_template = yaml.safe_load(MODEL_FACTS.read_text(encoding="utf-8"))["chat_template"]
     if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.date = datetime.date.fromisoformat(date) if date else None
     return tokenizer
 
 

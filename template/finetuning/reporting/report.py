@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from reporting.run_record import RunRecord
+from reporting.run_record import RunRecord, interval_in_words
 
 TEMPLATE = Path(__file__).with_name("report.html")
 # background, text, training, held out: colour-blind readers can tell the curves apart
@@ -65,16 +66,14 @@ def write_report(run: RunRecord, history: list[dict[str, float]], folder: Path) 
 def metrics(run: RunRecord) -> list[dict[str, str]]:
     """Return the rows of the before/after table."""
     before, after = run["metrics"]["before"], run["metrics"]["after"]
-    rows = [
-        ("Loss", "eval_loss", "{:.4f}", "lower is better"),
-        ("Perplexity", "perplexity", "{:.2f}", "lower is better"),
+    rows: list[tuple[str, Callable[[dict[str, Any]], str], str]] = [
+        ("Loss", lambda one: f"{one['eval_loss']:.4f}", "lower is better"),
+        ("Perplexity", lambda one: f"{one['perplexity']:.2f}", "lower is better"),
     ]
     if run["examples"]:  # without questions there is no accuracy
-        rows.insert(0, ("Exact answers", "accuracy", "{:.1%}", "higher is better"))
-    return [
-        {"name": name, "before": form.format(before[key]), "after": form.format(after[key]), "hint": hint}
-        for name, key, form, hint in rows
-    ]
+        rows.insert(0, ("Exact answers", lambda one: f"{one['accuracy']:.1%}", "higher is better"))
+        rows.insert(1, ("95 % confidence interval", interval_in_words, "narrower with more held-out rows"))
+    return [{"name": name, "before": form(before), "after": form(after), "hint": hint} for name, form, hint in rows]
 
 
 def facts(run: RunRecord) -> dict[str, dict[str, str]]:

@@ -35,7 +35,10 @@ class RunRecord(TypedDict, total=False):
     revision: str | None  # the commit of the model's repository
     method: str
     adapter: str  # a folder relative to the workspace
-    dtype: str
+    dtype: str  # of the training
+    quantization: dict[str, Any] | None  # with QLoRA, of the base model: quant_type, double_quant, compute_dtype
+    stops: list[int]  # the tokens that end an answer
+    date: str  # YYYY-MM-DD, of the first start: what the chat template writes as today's
     system_prompt: str
     thinking: bool  # whether it is asked with thoughts
     dataset_sha256: str
@@ -44,7 +47,7 @@ class RunRecord(TypedDict, total=False):
     packages: dict[str, str]
     machine: dict[str, str | int | None]
     data: dict[str, Any]
-    metrics: dict[str, dict[str, float]]  # before and after: eval_loss, perplexity, accuracy
+    metrics: dict[str, dict[str, Any]]  # before and after, as in reporting/evaluate.py
     examples: list[dict[str, str]]  # question, expected, before, after
     timings: dict[str, float]
     seconds: float
@@ -52,6 +55,7 @@ class RunRecord(TypedDict, total=False):
     export: dict[str, dict[str, Any]]  # merged and onnx
 
 
+STARTED = "started.json"  # in the folder of a run that is not finished: the date of its first start
 PACKAGES = ("olive-ai", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "bitsandbytes")
 
 
@@ -65,6 +69,10 @@ def describe(settings: Settings, rows: dict[str, list[list[Message]]], commit: s
         "method": settings.method,
         "adapter": (results / "adapter").relative_to(ROOT).as_posix(),
         "dtype": settings.torch_dtype,
+        "quantization": {name: getattr(settings, name) for name in ("quant_type", "double_quant", "compute_dtype")}
+        if settings.method == "qlora"
+        else None,
+        "date": datetime.now().date().isoformat(),
         "system_prompt": settings.data["train"].tokens.system_prompt or "",
         "thinking": settings.data["train"].tokens.thinking == "on",
         "dataset_sha256": sha256(rows),
@@ -73,6 +81,17 @@ def describe(settings: Settings, rows: dict[str, list[list[Message]]], commit: s
         "packages": versions(),
         "machine": machine(),
     }
+
+
+def first_start(run_folder: Path, today: str) -> str:
+    """Return the date on which a run started that this one resumes; `today` if there is none.
+
+    A resumed run with another date would train on other tokens from there on.
+    """
+    try:
+        return str(json.loads((run_folder / STARTED).read_text(encoding="utf-8"))["date"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return today
 
 
 def settings_in_use(settings: Settings, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -170,6 +189,12 @@ def data_facts(
     }
 
 
+def interval_in_words(metrics: dict[str, Any]) -> str:
+    """Return the confidence interval of the exact answers in readable form; runs before release 0.4.0 have none."""
+    low, high = metrics.get("accuracy_interval", (0, 1))
+    return f"{low:.1%} to {high:.1%}"
+
+
 def publish(run_json: RunRecord, adapter: Path, folder: str, results: Path) -> None:
     """Publish the adapter and run.json. The previous ones are removed when the new ones are complete."""
     config_file = adapter / "adapter_config.json"
@@ -178,8 +203,9 @@ def publish(run_json: RunRecord, adapter: Path, folder: str, results: Path) -> N
     adapter_config |= {"base_model_name_or_path": run_json["base_model"], "revision": run_json["revision"]}
     write_json(config_file, adapter_config)
     (adapter / "README.md").unlink(missing_ok=True)
-    load_tokenizer(folder).save_pretrained(adapter)  # with the chat template of the training
-
+    tokenizer = load_tokenizer(folder)
+    tokenizer.save_pretrained(adapter)  # with the chat template of the training
+    run_json["stops"] = ends_of_answer(tokenizer)
     run_json["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
     published = new_folder(results / "adapter")
     shutil.copytree(adapter, published, dirs_exist_ok=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reporting.run_record import RunRecord
+from preparing.dataset import spread
+from reporting.run_record import RunRecord, interval_in_words
 
 
 def show(run_json: RunRecord, report: Path) -> None:
@@ -17,11 +18,12 @@ def show(run_json: RunRecord, report: Path) -> None:
     before, after = run_json["metrics"]["before"], run_json["metrics"]["after"]
     table = Table("held-out rows", "before", "after")
     table.add_row("exact answers", f"{before['accuracy']:.2%}", f"{after['accuracy']:.2%}")
+    table.add_row("  95 % sure", interval_in_words(before), interval_in_words(after))
     for name in ("eval_loss", "perplexity"):
         table.add_row(name.replace("_", " "), f"{before[name]:.4f}", f"{after[name]:.4f}")
     console.print(table)
     answers = Table("question", "expected", "before", "after")
-    for example in run_json["examples"][:5]:
+    for example in spread(run_json["examples"], 5):
         answers.add_row(*(escape(example[key][:300]) for key in ("question", "expected", "before", "after")))
     console.print(answers)
     console.print(f"Done in {run_json['seconds']:.0f} s.")

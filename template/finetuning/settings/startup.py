@@ -40,6 +40,11 @@ def quiet() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
+def hide_gpus() -> None:
+    """Let the libraries see no GPU, as `device: cpu` says. Without effect once PyTorch has looked for them."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def leave_out(package: str) -> None:
     """Replace a package that is imported but not used with a stub: saves a second before the first step.
 

@@ -23,6 +23,12 @@ def new_folder(folder: Path) -> Path:
     return unfinished
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed has left next to `folder`."""
+    for name in ("new", "old"):
+        shutil.rmtree(folder.with_name(f".{folder.name}.{name}"), ignore_errors=True)
+
+
 def replace_folder(unfinished: Path, folder: Path) -> None:
     """Replace a folder with another one; the old one is removed after the new one is in place."""
     old = folder.with_name(f".{folder.name}.old")
