@@ -7,6 +7,7 @@ internals, and its imports are heavy: invoke_olive.py imports it when training s
 
 from __future__ import annotations
 
+import gc
 import math
 from functools import partial
 from pathlib import Path
@@ -66,7 +67,10 @@ def train(
     olive_pass = create_pass_from_dict(kind, chosen.config, True, DEFAULT_CPU_ACCELERATOR)
     olive_pass.tokens, olive_pass.smoke = tokens, settings.smoke
     output = olive_pass.run(run_config.input_model.create_model(), str(run_folder / "output"))
-    return Path(output.adapter_path), olive_pass.timings, olive_pass.history
+    result = Path(output.adapter_path), olive_pass.timings, olive_pass.history
+    del olive_pass, output
+    gc.collect()  # model, Trainer and optimizer refer to each other: they would stay beside the model evaluated next
+    return result
 
 
 class Training(ExtraSettings):
