@@ -7,7 +7,6 @@ internals, and its imports are heavy: invoke_olive.py imports it when training s
 
 from __future__ import annotations
 
-import gc
 import math
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from settings.olive_pass import ExtraSettings, pass_class
 from settings.run_settings import Settings, olive_config
 from training import batches
 from training.checkpoints import Checkpoints, newest_checkpoint
+from training.free_memory import free_memory
 from training.gradients import check_gradients
 from training.processes import share
 from training.progress import Progress
@@ -41,6 +41,7 @@ def train(
     timings are `start_to_first_step` (seconds from the start of the process), `training` (seconds) and
     `tokens_per_second`; the losses are the Trainer's log: a dict with `step` and `loss` or `eval_loss` per entry.
     """
+    free_memory()  # of the evaluation before
     dataset.register()
     config = olive_config(settings)
     for data_config in config["data_configs"]:
@@ -69,7 +70,7 @@ def train(
     output = olive_pass.run(run_config.input_model.create_model(), str(run_folder / "output"))
     result = Path(output.adapter_path), olive_pass.timings, olive_pass.history
     del olive_pass, output
-    gc.collect()  # model, Trainer and optimizer refer to each other: they would stay beside the model evaluated next
+    free_memory()
     return result
 
 
