@@ -24,7 +24,7 @@ from planning.facts import (
     RowFacts,
     RunFacts,
 )
-from planning.fit import USABLE, check_count, decided, learns_nothing, limit, problem
+from planning.fit import USABLE, check_count, decided, learns_nothing, lengths_seen, limit, problem
 from planning.memory import GIB, adapter_parameters, memory
 from planning.model_facts import Model, find
 from planning.row_lengths import Lengths
@@ -63,7 +63,7 @@ def plan(settings: Settings, show: Callable[[str, Any], None]) -> Plan:
     report["model"] = model_facts(model, settings)
     show("model", report["model"])
     counted = {part: count(settings.data[part].tokens, rows[part], model) for part in rows}
-    lengths = {part: tokens.cut(settings.max_seq_len) for part, tokens in counted.items()}
+    lengths = lengths_seen(counted, settings.max_seq_len)
     report["data"] = data_facts(settings, rows, counted["train"])
     show("data", report["data"])
     azure: AzureGpus = yaml.safe_load((ROOT / "setup" / "azure_gpus.yaml").read_text(encoding="utf-8"))
@@ -196,8 +196,8 @@ def estimate_facts(
         speed = hardware.speed(model.shape, settings)
         seconds = cost.seconds(model.shape, settings, lengths["train"], lengths["held_out"], speed, measured=True)
         source = f"rough, from a matrix product of {speed / 1e12:.3g} TFLOPS here"
-        if last := cost.last_run(MODELS / "run.json", settings):
-            seconds, source = last.seconds(settings, lengths["train"]), "as fast as the last run"
+        if last := cost.last_run(MODELS / "run.json", settings, here):
+            seconds, source = last.seconds(settings, lengths["train"], lengths["held_out"]), "as fast as the last run"
     return {
         "memory": {part: round(size) for part, size in vars(needed).items()} | {"total": round(needed.total)},
         "memory_limit": None if math.isinf(room) else round(room),

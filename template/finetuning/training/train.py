@@ -26,6 +26,7 @@ from settings.olive_pass import ExtraSettings, pass_class
 from settings.run_settings import Settings, olive_config
 from training import batches
 from training.checkpoints import Checkpoints, newest_checkpoint
+from training.free_memory import free_memory
 from training.gradients import check_gradients
 from training.processes import share
 from training.progress import Progress
@@ -53,6 +54,7 @@ def train(
     `note` gets the timings, see Progress; the losses are the Trainer's log: a dict with `step` and `loss` or
     `eval_loss` per entry. Raises ConfigError if a loss is not a number, or nothing was learned.
     """
+    free_memory()  # of the evaluation before
     dataset.register()
     config = olive_config(settings)
     for data_config in config["data_configs"]:
@@ -80,7 +82,10 @@ def train(
     olive_pass = create_pass_from_dict(kind, chosen.config, True, DEFAULT_CPU_ACCELERATOR)
     olive_pass.tokens, olive_pass.smoke, olive_pass.note = tokens, settings.smoke, note
     output = olive_pass.run(run_config.input_model.create_model(), str(run_folder / "output"))
-    return Path(output.adapter_path), olive_pass.used, olive_pass.history
+    result = Path(output.adapter_path), olive_pass.used, olive_pass.history
+    del olive_pass, output
+    free_memory()
+    return result
 
 
 class Training(ExtraSettings):
