@@ -139,7 +139,7 @@ def test_a_run_leaves_no_copy_of_the_base_model(invoke: Invoke, workspace: Path)
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(invoke: Invoke, workspace: Path) -> None:
     adapters = []
     for seed in (42, 42, 7):
-        assert invoke("--fresh", settings={**SHORT, "seed": seed}).status == 0
+        assert invoke("--fresh", "--keep-worse", settings={**SHORT, "seed": seed}).status == 0
         adapters.append(weights(workspace))
     assert adapters[0] == adapters[1]
     assert adapters[0] != adapters[2]
@@ -180,7 +180,9 @@ def test_an_interrupted_run_resumes_and_another_one_never_uses_its_checkpoints(
     assert "Resuming from" not in other.out
     resumed = invoke(settings={"max_steps": 30})
     assert "Resuming from checkpoint-15" in resumed.out
-    assert resumed.json["metrics"]["after"] == pytest.approx(whole["metrics"]["after"], abs=1e-3)
+    again, once = (one["metrics"]["after"] for one in (resumed.json, whole))
+    assert again.pop("accuracy_interval") == pytest.approx(once.pop("accuracy_interval"), abs=1e-3)
+    assert again == pytest.approx(once, abs=1e-3)
     assert len(weights(workspace)) == len(expected)
 
 
