@@ -94,7 +94,8 @@ def test_a_run_that_ends_worse_keeps_the_earlier_adapter_unless_asked(
     said = re.fullmatch(
         r"error: The run made the model worse: its loss on the held-out rows went from (\S+) to (\S+)\. The adapter of "
         r"an earlier run stays as it is, and this one lies in (models/checkpoints/\S+/output/adapter): lower "
-        r"learning_rate, or take more steps if these were few, in olive-config\.yaml, or publish it with --keep-worse\.\n",
+        r"learning_rate, or take more steps if these were few, in olive-config\.yaml, or publish it with "
+        r"--keep-worse\.\n",
         run.err,
     )
     assert said, run.err
