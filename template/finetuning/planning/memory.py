@@ -16,7 +16,8 @@ from settings.run_settings import Settings
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-CPU_FRAMEWORK = 0.55 * GIB  # Python, torch, transformers, PEFT and Olive, imported; measured
+CPU_FRAMEWORK = 0.6 * GIB  # Python, torch, transformers, PEFT and Olive, imported; measured
+TOKENIZER = 2 * 1024  # bytes per token of the vocabulary: the run's tokenizer and Olive's; measured
 # On a CPU, tensors below 32 MiB are on the C library's heap, which fragments: zero to eight blocks' worth was measured,
 # more with checkpointing, which computes each block twice.
 HOLES, HOLES_CHECKPOINTING, OFF_THE_HEAP = 4, 6, 32 * 2**20
@@ -106,7 +107,9 @@ def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths
         activations=saved,
         logits=logits,
         evaluation=max(evaluation(shape, settings, held_out) - trained - saved - logits, 0),
-        framework=GPU_FRAMEWORK if settings.gpu else CPU_FRAMEWORK + BYTES_PER_TOKEN_HELD * rows,
+        framework=GPU_FRAMEWORK
+        if settings.gpu
+        else CPU_FRAMEWORK + TOKENIZER * shape.vocabulary + BYTES_PER_TOKEN_HELD * rows,
     )
 
 
