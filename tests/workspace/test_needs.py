@@ -87,11 +87,13 @@ def held():
     return int(re.findall(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[0]) / 1024
 
 class Model:
-    def __init__(self):
-        self.itself, self.weights = self, [bytearray(100_000) for _ in range(2000)]
+    pass
 
-model, kept = Model(), [b"x" * 1000 for _ in range(9)]
-kept += [bytes(1000)]
+model, kept = Model(), []
+model.itself, model.weights = model, []
+for _ in range(2000):
+    model.weights.append(bytearray(100_000))
+    kept.append(bytearray(1000))  # as long-lived objects lie between the weights
 start = held()
 del model
 between = held()
