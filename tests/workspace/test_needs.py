@@ -112,6 +112,28 @@ def test_memory_that_nobody_uses_goes_back_to_the_system(workspace: Path) -> Non
     assert by_itself < 10 and freed > 150, done.stdout
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_adapters_on_the_embedding_and_the_output_layer_are_counted(workspace: Path, method: str) -> None:
+    import peft
+    import torch
+    import transformers
+
+    from planning.memory import adapter_parameters
+    from planning.model_facts import shape_in
+
+    chosen = ("q_proj", "lm_head", "embed_tokens")
+    config = transformers.LlamaConfig(vocab_size=1000, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        lora = peft.LoraConfig(r=8, target_modules=list(chosen), use_dora=method == "dora")
+        trained = sum(
+            weight.numel() for weight in peft.get_peft_model(model, lora).parameters() if weight.requires_grad
+        )
+    shape = shape_in(config.to_dict())
+    assert shape
+    assert adapter_parameters(shape, replace(settings_with(method=method, r=8), target_modules=chosen)) == trained
+
+
 # ---- advice
 
 
