@@ -156,7 +156,7 @@ def build(workspace: Path, name: str) -> None:
         facts = families["chatml"] | {"chat_template": families["chatml"]["template"]}
         tokenizer = build_tokenizer(facts, [[{"role": "user", "content": " ".join(words)}]])
     shortest, longest = LENGTHS.get(kind, (SHORTEST, LONGEST))
-    held_out = (8, longest, (0.05, 0.2)) if kind else (2, 60, (0.2, 0.6))  # answering takes long
+    held_out = (8, longest, (0.02, 0.06)) if kind else (2, 60, (0.2, 0.6))  # answering takes long
     for file, (count, limit, shares) in {"train": (ROWS, longest, (0.2, 0.6)), "held-out": held_out}.items():
         lines = []
         for _ in range(count):

@@ -270,7 +270,7 @@ def test_gradient_checkpointing_that_nobody_set_is_switched_on_when_memory_is_sh
     assert settings.gradient_checkpointing is None
     at_ease, line = decided(ram_free=2**40)
     assert at_ease is False and "off, not needed" in line
-    lengths = {part: fit.lengths_of(rows.examples) for part, rows in found.items()}
+    lengths = fit.lengths_seen({part: fit.tokens_of(rows) for part, rows in found.items()}, settings.max_seq_len)
     shape = fit.find(settings).shape
     assert shape
     needed = fit.memory(shape, settings, lengths["train"], lengths["held_out"]).total
