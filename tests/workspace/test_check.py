@@ -270,7 +270,7 @@ def test_gradient_checkpointing_that_nobody_set_is_switched_on_when_memory_is_sh
     assert settings.gradient_checkpointing is None
     at_ease, line = decided(ram_free=2**40)
     assert at_ease is False and "off, not needed" in line
-    lengths = {part: fit.lengths_of(rows.examples) for part, rows in found.items()}
+    lengths = {part: fit.tokens_of(rows).cut(256) for part, rows in found.items()}
     shape = fit.find(settings).shape
     assert shape
     needed = fit.memory(shape, settings, lengths["train"], lengths["held_out"]).total
@@ -350,10 +350,14 @@ def test_the_adapter_has_as_many_weights_as_are_counted(method: str, settings: A
 def test_a_padded_batch_counts_its_padding_and_a_packed_one_does_not(workspace: Path) -> None:
     from planning.row_lengths import Lengths, batches
 
-    rows = Lengths([10, 40], [5, 5])
+    rows = Lengths([bytes(5) + b"\1" * 5, bytes(35) + b"\1" * 5])
     assert (batches(rows, 2, packing=True).tokens, batches(rows, 2, packing=False).tokens) == (50, 80)
     assert (batches(rows, 2, packing=True).logits, batches(rows, 2, packing=False).logits) == (10, 20)
-    assert batches(Lengths([40, 38], [5, 5]), 2, packing=False).logits == 14  # columns 33 to 39, in both rows
+    rows = Lengths([bytes(35) + b"\1" * 5, bytes(33) + b"\1" * 5])
+    assert batches(rows, 2, packing=False).logits == 14  # columns 33 to 39, in both rows
+    turns = (bytes(15) + b"\1" * 5) * 2  # an answer in the middle, and one at the end
+    assert batches(Lengths([turns, turns]), 2, packing=False).logits == 20
+    assert batches(Lengths([turns, bytes(30) + b"\1" * 10]), 2, packing=False).logits == 30
     assert batches(rows, 1, packing=False).masked == 0
 
 

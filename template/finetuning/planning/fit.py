@@ -15,7 +15,7 @@ from planning.memory import GIB, memory
 from planning.model_facts import Model, find
 from planning.row_lengths import Lengths
 from planning.schedule import learning_steps
-from planning.token_counts import Tokens, lengths_of, tokens_of
+from planning.token_counts import Tokens, tokens_of
 from planning.vocabulary import beyond
 from preparing.tokenised import Tokenised
 from preparing.workspace import ROOT
@@ -132,10 +132,11 @@ def settle(settings: Settings, found: Mapping[str, Tokenised]) -> tuple[Settings
     """
     model, here = find(settings), hardware.look()
     tokens = {part: rows.examples for part, rows in found.items()}
+    counted = {part: tokens_of(rows) for part, rows in found.items()}
     steps, _ = settings.steps(len(tokens["train"]))
     complaint = (
         model.problem
-        or cut_answers({part: tokens_of(rows) for part, rows in found.items()}, settings, model.context)
+        or cut_answers(counted, settings, model.context)
         or learns_nothing(steps, learning_steps(settings, steps))
         or beyond(model, (row["input_ids"] for rows in tokens.values() for row in rows))
     )
@@ -144,7 +145,7 @@ def settle(settings: Settings, found: Mapping[str, Tokenised]) -> tuple[Settings
     if model.shape is None:
         return settings, 0.0, "not estimated: config.json names its numbers in a way of its own"
     room = limit(settings, here, None)
-    lengths = {part: lengths_of(rows) for part, rows in tokens.items()}
+    lengths = {part: rows.cut(settings.max_seq_len) for part, rows in counted.items()}
     settled = decided(model.shape, settings, lengths, room)
     if complaint := too_large(model.shape, settled, lengths, room, here.disk_free, 0):
         raise ConfigError(complaint)

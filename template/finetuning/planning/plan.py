@@ -61,7 +61,7 @@ def plan(settings: Settings, show: Callable[[str, Any], None]) -> Plan:
     report["model"] = model_facts(model, settings)
     show("model", report["model"])
     counted = {part: count(settings.data[part].tokens, rows[part], model) for part in rows}
-    lengths = {part: tokens.cut(settings.max_seq_len) for part, tokens in counted.items()}
+    lengths = {part: tokens.trained_on(settings.max_seq_len) for part, tokens in counted.items()}
     report["data"] = data_facts(settings, rows, counted["train"])
     show("data", report["data"])
     azure: AzureGpus = yaml.safe_load((ROOT / "setup" / "azure_gpus.yaml").read_text(encoding="utf-8"))
