@@ -164,7 +164,8 @@ def test_the_check_counts_the_steps_of_the_run_also_where_answers_are_cut_off(
     lost = [turns[0] | {"content": "good " * 90}, turns[1]]
     rows = [lost] * 7 + [turns] * 10 + [turns * 4] * 20  # of the last ones, some answers are cut off
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    changes: dict[str, Any] = {"train_file": str(tmp_path / "rows.jsonl"), "max_seq_len": 64, "max_bad_rows": 0.5}
+    file = str(tmp_path / "rows.jsonl")
+    changes: dict[str, Any] = {"train_file": file, "held_out_file": file, "max_seq_len": 64, "max_bad_rows": 0.5}
     changes |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 1.5}
     data = json.loads(invoke("--check", "--json", settings=changes).out)["data"]
     assert (data["truncated"], data["without_answer"]) == (27, 7)
