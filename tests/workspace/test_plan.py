@@ -167,6 +167,7 @@ def test_the_check_counts_the_steps_of_the_run_also_where_answers_are_cut_off(
     file = str(tmp_path / "rows.jsonl")
     changes: dict[str, Any] = {"train_file": file, "held_out_file": file, "max_seq_len": 64, "max_bad_rows": 0.5}
     changes |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 1.5}
+    changes |= {"max_steps": 100}  # more than the epochs have
     data = json.loads(invoke("--check", "--json", settings=changes).out)["data"]
     assert (data["truncated"], data["without_answer"]) == (27, 7)
     assert data["steps"] == 8  # of 30 rows, 6 a step: 5 an epoch
