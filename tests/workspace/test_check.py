@@ -357,6 +357,7 @@ def test_a_padded_batch_counts_its_padding_and_a_packed_one_does_not(workspace: 
     assert batches(rows, 2, packing=False).logits == 14  # columns 33 to 39, in both rows
     turns = (bytes(15) + b"\1" * 5) * 2  # an answer in the middle, and one at the end
     assert Lengths([turns]).cut(30).labels == [5], "the first answer stays"
+    assert Lengths([turns]).cut(15).masks == [], "without an answer, a row is left out"
     assert batches(Lengths([turns, bytes(30) + b"\1" * 10]), 2, packing=False).logits == 30
     assert batches(rows, 1, packing=False).masked == 0
 
