@@ -541,7 +541,7 @@ def test_what_is_not_a_model_of_known_shape_has_no_estimate(workspace: Path) -> 
 
 IN_THE_CATALOGUE = ("llama", "mistral", "phi", "phi3", "qwen3", "smollm3", "gemma3_text")
 OTHER_DENSE = ("qwen2", "gemma", "gemma2", "olmo", "olmo2", "olmo3", "granite", "cohere", "glm", "glm4", "stablelm")
-NOT_DENSE = ("starcoder2", "gpt_neox", "nemotron", "arcee", "recurrent_gemma", "qwen3_next", "olmo_hybrid")
+NOT_DENSE = ("starcoder2", "gpt_neox", "arcee", "recurrent_gemma", "qwen3_next", "olmo_hybrid")
 EXPERTS = {  # with the numbers of the real models, and their weights as published, in billions
     "OLMoE-1B-7B": ({"model_type": "olmoe", "intermediate_size": 1024}, 6.92),
     "Qwen3-30B-A3B": ({"model_type": "qwen3_moe", "num_hidden_layers": 48, "head_dim": 128}, 30.5),

@@ -28,7 +28,7 @@ class Shape:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Shape:
-        """Read a model's config.json, or the facts of setup/model.yaml. Raises KeyError or TypeError for other names."""
+        """Read a model's config.json, or the facts of setup/model.yaml. Raises KeyError and TypeError."""
         heads = facts.get("num_attention_heads") or facts["attention_heads"]
         hidden = facts["hidden_size"]
         return cls(
