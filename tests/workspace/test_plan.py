@@ -157,6 +157,25 @@ def test_max_steps_0_leaves_the_end_to_the_epochs(invoke: Invoke, workspace: Pat
     assert "3 steps of 16 rows" in run.out and "step 3/3" in run.out
 
 
+def test_the_check_counts_the_steps_of_the_run_also_where_answers_are_cut_off(
+    invoke: Invoke, workspace: Path, tmp_path: Path
+) -> None:
+    turns = [{"role": role, "content": "good " * 12} for role in ("user", "assistant")]
+    lost = [turns[0] | {"content": "good " * 90}, turns[1]]
+    rows = [lost] * 7 + [turns] * 10 + [turns * 4] * 20  # of the last ones, some answers are cut off
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    file = str(tmp_path / "rows.jsonl")
+    changes: dict[str, Any] = {"train_file": file, "held_out_file": file, "max_seq_len": 64, "max_bad_rows": 0.5}
+    changes |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 1.5}
+    changes |= {"max_steps": 100}  # more than the epochs have
+    data = json.loads(invoke("--check", "--json", settings=changes).out)["data"]
+    assert (data["truncated"], data["without_answer"]) == (27, 7)
+    assert data["steps"] == 8  # of 30 rows, 6 a step: 5 an epoch
+    run = invoke(settings=changes)
+    assert run.status == 0, run.err
+    assert "8 steps of 6 rows" in run.out and "step 8/8" in run.out
+
+
 # ---- tokens that the model does not know
 
 

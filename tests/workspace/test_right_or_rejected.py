@@ -196,7 +196,7 @@ def tokens_of_lengths(*rows: tuple[int, int]) -> Any:
     from planning.token_counts import Tokens
 
     masks = [bytes(first - 1) + b"\1" + bytes(length - first) for length, first in rows]
-    return Tokens(len(rows), len(rows), masks, estimated=False)
+    return Tokens(masks, len(rows), len(rows), estimated=False)
 
 
 def test_the_advised_length_is_enough_for_both_parts_and_within_the_models_context(workspace: Path) -> None:
