@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="with --check: one JSON object on stdout, for programs")
     parser.add_argument("--smoke", action="store_true", help="run on a tiny replica of the model, offline")
     parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
+    parser.add_argument("--keep-worse", action="store_true", help="publish the adapter even if it made the model worse")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
     if (arguments.smoke or arguments.check) and PROCESSES > 1:  # the others would wait forever for the training
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     from filelock import FileLock
 
     from planning import hardware, show_plan
-    from planning.plan import read_rows, run_facts, with_thinking
+    from planning.plan import as_the_rows_are, read_rows, run_facts
     from settings.run_settings import read_settings
     from settings.validation import validate
 
@@ -90,11 +91,11 @@ def run(arguments: argparse.Namespace) -> int:
         settings = shrink(settings, results)
     hardware.refuse(settings)
     rows = read_rows(settings)
-    settings = with_thinking(settings, rows["train"])
+    settings = as_the_rows_are(settings, rows["train"])
     show_plan.show("run", run_facts(settings))
     results.mkdir(parents=True, exist_ok=True)
     with FileLock(results / ".lock", timeout=0):  # two runs at once would mix their checkpoints
-        tune(settings, rows, results, arguments.fresh, started)
+        tune(settings, rows, results, arguments, started)
     return 0
 
 
@@ -129,8 +130,10 @@ def check_only(settings: Settings, as_json: bool) -> int:
     return 0
 
 
-def tune(settings: Settings, rows: dict[str, list[Any]], results: Path, fresh: bool, started: float) -> None:
-    """Evaluate, train, evaluate, report."""
+def tune(
+    settings: Settings, rows: dict[str, list[Any]], results: Path, arguments: argparse.Namespace, started: float
+) -> None:
+    """Evaluate, train, evaluate, report. Raises ConfigError if the training made the model worse."""
     from planning import show_plan
     from planning.advice import explained
     from planning.fit import settle
@@ -142,11 +145,11 @@ def tune(settings: Settings, rows: dict[str, list[Any]], results: Path, fresh: b
     from reporting.evaluate import evaluate
     from reporting.model_card import write_model_card
     from reporting.report import write_report
-    from reporting.run_record import STARTED, data_facts, describe, first_start, keep_logs, publish
-    from reporting.show_results import show
+    from reporting.run_record import asked, data_facts, describe, keep_logs, publish, refuse_worse, settings_as_used
+    from reporting.show_results import show, show_figures
     from training.processes import share
+    from training.sessions import Sessions
     from training.train import train
-    from training.whole_files import write_json
 
     gc.freeze()
     gc.enable()
@@ -156,8 +159,9 @@ def tune(settings: Settings, rows: dict[str, list[Any]], results: Path, fresh: b
     name = f"{run_json['config_sha256'][:8]}-{run_json['dataset_sha256'][:8]}-{PROCESSES}".removesuffix("-1")
     run_folder, folder = results / "checkpoints" / name, str(base.folder)
     settings = replace(settings, model_path=folder, revision=None)  # given an id, Olive would ask the hub
-    over = fresh or (run_folder / "finished").exists()
-    run_json["date"] = run_json["date"] if over else first_start(run_folder, run_json["date"])
+    over = arguments.fresh or (run_folder / "finished").exists()
+    sessions = Sessions(run_folder, run_json["date"], started, over)
+    run_json["date"] = sessions.date
     tokenizer = load_tokenizer(folder, run_json["date"])
     found = {part: tokenise_rows(tokenizer, rows[part], **vars(settings.data[part].tokens)) for part in rows}
     for part in found:
@@ -169,29 +173,40 @@ def tune(settings: Settings, rows: dict[str, list[Any]], results: Path, fresh: b
     settings, estimated, line = settle(settings, found)
     show_plan.show("rows", row_facts(settings, rows, len(tokens["train"])))
     show_plan.show("memory", {"line": line})
+    if repeated := settings.repeated_rows(len(tokens["train"])):
+        print(
+            f"{repeated} rows are trained on twice in each epoch: the {PROCESSES} processes take equally many batches."
+        )
     if over:
         shutil.rmtree(run_folder, ignore_errors=True)  # the result of a finished run is in models/adapter
     run_folder.mkdir(parents=True, exist_ok=True)
-    write_json(run_folder / STARTED, {"date": run_json["date"]})
+    sessions.note()
     keep_logs(settings, results / "logs")
 
     with explained(settings, estimated):
         print(f"Evaluating {run_json['base_model']} on the held-out rows")
         before = evaluate(settings, tokenizer, folder, None, rows["held_out"], tokens["held_out"])
+        sessions.note(before=before.seconds)
         print(f"Training an adapter: {run_json['method']}")
-        adapter, timings, losses = train(*share((settings, tokens, run_folder)))
+        share((settings, tokens, run_folder))
+        adapter, used, losses = train(settings, tokens, run_folder, sessions.note)
         print("Evaluating the tuned model on the same rows")
         after = evaluate(settings, tokenizer, folder, adapter, rows["held_out"], tokens["held_out"])
 
+    sessions.note(after=after.seconds)
+    run_json["config"] = settings_as_used(settings, run_json, used)
     run_json["data"] = data_facts(settings, rows, found["train"], tokenizer) | {"asked_rows": len(after.questions)}
     run_json["metrics"] = {"before": before.metrics, "after": after.metrics}
     examples = [
-        {"question": row[-2]["content"], "expected": row[-1]["content"], "before": one, "after": other}
+        {"question": asked(row), "expected": row[-1]["content"], "before": one, "after": other}
         for row, one, other in zip(after.questions, before.answers, after.answers, strict=True)
     ]
     run_json["examples"] = spread(examples, EXAMPLES)
-    run_json["timings"] = timings | {"before": before.seconds, "after": after.seconds}
-    run_json["seconds"] = round(time.monotonic() - started, 2)
+    run_json["timings"], run_json["sessions"] = sessions.timings, len(sessions.all)
+    run_json["seconds"] = round(sessions.total("seconds"), 2)
+    show_figures(run_json)
+    if not (settings.smoke or arguments.keep_worse):
+        refuse_worse(run_json, adapter, results)
     publish(run_json, adapter, folder, results)
     write_model_card(run_json, results / "adapter")
     report = write_report(run_json, losses, results / "report")

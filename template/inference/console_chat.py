@@ -19,7 +19,7 @@ from engine import ENGINES, ChatError, Engine, Generation, Message
 from load_engine import load
 
 END_KEY = "Ctrl-Z Enter" if os.name == "nt" else "Ctrl-D"
-HELP = f"""/system TEXT  set the system prompt; without TEXT there is none
+HELP = f"""/system TEXT  set the system prompt; without TEXT none is sent (some models then use their own)
 /clear        start over; the system prompt stays
 /help         show this
 #end          end, as do Ctrl-C and {END_KEY}
@@ -116,6 +116,8 @@ def chat(engine: Engine, generation: Generation, lines: Iterable[str], in_termin
         source = engine.source
         print(f"\nModel    {source.base} · {engine.backend.description}")
         print(f"Adapter  {f'{source.adapter} · {source.method}' if source.adapter else 'none: the base model alone'}")
+        if source.system_prompt:
+            print(f"System   {' '.join(source.system_prompt.split())[:200]}")
         print("#end ends the chat, /help shows all commands\n")
     system: list[Message] = []
     turns: list[Message] = []
@@ -130,7 +132,7 @@ def chat(engine: Engine, generation: Generation, lines: Iterable[str], in_termin
             turns, done = [], "(a new chat)"
         elif command == "/system":
             system = [{"role": "system", "content": text.strip()}]
-            done = "(the system prompt is set)" if text.strip() else "(no system prompt)"
+            done = "(the system prompt is set)" if text.strip() else "(no system prompt is sent)"
         elif in_terminal and command[:1] == "/" and command[1:].isalpha() and not text:
             done = f"(there is no {command}: /help shows what there is)"
         elif line:

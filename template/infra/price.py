@@ -28,6 +28,8 @@ def estimate() -> None:
         raise AzureError(f"{said} (`python finetuning/invoke_olive.py --check` shows more)") from error
     if report["problem"]:
         raise AzureError(f"{report['problem']} (`python finetuning/invoke_olive.py --check` shows more)")
+    if "estimate" not in report and report["model"]["parameters"]:
+        raise AzureError("What a run of this model takes cannot be estimated: it is not of the dense kind.")
     if "estimate" not in report:
         raise AzureError(
             "The model's size is not known yet: download it with `python setup/get_model.py`, then run this again."

@@ -19,7 +19,7 @@ UNTYPED = {
     "exporting": 0,
     "planning": 4,
     "preparing": 8,
-    "reporting": 2,
+    "reporting": 1,
     "settings": 13,
     "training": 3,
     ".": 2,

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "template" / "finetuning"))
 
-from preparing.conversations import Conversation
+from preparing.conversations import Conversation, shared_system_prompt
 from preparing.conversations import read as read_file
 from preparing.formats import to_messages
 from preparing.problems import DataError
@@ -276,14 +276,63 @@ def test_tool_calls_are_learned_as_lines_of_json_and_tool_results_are_read() -> 
 
 def test_columns_are_inserted_into_templates_and_other_braces_stay() -> None:
     row = {"phrase": "Hooray!", "the tone": "joy {sic}", "note": None, "year": 1999}
-    asked, answered = to_messages(row, "columns", "Phrase: {phrase}{note} {year} {not a column}", "{the tone}")
-    assert (asked["content"], answered["content"]) == ("Phrase: Hooray! 1999 {not a column}", "joy {sic}")
+    asked, answered = to_messages(row, "columns", 'Phrase: {phrase}{note} {year} {"as": 1} {0}', "{the tone}")
+    assert (asked["content"], answered["content"]) == ('Phrase: Hooray! 1999 {"as": 1} {0}', "joy {sic}")
+
+
+@pytest.mark.parametrize(
+    "name", ["Ticket Text", "ticket text", " Ticket text ", "the body", "body", "Ticket-Nr.", "Größe"]
+)
+@pytest.mark.parametrize("setting", ["prompt_template", "completion_template"])
+def test_a_name_in_braces_that_is_no_column_is_refused(name: str, setting: str) -> None:
+    templates = {"prompt_template": "{Ticket text}", "completion_template": "{Category}"}
+    templates[setting] += f" {{{name}}}"
+    row = {"Ticket text": "It broke.", "Category": "repair"}
+    with pytest.raises(
+        DataError, match=re.escape(f"{setting} names {{{name}}}, but the row has Ticket text, Category.")
+    ):
+        to_messages(row, "columns", **templates)
+
+
+def test_an_answer_that_is_the_same_for_every_row_is_refused() -> None:
+    with pytest.raises(
+        DataError, match="completion_template 'Category' is the same answer for every row: name a column"
+    ):
+        to_messages({"Ticket text": "It broke.", "Category": "repair"}, "columns", "{Ticket text}", "Category")
+
+
+def test_the_templates_that_an_error_names_read_the_row() -> None:
+    row = {"id": 7, "Ticket text": "It broke.", "Category": "repair"}
+    with pytest.raises(DataError) as refusal:
+        to_messages(row)
+    named = dict(re.findall(r'(\w+_template): "(.*?)"', str(refusal.value)))
+    assert [turn["content"] for turn in to_messages(row, "auto", **named)] == ["It broke.", "repair"]
+    for changed, missing in (
+        (named | {"prompt_template": None}, "question"),
+        (named | {"completion_template": ""}, "answer"),
+    ):
+        with pytest.raises(
+            DataError, match=f"is empty: name the column with the {missing} .* in braces; the row has id"
+        ):
+            to_messages(row, "columns", **changed)
+    with pytest.raises(DataError, match=r"see dataset_format in olive-config\.yaml for the columns"):
+        to_messages({"id": 7, "Ticket text": "It broke."})
+
+
+@pytest.mark.parametrize(("prompts", "shared"), [("AA", "A"), ("AB", ""), ("A-", ""), ("--", ""), ("A", "A"), ("", "")])
+def test_a_system_prompt_is_shared_when_all_rows_begin_with_it(prompts: str, shared: str) -> None:
+    said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    rows = [[{"role": "system", "content": one}, *said] if one != "-" else said for one in prompts]
+    assert shared_system_prompt(rows) == shared
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"a": "x", "b": "y"}, "columns a, b fit no known format: set dataset_format"),
+        (
+            {"a": "x", "b": "y"},
+            'columns a, b fit no known format: set prompt_template: "{a}" and completion_template: "{b}"',
+        ),
         (7, "it is a number, not an object"),
         (
             [{"prompt": "a", "completion": "b"}],
@@ -493,7 +542,9 @@ def test_a_file_of_the_user_is_never_overwritten_with_rejected_rows(tmp_path: Pa
 
 
 def test_a_file_with_only_bad_rows_is_refused(tmp_path: Path) -> None:
-    assert "2 of 2 rows cannot be used" in refused(tmp_path / "rows.jsonl", rows_with(bad=2, good=0), max_bad_rows=1)
+    said = refused(tmp_path / "rows.jsonl", rows_with(bad=2, good=0), max_bad_rows=1)
+    assert said.endswith("None of the 2 rows can be used.")
+    assert "max_bad_rows" not in said, "it would not help"
 
 
 @pytest.mark.parametrize("share", ["many", None, True, -0.1, 1.5, float("nan")])

@@ -270,7 +270,7 @@ def test_gradient_checkpointing_that_nobody_set_is_switched_on_when_memory_is_sh
     assert settings.gradient_checkpointing is None
     at_ease, line = decided(ram_free=2**40)
     assert at_ease is False and "off, not needed" in line
-    lengths = {part: fit.lengths_of(rows.examples) for part, rows in found.items()}
+    lengths = fit.lengths_seen({part: fit.tokens_of(rows) for part, rows in found.items()}, settings.max_seq_len)
     shape = fit.find(settings).shape
     assert shape
     needed = fit.memory(shape, settings, lengths["train"], lengths["held_out"]).total
@@ -350,10 +350,15 @@ def test_the_adapter_has_as_many_weights_as_are_counted(method: str, settings: A
 def test_a_padded_batch_counts_its_padding_and_a_packed_one_does_not(workspace: Path) -> None:
     from planning.row_lengths import Lengths, batches
 
-    rows = Lengths([10, 40], [5, 5])
+    rows = Lengths([bytes(5) + b"\1" * 5, bytes(35) + b"\1" * 5])
     assert (batches(rows, 2, packing=True).tokens, batches(rows, 2, packing=False).tokens) == (50, 80)
     assert (batches(rows, 2, packing=True).logits, batches(rows, 2, packing=False).logits) == (10, 20)
-    assert batches(Lengths([40, 38], [5, 5]), 2, packing=False).logits == 14  # columns 33 to 39, in both rows
+    rows = Lengths([bytes(35) + b"\1" * 5, bytes(33) + b"\1" * 5])
+    assert batches(rows, 2, packing=False).logits == 14  # columns 33 to 39, in both rows
+    turns = (bytes(15) + b"\1" * 5) * 2  # an answer in the middle, and one at the end
+    assert Lengths([turns]).cut(30).labels == [5], "the first answer stays"
+    assert Lengths([turns]).cut(15).masks == [], "without an answer, a row is left out"
+    assert batches(Lengths([turns, bytes(30) + b"\1" * 10]), 2, packing=False).logits == 30
     assert batches(rows, 1, packing=False).masked == 0
 
 
@@ -530,4 +535,73 @@ def test_what_is_not_a_model_of_known_shape_has_no_estimate(workspace: Path) -> 
     from planning import model_facts
 
     assert model_facts.shape_in({"model_type": "mamba", "d_model": 8}) is None
+    assert model_facts.shape_in({"model_type": "gemma3n_text"}) is None  # a list of intermediate sizes
     assert model_facts.shape_in({"text_config": CONFIG, "model_type": "gemma3"})
+
+
+IN_THE_CATALOGUE = ("llama", "mistral", "phi", "phi3", "qwen3", "smollm3", "gemma3_text")
+OTHER_DENSE = ("qwen2", "gemma", "gemma2", "olmo", "olmo2", "olmo3", "granite", "cohere", "glm", "glm4", "stablelm")
+NOT_DENSE = ("starcoder2", "gpt_neox", "arcee", "recurrent_gemma", "qwen3_next", "olmo_hybrid")
+EXPERTS = {  # with the numbers of the real models, and their weights as published, in billions
+    "OLMoE-1B-7B": ({"model_type": "olmoe", "intermediate_size": 1024}, 6.92),
+    "Qwen3-30B-A3B": ({"model_type": "qwen3_moe", "num_hidden_layers": 48, "head_dim": 128}, 30.5),
+    "Mixtral-8x7B": ({"model_type": "mixtral"}, 46.7),
+    "gpt-oss-120b": ({"model_type": "gpt_oss"}, 117),
+}
+
+
+@pytest.mark.parametrize("kind", [*IN_THE_CATALOGUE, *OTHER_DENSE, *NOT_DENSE])
+def test_an_estimate_counts_the_weights_within_a_hundredth_or_there_is_none(workspace: Path, kind: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from planning.model_facts import shape_in
+
+    config = AutoConfig.for_model(kind)
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    shape = shape_in(json.loads(config.to_json_string(use_diff=False)))
+    assert shape and shape.is_right == (abs(shape.parameters / weights - 1) < 0.01) == (kind not in NOT_DENSE)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_model_with_experts_has_all_its_weights_and_no_estimate(workspace: Path, name: str) -> None:
+    from planning.model_facts import shape_in
+
+    changes, billions = EXPERTS[name]
+    shape = shape_in(changes)
+    assert shape and shape.weights
+    assert shape.weights / 1e9 == pytest.approx(billions, rel=0.01)
+    assert not shape.is_right
+
+
+def test_a_run_on_a_model_with_experts_is_not_said_to_fit(
+    workspace: Path, invoke: Invoke, machine_of: Callable[..., None]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
+
+    from training.tiny_model import build_demo
+
+    build_demo()
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "models" / "demo")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=4, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(workspace / "models" / "experts")
+    tokenizer.save_pretrained(workspace / "models" / "experts")
+    changes = {"model_path": "models/experts"}
+    run = invoke("--check", settings=changes)
+    assert run.status == 0, run.err
+    assert "memory   not estimated: the model is not of the dense kind" in run.out
+    assert "fits" not in run.out
+    assert run.out.endswith(
+        "Nothing speaks against this run, but its memory is not known. Next: python finetuning/invoke_olive.py\n"
+    )
+    weights = 4 * sum(weight.numel() for weight in model.parameters())
+    machine_of(ram_free=weights - 1)
+    for arguments in (("--check",), ()):
+        run = invoke(*arguments, settings=changes)
+        assert run.status == 1
+        assert "The weights alone take 0.0 GiB of memory and 0.0 are free: choose a smaller model" in run.err
+    machine_of(ram_free=weights)
+    assert invoke("--check", settings=changes).status == 0

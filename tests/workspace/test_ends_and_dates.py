@@ -109,7 +109,7 @@ def test_a_run_that_resumes_on_another_day_has_the_same_tokens(
     seen: list[Any] = []
     trained = train.train
 
-    def killed(given: Any, tokens: Any, folder: Path) -> Any:
+    def killed(given: Any, tokens: Any, folder: Path, note: Any) -> Any:
         seen.append(tokens["train"])
         raise KeyboardInterrupt
 
@@ -118,9 +118,9 @@ def test_a_run_that_resumes_on_another_day_has_the_same_tokens(
         def now(cls, zone: Any = None) -> Any:
             return datetime.datetime.now(zone) + datetime.timedelta(days=1)
 
-    def goes_on(given: Any, tokens: Any, folder: Path) -> Any:
+    def goes_on(given: Any, tokens: Any, folder: Path, note: Any) -> Any:
         seen.append(tokens["train"])
-        return trained(given, tokens, folder)
+        return trained(given, tokens, folder, note)
 
     today = datetime.datetime.now().date()
     monkeypatch.setattr(train, "train", killed)
@@ -135,4 +135,4 @@ def test_a_run_that_resumes_on_another_day_has_the_same_tokens(
     monkeypatch.setattr(train, "train", killed)
     invoke("--fresh", settings=settings)
     assert seen[2] != seen[0]
-    assert json.loads(next((run_record.ROOT / "models/checkpoints").glob("*/started.json")).read_text())
+    assert json.loads(next((run_record.ROOT / "models/checkpoints").glob("*/sessions.json")).read_text())

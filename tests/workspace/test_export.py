@@ -45,13 +45,15 @@ def tune(workspace: Path, method: str, steps: int = 0, **changed: Any) -> None:
     from planning.model_facts import base_model
     from planning.plan import read_rows
     from preparing.tokens import load_tokenizer
-    from reporting.run_record import describe, publish
+    from reporting.run_record import describe, publish, settings_as_used
     from settings.run_settings import read_settings
 
     settings = replace(read_settings(), **changed)
     rows = read_rows(settings)
     folder = str(base_model(settings).folder)
     run_json = describe(settings, rows, None, workspace / "models") | {"method": method}
+    used: Any = {"packing": False, "gradient_checkpointing": False, "processes": 1, "rows_a_step": 16}
+    run_json["config"] = settings_as_used(settings, run_json, used)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     common: Any = {"target_modules": list(settings.target_modules), "task_type": "CAUSAL_LM"}

@@ -207,3 +207,10 @@ def test_a_broken_template_of_the_card_loses_no_adapter(
     assert run.err.count("\n") == 1 and "'nothing' is undefined" in run.err
     assert run.json["config"]["training"]["max_steps"] == 10
     assert (workspace / "models" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_model_in_a_folder_elsewhere_is_a_path_to_fill_in(workspace: Path, tmp_path: Path) -> None:
+    text = card(workspace, tmp_path, base_model="/home/me/models/smollm2").content
+    assert "base_model = 'path/to/smollm2'  # write where you have this model" in code(text)
+    assert "/home/me" not in text
+    assert "in the workspace's folder" not in text

@@ -117,7 +117,7 @@ def test_a_warm_up_that_swallows_the_steps_still_learns_but_for_the_first(invoke
 
 def test_one_step_of_all_rows_learns_without_a_warm_up_and_is_warned_about(invoke: Invoke, workspace: Path) -> None:
     changes = {"gradient_accumulation_steps": 1000, "num_train_epochs": 1, "warmup_steps": 0, "save_steps": 1}
-    run = invoke(settings=changes | {"eval_steps": 1, "logging_steps": 1})
+    run = invoke("--keep-worse", settings=changes | {"eval_steps": 1, "logging_steps": 1})
     assert run.status == 0, run.err
     assert "1 steps of 16000 rows" in run.out
     assert "warning: a step takes 16000 rows and there are 800, so an epoch is one step" in " ".join(run.out.split())
@@ -136,7 +136,7 @@ def test_an_adapter_that_did_not_move_is_an_error_and_the_former_one_stays(
 
     few = {"max_steps": 2, "save_steps": 1, "eval_steps": 1, "logging_steps": 1, "max_rows": 40, "warmup_steps": 0}
     few |= {"weight_decay": 0.1}
-    assert invoke("--fresh", settings=few, edit=of(method)).status == 0
+    assert invoke("--fresh", "--keep-worse", settings=few, edit=of(method)).status == 0
     weights = (workspace / "models" / "adapter" / "adapter_model.safetensors").read_bytes()
     # 1e-60 is above 0, and too small for a weight in float32
     run = invoke("--fresh", settings=few | {"learning_rate": 1e-60}, edit=of(method))
@@ -148,13 +148,37 @@ def test_a_run_whose_best_step_changed_nothing_is_an_error_that_says_so(invoke: 
     worse = {"max_steps": 3, "save_steps": 1, "eval_steps": 1, "logging_steps": 1, "warmup_steps": 1}
     run = invoke("--fresh", settings=worse | {"learning_rate": 10.0})
     refused(run, "the lowest held-out loss is that of step 1 of 3", "load_best_model_at_end: false")
-    assert invoke("--fresh", settings=worse | {"learning_rate": 10.0, "load_best_model_at_end": False}).status == 0
+    assert (
+        invoke(
+            "--fresh", "--keep-worse", settings=worse | {"learning_rate": 10.0, "load_best_model_at_end": False}
+        ).status
+        == 0
+    )
 
 
 def test_max_steps_0_leaves_the_end_to_the_epochs(invoke: Invoke, workspace: Path) -> None:
     run = invoke(settings={"max_steps": 0, "num_train_epochs": 1, "max_rows": 40})
     assert run.status == 0, run.err
     assert "3 steps of 16 rows" in run.out and "step 3/3" in run.out
+
+
+def test_the_check_counts_the_steps_of_the_run_also_where_answers_are_cut_off(
+    invoke: Invoke, workspace: Path, tmp_path: Path
+) -> None:
+    turns = [{"role": role, "content": "good " * 12} for role in ("user", "assistant")]
+    lost = [turns[0] | {"content": "good " * 90}, turns[1]]
+    rows = [lost] * 7 + [turns] * 10 + [turns * 4] * 20  # of the last ones, some answers are cut off
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    file = str(tmp_path / "rows.jsonl")
+    changes: dict[str, Any] = {"train_file": file, "held_out_file": file, "max_seq_len": 64, "max_bad_rows": 0.5}
+    changes |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 1.5}
+    changes |= {"max_steps": 100}  # more than the epochs have
+    data = json.loads(invoke("--check", "--json", settings=changes).out)["data"]
+    assert (data["truncated"], data["without_answer"]) == (27, 7)
+    assert data["steps"] == 8  # of 30 rows, 6 a step: 5 an epoch
+    run = invoke("--keep-worse", settings=changes)
+    assert run.status == 0, run.err
+    assert "8 steps of 6 rows" in run.out and "step 8/8" in run.out
 
 
 # ---- tokens that the model does not know

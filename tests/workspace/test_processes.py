@@ -60,6 +60,10 @@ def test_two_processes_get_the_loss_of_one_with_twice_the_accumulation(folder: P
     assert [step for step, _, _ in steps] == re.findall(r"step (\d+/\d+)", said_by_one)
     assert said.count("Evaluating models/demo") == 1, "the first process alone speaks"
     assert f"length   {steps[-1][0].split('/')[1]} steps of 32 rows" in said
+    assert "16 rows are trained on twice in each epoch: the 2 processes take equally many batches." in said
+    assert (one["data"]["repeated_rows"], two["data"]["repeated_rows"]) == (0, 16)
+    used = [run["config"]["training"] for run in (one, two)]
+    assert [(run["processes"], run["rows_a_step"]) for run in used] == [(1, 32), (2, 32)]
     for moment in ("before", "after"):
         assert two["metrics"][moment]["eval_loss"] == pytest.approx(one["metrics"][moment]["eval_loss"], rel=0.01)
     assert two["config_sha256"] != one["config_sha256"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -249,20 +250,41 @@ def test_the_data_facts_describe_the_tokens_that_are_trained_on(workspace: Path,
         "cut_rows": 2,
         "left_out_rows": 1,
         "set_aside_rows": 0,
+        "repeated_rows": 0,
         "duplicate_rows": 2,
         "held_out_rows_trained_on": 1,
         "end_of_answer": ["<|endoftext|>", "<|end|>"],
     }
 
 
-def test_the_settings_in_use_are_recorded_with_their_defaults_and_without_internals(workspace: Path) -> None:
-    from reporting.run_record import settings_in_use
-    from settings.run_settings import olive_config, read_settings
+def test_the_settings_are_recorded_as_the_training_used_them_with_defaults_and_without_internals(
+    workspace: Path,
+) -> None:
+    from reporting.run_record import settings_as_used
+    from settings.run_settings import read_settings
 
-    settings = read_settings()
-    used = settings_in_use(settings, olive_config(settings))
+    loaded = replace(read_settings(), model_path="/a/folder", revision=None)
+    run: Any = {"base_model": "some/model", "revision": "c0ffee"}
+    decided: Any = {"packing": False, "gradient_checkpointing": True, "processes": 2, "rows_a_step": 64}
+    used = settings_as_used(loaded, run, decided)
     assert used["rows"]["dataset_split"] == "train"
     assert used["tokens"] == {"system_prompt": None, "max_seq_len": 256, "train_on": "responses", "thinking": "auto"}
     assert (used["adapter"]["r"], used["training"]["learning_rate"]) == (16, 0.004)
-    assert used["model"]["model_path"] == "models/demo"
+    assert (used["model"]["model_path"], used["model"]["revision"]) == ("some/model", "c0ffee")
+    assert {name: used["training"][name] for name in decided if name != "packing"} == {
+        name: value for name, value in decided.items() if name != "packing"
+    }
+    assert used["adapter"]["packing"] is False
     assert not any(isinstance(value, dict) for group in used.values() for value in group.values())
+
+
+def test_an_absolute_folder_is_not_in_the_title(workspace: Path, tmp_path: Path) -> None:
+    page = write(workspace, tmp_path, run_json(base_model="/home/me/models/smollm2"))
+    assert "smollm2: what the fine-tuning changed" in page.texts
+    assert "smollm2" in page.texts
+
+
+def test_a_run_of_several_sessions_says_so(workspace: Path, tmp_path: Path) -> None:
+    for sessions in (1, 3):
+        page = write(workspace, tmp_path, run_json(sessions=sessions))
+        assert (f"over {sessions} sessions" in " ".join(page.texts)) == (sessions > 1)

@@ -125,14 +125,14 @@ def test_thoughts_are_learned_as_the_template_writes_them_or_left_out_with_a_not
 
 
 def test_the_thoughts_of_the_training_rows_decide_for_both_parts_and_for_the_chat(invoke: Any, workspace: Path) -> None:
-    from planning.plan import with_thinking
+    from planning.plan import as_the_rows_are
     from settings.run_settings import read_settings
 
     settings = read_settings()
     thoughtful = [ASKED, ANSWERED | {"reasoning_content": "Clouds."}]
     unlearnt = [ASKED, thoughtful[1] | {"learn": False}, *ROW]
     for rows, expected in (([ROW], "off"), ([ROW, thoughtful], "on"), ([unlearnt], "off")):
-        decided = with_thinking(settings, rows)  # type: ignore[arg-type]
+        decided = as_the_rows_are(settings, rows)  # type: ignore[arg-type]
         assert {part.tokens.thinking for part in decided.data.values()} == {expected}
     file = workspace / "finetuning" / "olive-config.yaml"
     text = file.read_text(encoding="utf-8")
@@ -196,7 +196,7 @@ def tokens_of_lengths(*rows: tuple[int, int]) -> Any:
     from planning.token_counts import Tokens
 
     masks = [bytes(first - 1) + b"\1" + bytes(length - first) for length, first in rows]
-    return Tokens(len(rows), len(rows), masks, estimated=False)
+    return Tokens(masks, len(rows), len(rows), estimated=False)
 
 
 def test_the_advised_length_is_enough_for_both_parts_and_within_the_models_context(workspace: Path) -> None:

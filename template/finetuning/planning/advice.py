@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,37 +15,55 @@ from settings.config_file import ConfigError
 from settings.run_settings import Settings
 
 
-def advice(shape: Shape, settings: Settings, lengths: Lengths, limit: float) -> str:
+def advice(shape: Shape, settings: Settings, lengths: Mapping[str, Lengths], limit: float) -> str:
     """Return the smallest change of olive-config.yaml that makes the run fit into `limit` bytes.
 
-    The first options do not change the result: checkpointing only costs time, and gradient accumulation makes up for
-    smaller batches. Shorter rows and another method are the last resort.
+    The first options do not change the result: smaller batches in the evaluations and checkpointing only cost time, and
+    gradient accumulation makes up for smaller batches. Shorter rows and another method are the last resort.
     """
+
+    held_out = lengths["held_out"]
+
+    def evaluated(settings: Settings, longest: int) -> int:
+        """Return the largest per_device_eval_batch_size with which the run fits; 0 if there is none."""
+        train, size = lengths["train"].cut(longest), settings.per_device_eval_batch_size
+        while size:
+            if memory(shape, replace(settings, per_device_eval_batch_size=size), train, held_out).total <= limit:
+                return size
+            size //= 2
+        return 0
+
+    whole, same = settings.max_seq_len, ", with gradient_accumulation_steps: {} to get the same result"
     checkpointed = replace(settings, gradient_checkpointing=True)
-    if not settings.gradient_checkpointing and memory(shape, checkpointed, lengths).total <= limit:
-        return "set gradient_checkpointing: true"
-    before = "" if settings.gradient_checkpointing else "gradient_checkpointing: true and "
+    setting = [] if settings.gradient_checkpointing else ["gradient_checkpointing: true"]
+    options = [(settings, [], whole, ""), (checkpointed, setting, whole, "")]
     size = settings.per_device_train_batch_size
     while size > 1:
         size //= 2
-        for candidate, prefix in ((settings, ""), (checkpointed, before)):
-            if memory(shape, replace(candidate, per_device_train_batch_size=size), lengths).total <= limit:
-                steps = settings.gradient_accumulation_steps * math.ceil(settings.per_device_train_batch_size / size)
-                return (
-                    f"set {prefix}per_device_train_batch_size: {size}, with gradient_accumulation_steps: {steps} to "
-                    "get the same result"
-                )
-    smallest = replace(checkpointed, per_device_train_batch_size=1)
-    length = min(settings.max_seq_len, max(lengths.tokens, default=1))
+        note = same.format(
+            settings.gradient_accumulation_steps * math.ceil(settings.per_device_train_batch_size / size)
+        )
+        options += [
+            (
+                replace(one, per_device_train_batch_size=size),
+                [*also, f"per_device_train_batch_size: {size}"],
+                whole,
+                note,
+            )
+            for one, also in ((settings, []), (checkpointed, setting))
+        ]
+    smallest, also = replace(checkpointed, per_device_train_batch_size=1), [*setting, "per_device_train_batch_size: 1"]
+    length = min(whole, max(lengths["train"].tokens, default=1))
     while length > 64:
         length //= 2
-        if memory(shape, smallest, lengths.cut(length)).total <= limit:
-            return f"set {before}per_device_train_batch_size: 1 and max_seq_len: {length}, which cuts longer rows"
-    if (
-        settings.gpu
-        and settings.method != "qlora"
-        and memory(shape, replace(smallest, method="qlora", optim="paged_adamw_8bit"), lengths).total <= limit
-    ):
+        options.append((smallest, [*also, f"max_seq_len: {length}"], length, ", which cuts longer rows"))
+    for option, changes, length, note in options:
+        if size := evaluated(option, length):
+            if size < settings.per_device_eval_batch_size:
+                changes = [f"per_device_eval_batch_size: {size}", *changes]
+            return f"set {' and '.join(changes)}{note}"
+    qlora = replace(smallest, method="qlora", optim="paged_adamw_8bit")
+    if settings.gpu and settings.method != "qlora" and evaluated(qlora, whole):
         return "use QLoRA: `copier update --trust --data method=qlora`"
     return "no setting makes it fit: choose a smaller model or a larger machine"
 

@@ -27,6 +27,7 @@ class MachineFacts(TypedDict):
     vram: int
     vram_free: int
     bf16: bool
+    platform: str
 
 
 class ModelFacts(TypedDict):

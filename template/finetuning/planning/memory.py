@@ -16,11 +16,13 @@ from settings.run_settings import Settings
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-CPU_FRAMEWORK = 0.55 * GIB  # Python, torch, transformers, PEFT and Olive, imported; measured
+CPU_FRAMEWORK = 0.6 * GIB  # Python, torch, transformers, PEFT and Olive, imported; measured
+TOKENIZER = 2 * 1024  # bytes per token of the vocabulary: the run's tokenizer and Olive's; measured
 # On a CPU, tensors below 32 MiB are on the C library's heap, which fragments: zero to eight blocks' worth was measured,
 # more with checkpointing, which computes each block twice.
 HOLES, HOLES_CHECKPOINTING, OFF_THE_HEAP = 4, 6, 32 * 2**20
 GPU_FRAMEWORK = 0.8 * GIB  # the CUDA context, its libraries' workspace, and fragmentation
+ANSWER_BEYOND = 8  # tokens that evaluate.py lets an answer be longer than the expected one
 BYTES_PER_TOKEN_HELD = 80  # a row's three lists of Python numbers and three int64 tensors
 
 
@@ -30,18 +32,27 @@ def adapter_parameters(shape: Shape, settings: Settings) -> int:
     LoRA has two matrices of the rank, LoHa four; DoRA adds one magnitude per output to LoRA; LoKr factors a layer into
     a small and a large matrix, and factors the large one again if the rank is below half its narrow side.
     """
-    total = 0
-    for inputs, outputs in targets(shape, settings).values():
-        if settings.method == "loha":
-            total += 2 * settings.r * (inputs + outputs)
-        elif settings.method == "lokr":
-            (small_in, large_in), (small_out, large_out) = factors(inputs), factors(outputs)
-            low = settings.r < max(large_out, large_in) / 2
-            large = settings.r * (large_out + large_in) if low else large_out * large_in
-            total += small_out * small_in + large
-        else:
-            total += settings.r * (inputs + outputs) + (outputs if settings.method == "dora" else 0)
-    return total * shape.layers
+    blocks = sum(added(settings, *size) for size in targets(shape, settings).values())
+    return shape.layers * blocks + sum(added(settings, *size) for size in ends(shape, settings).values())
+
+
+def added(settings: Settings, inputs: int, outputs: int) -> int:
+    """Count the weights that an adapter adds to one layer."""
+    if settings.method == "loha":
+        return 2 * settings.r * (inputs + outputs)
+    if settings.method == "lokr":
+        (small_in, large_in), (small_out, large_out) = factors(inputs), factors(outputs)
+        low = settings.r < max(large_out, large_in) / 2
+        return small_out * small_in + (settings.r * (large_out + large_in) if low else large_out * large_in)
+    return settings.r * (inputs + outputs) + (outputs if settings.method == "dora" else 0)
+
+
+def ends(shape: Shape, settings: Settings) -> dict[str, tuple[int, int]]:
+    """Return the layers outside the blocks that get an adapter: the embedding and the output layer, if listed."""
+    if not isinstance(settings.target_modules, tuple) or settings.method == "qlora":
+        return {}
+    sizes = {"embed_tokens": (shape.vocabulary, shape.hidden), "lm_head": (shape.hidden, shape.vocabulary)}
+    return {name: size for name, size in sizes.items() if name in settings.target_modules}
 
 
 def factors(dimension: int) -> tuple[int, int]:
@@ -59,13 +70,14 @@ def targets(shape: Shape, settings: Settings) -> dict[str, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Memory:
-    """What is in memory at the peak of the training, part by part."""
+    """What is in memory at the peak of a run, part by part."""
 
     weights: float
     adapter: float
     gradients_and_optimizer: float
     activations: float
     logits: float
+    evaluation: float  # by how much the evaluations need more than the training
     framework: float
 
     @property
@@ -74,8 +86,8 @@ class Memory:
         return sum(vars(self).values())
 
 
-def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths | None = None) -> Memory:
-    """Estimate the peak memory of a run; of one process if there are several.
+def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths) -> Memory:
+    """Estimate the peak memory of a run; of one process if there are several. `held_out` are whole rows, not cut.
 
     Weights are in the configured precision, except that Olive trains float16 as float32 under autocast; QLoRA keeps the
     blocks in 4 bits with a scale per 64 weights (bitsandbytes), the rest as it is. The adapter, its gradient and
@@ -90,22 +102,39 @@ def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths
     adapter = adapter_parameters(shape, settings)
     moments = 2 if "8bit" in settings.optim else 8
     batch = batches(lengths, settings.per_device_train_batch_size, settings.packing, settings.num_train_epochs)
-    logits = batch.logits
-    if held_out:  # without gradients, half the memory per logit
-        logits = max(logits, batches(held_out, settings.per_device_eval_batch_size, packing=False).logits // 2)
-    rows = sum(lengths.tokens) + (sum(held_out.tokens) if held_out else 0)
+    rows = sum(lengths.tokens) + sum(held_out.tokens)
     # the log-softmax in float32 and the gradients of both, or the logits' own in 16 bits
-    logit_bytes = 12 if settings.torch_dtype == "float32" else 14
+    logit_bytes = (12 if settings.torch_dtype == "float32" else 14) + (4 if "lm_head" in ends(shape, settings) else 0)
     share = settings.processes if settings.sharded else 1
     gathered = blocks / shape.layers if settings.sharded else 0  # the block that is currently gathered
+    trained = (4 + moments) * adapter / share
+    saved, logits = activations(shape, settings, batch), batch.logits * shape.vocabulary * logit_bytes
     return Memory(
         weights=(blocks + held * others) / share + gathered,
         adapter=4 * adapter / share,
-        gradients_and_optimizer=(4 + moments) * adapter / share,
-        activations=activations(shape, settings, batch),
-        logits=logits * shape.vocabulary * logit_bytes,
-        framework=GPU_FRAMEWORK if settings.gpu else CPU_FRAMEWORK + BYTES_PER_TOKEN_HELD * rows,
+        gradients_and_optimizer=trained,
+        activations=saved,
+        logits=logits,
+        evaluation=max(evaluation(shape, settings, held_out) - trained - saved - logits, 0),
+        framework=GPU_FRAMEWORK
+        if settings.gpu
+        else CPU_FRAMEWORK + TOKENIZER * shape.vocabulary + BYTES_PER_TOKEN_HELD * rows,
     )
+
+
+def evaluation(shape: Shape, settings: Settings, held_out: Lengths) -> float:
+    """Bytes that an evaluation needs beyond the model: for its losses, or for its answers, whichever is more.
+
+    A batch of answers keeps the keys and values of all its tokens, up to the longest question and answer; one block at
+    a time is copied when it grows. Losses need their logits, and the log-softmax of them in float32.
+    """
+    size, rows = BYTES[settings.torch_dtype], min(settings.per_device_eval_batch_size, len(held_out.tokens))
+    tokens = rows * (max(held_out.tokens, default=0) + ANSWER_BEYOND)
+    block = tokens * size * 2 * shape.key_value_heads * shape.head_dim
+    working = tokens * size * (3 * shape.intermediate + 6 * shape.hidden)
+    cut = held_out.cut(settings.max_seq_len)
+    logits = batches(cut, settings.per_device_eval_batch_size, packing=False).logits * shape.vocabulary
+    return working + max((shape.layers + 1) * block, logits * (8 if size == 4 else 10))
 
 
 def activations(shape: Shape, settings: Settings, batch: Batch) -> float:

@@ -24,14 +24,16 @@ from planning.facts import (
     RowFacts,
     RunFacts,
 )
-from planning.fit import USABLE, check_count, decided, learns_nothing, limit, problem
+from planning.fit import NOT_ESTIMATED, USABLE, check_count, decided, learns_nothing, lengths_seen, limit, problem
 from planning.memory import GIB, adapter_parameters, memory
 from planning.model_facts import Model, find
 from planning.row_lengths import Lengths
 from planning.schedule import learning_steps
 from planning.token_counts import Tokens, count
 from planning.vocabulary import unknown_tokens
+from preparing.conversations import print_once, shared_system_prompt
 from preparing.dataset import chat_rows
+from preparing.problems import short
 from preparing.thoughts import has_thought
 from preparing.turns import Message
 from preparing.workspace import MODELS, ROOT
@@ -56,22 +58,24 @@ def plan(settings: Settings, show: Callable[[str, Any], None]) -> Plan:
     show("machine", report["machine"])
     validate(settings)  # heavy imports
     rows = read_rows(settings)
-    settings = with_thinking(settings, rows["train"])
+    settings = as_the_rows_are(settings, rows["train"])
     model = find(settings)
     report["model"] = model_facts(model, settings)
     show("model", report["model"])
     counted = {part: count(settings.data[part].tokens, rows[part], model) for part in rows}
-    lengths = {part: tokens.cut(settings.max_seq_len) for part, tokens in counted.items()}
+    lengths = lengths_seen(counted, settings.max_seq_len)
     report["data"] = data_facts(settings, rows, counted["train"])
     show("data", report["data"])
     azure: AzureGpus = yaml.safe_load((ROOT / "setup" / "azure_gpus.yaml").read_text(encoding="utf-8"))
-    if model.shape and lengths["train"].tokens:
-        settings = decided(model.shape, settings, lengths, limit(settings, here, azure))
-        report["estimate"] = estimate_facts(model, settings, lengths, here, azure)
+    if model.dense and lengths["train"].tokens:
+        settings = decided(model.dense, settings, lengths, limit(settings, here, azure))
+        report["estimate"] = estimate_facts(model.dense, model, settings, lengths, here, azure)
         show("estimate", report["estimate"])
-        report["azure"] = AzureFacts(target=azure["target"], gpus=azure_facts(model.shape, settings, lengths, azure))
+        report["azure"] = AzureFacts(target=azure["target"], gpus=azure_facts(model.dense, settings, lengths, azure))
         if azure["target"] == "azure" or (report["estimate"]["seconds"] or LONG) >= LONG:
             show("azure", report["azure"])
+    elif report["model"]["parameters"] and not model.dense:
+        show("memory", {"line": NOT_ESTIMATED})
     report["problem"] = (
         problem(model, settings, counted, lengths, here, azure)
         or learns_nothing(report["data"]["steps"], report["data"]["learning_steps"])
@@ -87,9 +91,21 @@ def read_rows(settings: Settings) -> Rows:
     return rows
 
 
-def with_thinking(settings: Settings, rows: list[list[Message]]) -> Settings:
-    """Decide on `thinking: auto`, for both parts and for the chat: on if the rows to train on have thoughts."""
-    thinks = any(map(has_thought, rows))
+def as_the_rows_are(settings: Settings, rows: list[list[Message]]) -> Settings:
+    """Decide, by the rows to train on, what the settings leave open for both parts and for the chat.
+
+    `thinking: auto` is on if rows have thoughts. Without a `system_prompt`, it is the one that all rows have.
+    """
+    thinks, system_prompt = any(map(has_thought, rows)), shared_system_prompt(rows)
+    if system_prompt and not settings.data["train"].tokens.system_prompt:
+        print_once(
+            f"All rows have this system prompt, which chat, API and exports use too: {short(system_prompt, 200)}"
+        )
+        data = {
+            name: replace(part, tokens=replace(part.tokens, system_prompt=system_prompt))
+            for name, part in settings.data.items()
+        }
+        settings = replace(settings, data=data)
     data = {
         name: replace(part, tokens=replace(part.tokens, thinking="on" if thinks else "off"))
         if part.tokens.thinking == "auto"
@@ -111,6 +127,7 @@ def run_facts(settings: Settings) -> RunFacts:
 
 def model_facts(model: Model, settings: Settings) -> ModelFacts:
     """Return where the model is, and how large."""
+    counted = (model.shape.weights or model.shape.parameters) if model.shape else None
     return {
         "name": model.name,
         "revision": model.revision,
@@ -118,8 +135,8 @@ def model_facts(model: Model, settings: Settings) -> ModelFacts:
         "own_template": model.own_template,
         "folder": model.folder,
         "download_bytes": model.download,
-        "parameters": model.parameters or (model.shape.parameters if model.shape else None),
-        "trained_parameters": adapter_parameters(model.shape, settings) if model.shape else None,
+        "parameters": model.parameters or counted,
+        "trained_parameters": adapter_parameters(model.dense, settings) if model.dense else None,
         "no_int4": model.no_int4,
     }
 
@@ -167,6 +184,7 @@ def data_facts(settings: Settings, rows: Rows, train: Tokens) -> DataFacts:
 
 
 def estimate_facts(
+    shape: Shape,
     model: Model,
     settings: Settings,
     lengths: dict[str, Lengths],
@@ -174,16 +192,15 @@ def estimate_facts(
     azure: AzureGpus,
 ) -> EstimateFacts:
     """Return memory and disk in bytes, and the time in seconds with its source."""
-    assert model.shape
-    needed, room = memory(model.shape, settings, lengths["train"], lengths["held_out"]), limit(settings, here, azure)
-    disk = cost.disk(model.shape, settings, model.download)
+    needed, room = memory(shape, settings, lengths["train"], lengths["held_out"]), limit(settings, here, azure)
+    disk = cost.disk(shape, settings, model.download)
     seconds, source = None, "not known: no GPU here to measure"
     if not settings.gpu or here.gpu:
-        speed = hardware.speed(model.shape, settings)
-        seconds = cost.seconds(model.shape, settings, lengths["train"], lengths["held_out"], speed, measured=True)
+        speed = hardware.speed(shape, settings)
+        seconds = cost.seconds(shape, settings, lengths["train"], lengths["held_out"], speed, measured=True)
         source = f"rough, from a matrix product of {speed / 1e12:.3g} TFLOPS here"
-        if last := cost.last_run(MODELS / "run.json", settings):
-            seconds, source = last.seconds(settings, lengths["train"]), "as fast as the last run"
+        if last := cost.last_run(MODELS / "run.json", settings, here):
+            seconds, source = last.seconds(settings, lengths["train"], lengths["held_out"]), "as fast as the last run"
     return {
         "memory": {part: round(size) for part, size in vars(needed).items()} | {"total": round(needed.total)},
         "memory_limit": None if math.isinf(room) else round(room),

@@ -25,6 +25,7 @@ PARTS = {
     "gradients_and_optimizer": "gradients and optimizer",
     "activations": "activations",
     "logits": "logits",
+    "evaluation": "evaluations, beyond the training",
     "framework": "Python and libraries",
 }
 
@@ -61,12 +62,13 @@ def show(part: str, facts: Any) -> None:
 def verdict(report: Plan) -> None:
     """Print that the run can work, and the next command."""
     model = report["model"]
+    fits = "This run fits" if "estimate" in report else "Nothing speaks against this run, but its memory is not known"
     if model["folder"] is None and model["name"] != "models/demo":
-        print("This run fits. Next: python setup/get_model.py")
+        print(f"{fits}. Next: python setup/get_model.py")
     elif report.get("azure", {}).get("target") == "azure" and not report["machine"]["gpu"]:
         print("This run fits the chosen GPU in Azure.")
     else:
-        print("This run fits. Next: python finetuning/invoke_olive.py")
+        print(f"{fits}. Next: python finetuning/invoke_olive.py")
 
 
 def size(number: float) -> str:
@@ -170,7 +172,7 @@ def row_lines(facts: RowFacts) -> Lines:
 def estimate_lines(facts: EstimateFacts) -> Lines:
     """Return memory, disk and time."""
     memory, disk = facts["memory"], facts["disk"]
-    parts = " · ".join(f"{name} {size(memory[part])}" for part, name in PARTS.items())
+    parts = " · ".join(f"{name} {size(memory[part])}" for part, name in PARTS.items() if memory[part])
     checkpointing = "on" if facts["gradient_checkpointing"] else "off"
     room = f" of {size(facts['memory_limit'])}" if facts["memory_limit"] else ""
     lines = [

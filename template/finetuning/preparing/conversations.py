@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -83,6 +83,8 @@ def read(
     count = f"{len(bad)} of {len(good) + len(bad)} rows"
     if bad and (len(bad) > max_bad_rows * (len(good) + len(bad)) or not good):
         place = Conversation((), bad[0]["file"], bad[0]["line"], is_from_hub).place
+        if not good:  # then max_bad_rows cannot help, and it is often a setting that is wrong, not the rows
+            raise DataError(f"{place}: {bad[0]['reason']} None of the {len(bad)} rows can be used.")
         raise DataError(
             f"{place}: {bad[0]['reason']} In all, {count} cannot be used (max_bad_rows allows a share of "
             f"{max_bad_rows:g}): repair them, or raise max_bad_rows in olive-config.yaml to skip them."
@@ -92,6 +94,12 @@ def read(
         if not_used[source]:
             print_once(f"{source}: columns {short(', '.join(sorted(not_used[source])), 300)} are not used.")
     return good
+
+
+def shared_system_prompt(rows: Sequence[list[Message]]) -> str:
+    """Return the system prompt that all rows begin with; "" if there is none, or they have several."""
+    prompts = {row[0]["content"] if row[0]["role"] == "system" else "" for row in rows}
+    return prompts.pop() if len(prompts) == 1 else ""
 
 
 def report(source: str, bad: list[Rejected], rows: int, is_from_hub: bool) -> None:

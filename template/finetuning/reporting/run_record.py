@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from preparing.chat_template import ends_of_answer
 from preparing.conversations import Conversation
@@ -24,9 +24,12 @@ from preparing.tokenised import Tokenised
 from preparing.tokens import IGNORED, load_tokenizer
 from preparing.turns import Message
 from preparing.workspace import ROOT
-from settings.config_file import the_pass
+from settings.config_file import ConfigError, the_pass
 from settings.run_settings import Settings, olive_config
 from training.whole_files import new_folder, replace_folder, write_json
+
+if TYPE_CHECKING:
+    from training.train import Used
 
 
 class RunRecord(TypedDict, total=False):
@@ -49,14 +52,14 @@ class RunRecord(TypedDict, total=False):
     machine: dict[str, str | int | None]
     data: dict[str, Any]
     metrics: dict[str, dict[str, Any]]  # before and after, as in reporting/evaluate.py
-    examples: list[dict[str, str]]  # question, expected, before, after
-    timings: dict[str, float]
-    seconds: float
+    examples: list[dict[str, str]]  # question (all turns before the answer), expected, before, after
+    timings: dict[str, float]  # see training/sessions.py
+    seconds: float  # of all sessions
+    sessions: int  # above 1 if the run was interrupted and resumed
     finished: str
     export: dict[str, dict[str, Any]]  # merged and onnx
 
 
-STARTED = "started.json"  # in the folder of a run that is not finished: the date of its first start
 PACKAGES = ("olive-ai", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "bitsandbytes")
 
 
@@ -78,33 +81,26 @@ def describe(settings: Settings, rows: dict[str, list[list[Message]]], commit: s
         "thinking": settings.data["train"].tokens.thinking == "on",
         "dataset_sha256": sha256(rows),
         "config_sha256": sha256(config),
-        "config": settings_in_use(settings, config),
         "packages": versions(),
         "machine": machine(),
     }
 
 
-def first_start(run_folder: Path, today: str) -> str:
-    """Return the date on which a run started that this one resumes; `today` if there is none.
+def settings_as_used(settings: Settings, run_json: RunRecord, used: Used) -> dict[str, dict[str, Any]]:
+    """Return the settings that affect the result, by group: without Olive's paths and switches.
 
-    A resumed run with another date would train on other tokens from there on.
+    `used` are those that the training has decided, as train() returns them.
     """
-    try:
-        return str(json.loads((run_folder / STARTED).read_text(encoding="utf-8"))["date"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return today
-
-
-def settings_in_use(settings: Settings, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the settings that affect the result, by group: without Olive's paths and switches."""
+    # with the base model's name, not the folder it was loaded from
+    config = olive_config(replace(settings, model_path=run_json["base_model"], revision=run_json["revision"]))
     olive_pass, tokens = the_pass(config), settings.data["train"].tokens
     adapter = {name: value for name, value in olive_pass.items() if not isinstance(value, dict) and "data" not in name}
     return {
-        "model": {"model_path": settings.model_path} | config["input_model"]["load_kwargs"],
+        "model": {"model_path": run_json["base_model"]} | config["input_model"]["load_kwargs"],
         "rows": vars(settings.data["train"].rows),
         "tokens": {name: getattr(tokens, name) for name in ("system_prompt", "max_seq_len", "train_on", "thinking")},
-        "adapter": adapter,
-        "training": olive_pass["training_args"],
+        "adapter": adapter | {"packing": used["packing"]},
+        "training": olive_pass["training_args"] | {name: value for name, value in used.items() if name != "packing"},
     }
 
 
@@ -184,6 +180,7 @@ def data_facts(
         "set_aside_rows": count_rejected(
             {row.source: row.is_from_hub for part in rows.values() for row in part if isinstance(row, Conversation)}
         ),
+        "repeated_rows": settings.repeated_rows(len(found.examples)),
         "duplicate_rows": len(train) - len(set(train)),
         "held_out_rows_trained_on": len(set(held_out) & set(train)),
         "end_of_answer": tokenizer.convert_ids_to_tokens(ends_of_answer(tokenizer)),
@@ -194,6 +191,31 @@ def interval_in_words(metrics: Mapping[str, Sequence[float]]) -> str:
     """Return the confidence interval of the exact answers in readable form; runs before release 0.4.0 have none."""
     low, high = metrics.get("accuracy_interval", (0, 1))
     return f"{low:.1%} to {high:.1%}"
+
+
+def asked(row: list[Message]) -> str:
+    """Return the turns before the answer of a row as text: one turn alone, several each after its role."""
+    turns = [turn for turn in row[:-1] if turn["role"] != "system"]
+    if len(turns) < 2:
+        return "".join(turn["content"] for turn in turns)
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
+def refuse_worse(run_json: RunRecord, adapter: Path, results: Path) -> None:
+    """Raise ConfigError if the held-out loss is higher than before the training."""
+    before, after = (run_json["metrics"][moment]["eval_loss"] for moment in ("before", "after"))
+    if after <= before:
+        return
+    kept = (
+        "The adapter of an earlier run stays as it is"
+        if (results / "run.json").is_file()
+        else "No adapter is published"
+    )
+    raise ConfigError(
+        f"The run made the model worse: its loss on the held-out rows went from {before:.4f} to {after:.4f}. {kept}, "
+        f"and this one lies in {adapter.relative_to(ROOT).as_posix()}: lower learning_rate, or take more steps if "
+        "these were few, in olive-config.yaml, or publish it with --keep-worse."
+    )
 
 
 def publish(run_json: RunRecord, adapter: Path, folder: str, results: Path) -> None:

@@ -1,9 +1,10 @@
-"""The progress of the training: a bar in a terminal, lines in a log, and timings."""
+"""The progress of training and evaluation: bars in a terminal, lines in a log, and timings."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import psutil
@@ -12,14 +13,22 @@ from rich import progress
 from rich.console import Console
 
 
+def shown(starts: Sequence[int], what: str) -> Iterable[int]:
+    """Yield the numbers at which batches start, with a bar in a terminal that goes when all are done."""
+    console = Console()
+    return progress.track(starts, what, console=console, transient=True, disable=not console.is_terminal)
+
+
 class Progress(transformers.TrainerCallback):
     """A bar in a terminal, a plain line at each evaluation in a log."""
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[..., None]) -> None:
+        """`note` gets the timings while they grow: training (seconds), tokens and start_to_first_step (seconds)."""
+        self.note = note
         self.console = Console()
         self.started = time.time()
         self.first_step = 0.0
-        self.tokens_before = self.tokens = 0
+        self.tokens_before = self.tokens = self.steps_before = 0
         self.values: dict[str, float] = {}
         self.bar = progress.Progress(
             progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -33,7 +42,7 @@ class Progress(transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock and the bar."""
         self.started = time.time()
-        self.tokens_before = state.num_input_tokens_seen
+        self.tokens_before, self.steps_before = state.num_input_tokens_seen, state.global_step
         self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
         self.bar.start()
 
@@ -52,25 +61,26 @@ class Progress(transformers.TrainerCallback):
         self.values |= new
         if not new:
             return
-        seconds = time.time() - self.started
+        seconds = self.note_time()
         shown = "  ".join(f"{key.replace('_', ' ')} {float(value):.4f}" for key, value in self.values.items())
         shown += f"  {self.tokens / seconds:.0f} tokens/s"
         self.bar.update(self.task, description=shown)
         if "eval_loss" in new and not self.console.is_terminal:
-            left = seconds / max(state.global_step, 1) * (state.max_steps - state.global_step)
+            done = max(
+                state.global_step - self.steps_before, 1
+            )  # a resumed run has the steps before from another session
+            left = seconds / done * (state.max_steps - state.global_step)
             line = f"step {state.global_step}/{state.max_steps}  {shown}  {left:.0f} s left"
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the bar and leave it visible."""
-        self.ended = time.time()
+        self.note_time()
         self.bar.stop()
 
-    def timings(self) -> dict[str, float]:
-        """Return the seconds from process start to the first step and of the training, and its speed."""
+    def note_time(self) -> float:
+        """Note the timings until now, and return the seconds of the training in this session."""
+        seconds = time.time() - self.started
         process_start = psutil.Process(os.getpid()).create_time()
-        return {
-            "start_to_first_step": round(self.first_step - process_start, 2),
-            "training": round(self.ended - self.started, 2),
-            "tokens_per_second": round(self.tokens / (self.ended - self.started), 1),
-        }
+        self.note(training=seconds, tokens=self.tokens, start_to_first_step=self.first_step - process_start)
+        return seconds

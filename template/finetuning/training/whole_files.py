@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file."""
+    """Write a JSON file. What JSON has no number for (NaN, infinity) becomes null."""
     unfinished = path.with_name(f".{path.name}.new")
-    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    unfinished.write_text(text + "\n", encoding="utf-8")
     unfinished.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """Return a value with None for each number in it that is not finite."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def new_folder(folder: Path) -> Path:

@@ -10,6 +10,7 @@ from statistics import mean
 
 from planning.architecture import Shape
 from planning.facts import AzureGpu
+from planning.hardware import Machine
 from planning.memory import BYTES, adapter_parameters
 from planning.row_lengths import Lengths, batches
 from settings.run_settings import EVALUATIONS, Settings
@@ -22,6 +23,8 @@ OTHER_EFFICIENCY = 0.3
 START = 10.0  # seconds to import the libraries and load the model
 TOKEN = 130.0  # bytes per token in tokenizer.json, more than most take (the demo: 54)
 ANSWERS = 200  # the maximum that evaluate.py generates
+EVALUATED = 1 / 3  # of a trained token's operations: the forward pass without the backward pass
+ALIKE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_checkpointing")  # for the same speed
 LAYER_SECONDS = 1e-3  # per block and generated token, whatever its size: Python overhead and kernel launches
 
 
@@ -61,27 +64,57 @@ def disk(shape: Shape, settings: Settings, download: float) -> Disk:
 
 @dataclass(frozen=True)
 class LastRun:
-    """How fast the last run of the same model was, from its run.json."""
+    """How fast the last run was on this machine with the same settings, from its run.json."""
 
-    tokens_per_second: float
-    around: float  # seconds before and after the training
+    start: float  # seconds before the first evaluation
+    row: float  # seconds in which a held-out row is evaluated, before and after the training together
+    speed: float  # tokens a second in the training; one that is only evaluated is EVALUATED of a token
 
-    def seconds(self, settings: Settings, lengths: Lengths) -> float:
+    def seconds(self, settings: Settings, lengths: Lengths, held_out: Lengths) -> float:
         """Return the seconds that a run takes at the same speed."""
-        return self.around + trained_rows(settings, lengths) * mean(lengths.tokens) / self.tokens_per_second
+        steps, _ = settings.steps(len(lengths.tokens))
+        trained = trained_rows(settings, lengths) * mean(lengths.tokens)
+        evaluated = EVALUATED * sum(held_out.tokens) * passes(settings, steps) / settings.processes
+        return self.start + self.row * min(len(held_out.tokens), ANSWERS) + (trained + evaluated) / self.speed
 
 
-def last_run(path: Path, settings: Settings) -> LastRun | None:
-    """Read the last run's speed; None unless it trained the same model in the same way."""
+def last_run(path: Path, settings: Settings, here: Machine) -> LastRun | None:
+    """Read the last run's speed; None unless it did the same on the same machine, apart from rows and steps."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        timings = run["timings"]
-        same = (run["base_model"], run["method"], run["dtype"])
-        if same != (settings.model_path, settings.method, settings.torch_dtype):
+        timings, data, machine, used = run["timings"], run["data"], run["machine"], run["config"]["training"]
+        gpus = ", ".join([here.gpu] * here.gpus) if here.gpu else None
+        same = (
+            (run["base_model"], run["method"], run["dtype"])
+            == (settings.model_path, settings.method, settings.torch_dtype),
+            (machine["platform"], machine["cpu_cores"], machine["gpu"]) == (here.platform, here.cores, gpus),
+            run["config"]["adapter"].get("packing", False) == settings.packing,
+            used.get("processes", 1) == settings.processes,
+            all(used[name] == getattr(settings, name) for name in ALIKE),
+        )
+        if not all(same):
             return None
-        return LastRun(timings["tokens_per_second"], timings["start_to_first_step"] + timings["after"])
-    except (OSError, ValueError, KeyError, TypeError):
+        trained = timings["tokens_per_second"] * timings["training"]
+        row = data["tokens"] / data["train_rows"]
+        steps = round(trained / row * settings.processes / settings.rows_a_step)
+        evaluated = EVALUATED * data["held_out_rows"] * row * passes(settings, steps) / settings.processes
+        return LastRun(
+            start=max(timings["start_to_first_step"] - timings["before"], 0),
+            row=(timings["before"] + timings["after"]) / min(data["held_out_rows"], ANSWERS),
+            speed=(trained + evaluated) / timings["training"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None
+
+
+def passes(settings: Settings, steps: int) -> float:
+    """Return how often the held-out rows are evaluated in a training of this many steps."""
+    if settings.eval_strategy == "no":
+        return 0
+    if settings.eval_strategy == "epoch":
+        return settings.num_train_epochs
+    every = settings.eval_steps or steps  # a share of the steps if it is below 1
+    return min(steps, 1 / every if every < 1 else steps / every)
 
 
 def trained_rows(settings: Settings, lengths: Lengths) -> float:

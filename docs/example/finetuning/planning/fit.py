@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from planning.memory import GIB, memory
 from planning.model_facts import Model, find
 from planning.row_lengths import Lengths
 from planning.schedule import learning_steps
-from planning.token_counts import Tokens, lengths_of, tokens_of
+from planning.token_counts import Tokens, tokens_of
 from planning.vocabulary import beyond
 from preparing.tokenised import Tokenised
 from preparing.workspace import ROOT
@@ -39,6 +40,11 @@ def limit(settings: Settings, here: hardware.Machine, azure: AzureGpus | None) -
         chosen = next(gpu for gpu in azure["gpus"] if gpu["id"] == azure["gpu"])
         return USABLE * chosen["gpu_memory_gib"] * GIB
     return here.vram_free if here.gpu else math.inf
+
+
+def lengths_seen(counted: Mapping[str, Tokens], longest: int) -> dict[str, Lengths]:
+    """Return the lengths that a run sees: training cuts its rows at `longest`; held-out questions are asked whole."""
+    return {"train": counted["train"].cut(longest), "held_out": counted["held_out"].cut(sys.maxsize)}
 
 
 def decided(shape: Shape, settings: Settings, lengths: dict[str, Lengths], room: float) -> Settings:
@@ -129,7 +135,7 @@ def too_large(
         kind = "GPU memory" if settings.gpu else "memory"
         return (
             f"The run needs about {needed / GIB:.1f} GiB of {kind} and {room / GIB:.1f} are free: "
-            f"{advice(shape, settings, lengths['train'], room)}."
+            f"{advice(shape, settings, lengths, room)}."
         )
     return None
 
@@ -142,11 +148,12 @@ def settle(settings: Settings, found: Mapping[str, Tokenised]) -> tuple[Settings
     """
     model, here = find(settings), hardware.look()
     tokens = {part: rows.examples for part, rows in found.items()}
+    counted = {part: tokens_of(rows) for part, rows in found.items()}
     steps, _ = settings.steps(len(tokens["train"]))
     complaint = (
         model.problem
         or overflows(model, settings)
-        or cut_answers({part: tokens_of(rows) for part, rows in found.items()}, settings, model.context)
+        or cut_answers(counted, settings, model.context)
         or learns_nothing(steps, learning_steps(settings, steps))
         or beyond(model, (row["input_ids"] for rows in tokens.values() for row in rows))
     )
@@ -155,7 +162,7 @@ def settle(settings: Settings, found: Mapping[str, Tokenised]) -> tuple[Settings
     if model.shape is None:
         return settings, 0.0, "not estimated: config.json names its numbers in a way of its own"
     room = limit(settings, here, None)
-    lengths = {part: lengths_of(rows) for part, rows in tokens.items()}
+    lengths = lengths_seen(counted, settings.max_seq_len)
     settled = decided(model.shape, settings, lengths, room)
     if complaint := too_large(model.shape, settled, lengths, room, here.disk_free, 0):
         raise ConfigError(complaint)

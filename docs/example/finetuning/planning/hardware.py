@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import time
@@ -29,6 +30,7 @@ class Machine:
     ram: int
     ram_free: int
     disk_free: int
+    platform: str = ""  # as in run.json
     gpu: str | None = None
     gpus: int = 0
     driver: str | None = None
@@ -47,6 +49,7 @@ def look() -> Machine:
     total = min(memory.total, container_limit())
     facts: dict[str, Any] = {
         "cores": os.cpu_count() or 1,
+        "platform": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "ram": total,
         "ram_free": min(memory.available + used, total),
         "disk_free": shutil.disk_usage(ROOT).free,

@@ -24,14 +24,16 @@ from planning.facts import (
     RowFacts,
     RunFacts,
 )
-from planning.fit import USABLE, check_count, decided, learns_nothing, limit, problem
+from planning.fit import USABLE, check_count, decided, learns_nothing, lengths_seen, limit, problem
 from planning.memory import GIB, adapter_parameters, memory
 from planning.model_facts import Model, find
 from planning.row_lengths import Lengths
 from planning.schedule import learning_steps
 from planning.token_counts import Tokens, count
 from planning.vocabulary import unknown_tokens
+from preparing.conversations import print_once, shared_system_prompt
 from preparing.dataset import chat_rows
+from preparing.problems import short
 from preparing.thoughts import has_thought
 from preparing.turns import Message
 from preparing.workspace import MODELS, ROOT
@@ -56,12 +58,12 @@ def plan(settings: Settings, show: Callable[[str, Any], None]) -> Plan:
     show("machine", report["machine"])
     validate(settings)  # heavy imports
     rows = read_rows(settings)
-    settings = with_thinking(settings, rows["train"])
+    settings = as_the_rows_are(settings, rows["train"])
     model = find(settings)
     report["model"] = model_facts(model, settings)
     show("model", report["model"])
     counted = {part: count(settings.data[part].tokens, rows[part], model) for part in rows}
-    lengths = {part: tokens.cut(settings.max_seq_len) for part, tokens in counted.items()}
+    lengths = lengths_seen(counted, settings.max_seq_len)
     report["data"] = data_facts(settings, rows, counted["train"])
     show("data", report["data"])
     azure: AzureGpus = yaml.safe_load((ROOT / "setup" / "azure_gpus.yaml").read_text(encoding="utf-8"))
@@ -87,9 +89,21 @@ def read_rows(settings: Settings) -> Rows:
     return rows
 
 
-def with_thinking(settings: Settings, rows: list[list[Message]]) -> Settings:
-    """Decide on `thinking: auto`, for both parts and for the chat: on if the rows to train on have thoughts."""
-    thinks = any(map(has_thought, rows))
+def as_the_rows_are(settings: Settings, rows: list[list[Message]]) -> Settings:
+    """Decide, by the rows to train on, what the settings leave open for both parts and for the chat.
+
+    `thinking: auto` is on if rows have thoughts. Without a `system_prompt`, it is the one that all rows have.
+    """
+    thinks, system_prompt = any(map(has_thought, rows)), shared_system_prompt(rows)
+    if system_prompt and not settings.data["train"].tokens.system_prompt:
+        print_once(
+            f"All rows have this system prompt, which chat, API and exports use too: {short(system_prompt, 200)}"
+        )
+        data = {
+            name: replace(part, tokens=replace(part.tokens, system_prompt=system_prompt))
+            for name, part in settings.data.items()
+        }
+        settings = replace(settings, data=data)
     data = {
         name: replace(part, tokens=replace(part.tokens, thinking="on" if thinks else "off"))
         if part.tokens.thinking == "auto"
@@ -182,8 +196,8 @@ def estimate_facts(
         speed = hardware.speed(model.shape, settings)
         seconds = cost.seconds(model.shape, settings, lengths["train"], lengths["held_out"], speed, measured=True)
         source = f"rough, from a matrix product of {speed / 1e12:.3g} TFLOPS here"
-        if last := cost.last_run(MODELS / "run.json", settings):
-            seconds, source = last.seconds(settings, lengths["train"]), "as fast as the last run"
+        if last := cost.last_run(MODELS / "run.json", settings, here):
+            seconds, source = last.seconds(settings, lengths["train"], lengths["held_out"]), "as fast as the last run"
     return {
         "memory": {part: round(size) for part, size in vars(needed).items()} | {"total": round(needed.total)},
         "memory_limit": None if math.isinf(room) else round(room),

@@ -25,6 +25,7 @@ PARTS = {
     "gradients_and_optimizer": "gradients and optimizer",
     "activations": "activations",
     "logits": "logits",
+    "evaluation": "evaluations, beyond the training",
     "framework": "Python and libraries",
 }
 
@@ -170,7 +171,7 @@ def row_lines(facts: RowFacts) -> Lines:
 def estimate_lines(facts: EstimateFacts) -> Lines:
     """Return memory, disk and time."""
     memory, disk = facts["memory"], facts["disk"]
-    parts = " · ".join(f"{name} {size(memory[part])}" for part, name in PARTS.items())
+    parts = " · ".join(f"{name} {size(memory[part])}" for part, name in PARTS.items() if memory[part])
     checkpointing = "on" if facts["gradient_checkpointing"] else "off"
     room = f" of {size(facts['memory_limit'])}" if facts["memory_limit"] else ""
     lines = [

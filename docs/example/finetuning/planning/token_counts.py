@@ -11,7 +11,7 @@ from planning.model_facts import Model
 from planning.row_lengths import Lengths
 from preparing.dataset import chat_rows
 from preparing.tokenised import Tokenised, tokenise_rows
-from preparing.tokens import IGNORED, Example, load_tokenizer, with_system
+from preparing.tokens import IGNORED, load_tokenizer, with_system
 from preparing.turns import Message
 from preparing.workspace import MODEL_FACTS, SAMPLE
 from settings.run_settings import TokenSettings
@@ -88,9 +88,3 @@ def guess(row: list[Message], train_on: str) -> bytes:
         learnt = train_on == "all" or (turn["role"] == "assistant" and turn.get("learn", True))
         mask += bytes(MARKS - 1) + bytes([learnt]) * (length + 1)
     return mask
-
-
-def lengths_of(rows: list[Example]) -> Lengths:
-    """Return the lengths of rows that are already tokenised and cut."""
-    labels = [sum(label != IGNORED for label in row["labels"]) for row in rows]
-    return Lengths([len(row["input_ids"]) for row in rows], labels)

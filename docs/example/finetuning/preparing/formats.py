@@ -21,6 +21,7 @@ FORMATS = {
     "text": ("text", {"text"}),
 }
 COLUMN = re.compile(r"\{([^{}]+)\}")
+NAME = re.compile(r"[^\W\d][\w .-]*")  # looks like a column's name: not JSON, not a number
 # columns in which KTO's rows (of TRL and LLaMA-Factory) say whether the answer is a good or a bad example
 GOOD_OR_BAD = ("label", "kto_tag")
 
@@ -72,10 +73,19 @@ def detect(row: dict[str, Any], prompt_template: str | None) -> str:
     there = [name for column, (name, _) in FORMATS.items() if row.get(column) is not None]
     there += [name for column, (name, _) in FORMATS.items() if column in row]
     if not there:
-        raise DataError(
-            f"columns {short(', '.join(row), 300)} fit no known format: set dataset_format in olive-config.yaml."
-        )
+        texts = [column for column, value in row.items() if isinstance(value, str) and not {*"{}"} & {*column}]
+        raise DataError(f"columns {short(', '.join(row), 300)} fit no known format: {way_on(texts)}")
     return there[0]
+
+
+def way_on(texts: list[str]) -> str:
+    """Return the settings that read a row by its columns of text: the first is the question, the last the answer."""
+    if len(texts) < 2:
+        return "see dataset_format in olive-config.yaml for the columns that each format needs, and rename them."
+    return (
+        f'set prompt_template: "{{{texts[0]}}}" and completion_template: "{{{texts[-1]}}}" in olive-config.yaml, or '
+        "whichever columns have the question and the answer."
+    )
 
 
 def unused(row: Any, dataset_format: str, prompt_template: str | None, completion_template: str | None) -> set[str]:
@@ -167,13 +177,22 @@ def required(row: dict[str, Any], column: str) -> Any:
 def fill(template: str | None, row: dict[str, Any], setting: str) -> str:
     """Fill the row's columns into a template like `Phrase: {phrase}`; other braces stay as they are."""
     if not template:
-        raise DataError(f"{setting} is empty: dataset_format columns needs it in olive-config.yaml.")
+        what = "question" if setting == "prompt_template" else "answer"
+        raise DataError(
+            f"{setting} is empty: name the column with the {what} in olive-config.yaml, in braces; the row has "
+            f"{short(', '.join(row), 300)}."
+        )
     for name in COLUMN.findall(template):
         alike = name.strip().casefold() in {column.strip().casefold() for column in row}
-        if name not in row and (name.isidentifier() or alike):
+        if name not in row and (alike or NAME.fullmatch(name.strip())):
             raise DataError(f"{setting} names {{{name}}}, but the row has {short(', '.join(row), 300)}.")
         if isinstance(row.get(name), dict | list):
             raise DataError(f"column {name!r} is {kind(row[name])}, not text.")
+    if setting == "completion_template" and not row.keys() & set(COLUMN.findall(template)):
+        raise DataError(
+            f"{setting} {short(template)!r} is the same answer for every row: name a column in braces, of "
+            f"{short(', '.join(row), 300)}."
+        )
 
     def value(match: re.Match[str]) -> str:
         return match[0] if match[1] not in row else "" if row[match[1]] is None else str(row[match[1]])

@@ -21,6 +21,7 @@ from preparing.turns import Message
 from settings.config_file import ConfigError
 from settings.run_settings import Settings
 from training import batches
+from training.progress import shown
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,19 @@ def evaluate(
     `examples` are the rows' tokens and labels, as chat_tokens returns them.
     eval_loss is the mean over all answer tokens; accuracy is the share of rows whose last answer is generated exactly
     as in the row, apart from a thought before it, by greedy decoding. ANSWERS rows are asked, spread over all of them.
-    Raises ConfigError if the base model's loss is not a number.
+    Raises ConfigError if the loss is not a number.
     """
     started = time.monotonic()
     model = load_model(folder, adapter, settings)
     batch_size, options = settings.per_device_eval_batch_size, settings.data["held_out"].tokens
     with computing_in(settings.torch_dtype):
         loss = held_out_loss(model, tokenizer, examples, batch_size)
-    if not adapter and not math.isfinite(loss):
+    if adapter and not math.isfinite(loss):
+        raise ConfigError(
+            "The tuned model's loss on the held-out rows is not a number, so no earlier result has changed: lower "
+            "learning_rate in olive-config.yaml."
+        )
+    if not math.isfinite(loss):
         raise ConfigError(
             f"The base model's loss on the held-out rows is not a number in torch_dtype: {settings.torch_dtype}, so it "
             "cannot be trained: set torch_dtype: float32 in olive-config.yaml, or bfloat16 on a GPU that has it."
@@ -155,7 +161,7 @@ def held_out_loss(model: Any, tokenizer: Any, examples: list[batches.Row], batch
     """Return the mean cross entropy in nats over all labels that are not IGNORED."""
     loss = labels = 0.0
     examples = sorted(examples, key=lambda row: len(row["input_ids"]))  # rows of similar length need little padding
-    for start in range(0, len(examples), batch_size):
+    for start in shown(range(0, len(examples), batch_size), "loss"):
         batch = batches.pad(examples[start : start + batch_size], tokenizer.pad_token_id, model.device)
         loss += batches.answer_loss(model, batch).item()
         labels += (batch["labels"][:, 1:] != IGNORED).sum().item()
@@ -170,7 +176,7 @@ def generate(model: Any, tokenizer: Any, expected: list[Answer], batch_size: int
     cut = 0
     # a batch takes as many steps as its longest answer
     order = sorted(range(len(expected)), key=lambda i: (expected[i].end - expected[i].start, expected[i].start))
-    for start in range(0, len(order), batch_size):
+    for start in shown(range(0, len(order), batch_size), "answers"):
         chosen = order[start : start + batch_size]
         # a longer answer is wrong anyway
         limit = max(expected[i].end - expected[i].start for i in chosen) + 8

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from preparing.workspace import MODEL_FACTS
-from reporting.report import metrics
+from reporting.report import metrics, published
 from reporting.run_record import RunRecord
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -37,6 +37,7 @@ def write_model_card(run: RunRecord, folder: Path) -> Path:
         run=run,
         name=name(run),
         base_model=published(run["base_model"]),
+        elsewhere=Path(run["base_model"]).is_absolute(),
         source=published(run["data"]["source"]),
         metrics=metrics(run),
         licence=licence(run),
@@ -84,11 +85,6 @@ def front_matter(run: RunRecord) -> str:
 def name(run: RunRecord) -> str:
     """Name the adapter after its base model and method."""
     return f"{Path(run['base_model']).name}-{run['method']}"
-
-
-def published(path: str) -> str:
-    """Return only the last part of an absolute path, which would reveal this machine; other values unchanged."""
-    return Path(path).name if Path(path).is_absolute() else path
 
 
 def licence(run: RunRecord) -> dict[str, str]:

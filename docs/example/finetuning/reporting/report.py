@@ -24,7 +24,8 @@ NAMES = {  # readable names for the keys of run.json
     "answer_share": "share of answer tokens",
     "cut_rows": "rows cut at max_seq_len",
     "left_out_rows": "rows left out: their answer was cut off",
-    "set_aside_rows": "rows rejected: they could not be read",
+    "set_aside_rows": "rows rejected, listed next to the data",
+    "repeated_rows": "rows that each epoch takes twice: the processes train on equally many",
     "duplicate_rows": "rows that repeat another",
     "held_out_rows_trained_on": "held-out rows trained on too",
     "asked_rows": "held-out rows asked",
@@ -48,6 +49,7 @@ def write_report(run: RunRecord, history: list[dict[str, float]], folder: Path) 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         run=run,
+        base_model=published(run["base_model"]),
         metrics=metrics(run),
         facts=facts(run),
         settings=settings(run),
@@ -61,6 +63,11 @@ def write_report(run: RunRecord, history: list[dict[str, float]], folder: Path) 
         unfinished.write_bytes(content)
         unfinished.replace(folder / name)
     return folder / "index.html"
+
+
+def published(path: str) -> str:
+    """Return only the last part of an absolute path, which would reveal this machine; other values unchanged."""
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def metrics(run: RunRecord) -> list[dict[str, str]]:

@@ -121,6 +121,10 @@ class Settings:
         """Rows per optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.processes
 
+    def repeated_rows(self, rows: int) -> int:
+        """Return how many rows an epoch takes twice: several processes train on equally many batches."""
+        return -rows % (self.per_device_train_batch_size * self.processes) if self.processes > 1 else 0
+
     def steps(self, rows: int) -> tuple[int, int]:
         """Return the steps of a run on this many rows, and the steps of its epochs without max_steps."""
         epochs = math.ceil(math.ceil(rows / self.rows_a_step) * self.num_train_epochs)
@@ -225,6 +229,8 @@ def olive_config(settings: Settings) -> dict[str, Any]:
     if settings.method != "qlora":
         for name in ("quant_type", "compute_dtype", "double_quant"):
             olive_pass.pop(name, None)
+    if settings.method == "lokr":  # LoHa always does it; else the adapter is stronger when it is used than in training
+        olive_pass.setdefault("rank_dropout_scale", True)
     if settings.gradient_checkpointing is None:  # Olive does not accept null
         olive_pass["training_args"].pop("gradient_checkpointing", None)
     for data_config in config["data_configs"]:

@@ -8,9 +8,10 @@ internals, and its imports are heavy: invoke_olive.py imports it when training s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import transformers
@@ -25,21 +26,35 @@ from settings.olive_pass import ExtraSettings, pass_class
 from settings.run_settings import Settings, olive_config
 from training import batches
 from training.checkpoints import Checkpoints, newest_checkpoint
+from training.free_memory import free_memory
 from training.gradients import check_gradients
 from training.processes import share
 from training.progress import Progress
 
 
+class Used(TypedDict):
+    """Settings as the training used them: those that it may change, and what follows from several."""
+
+    packing: bool
+    gradient_checkpointing: bool
+    processes: int
+    rows_a_step: int
+
+
 def train(
-    settings: Settings, tokens: dict[str, list[batches.Row]], run_folder: Path
-) -> tuple[Path, dict[str, float], list[dict[str, float]]]:
-    """Run the pass of olive-config.yaml and return the adapter's folder, timings and the losses.
+    settings: Settings,
+    tokens: dict[str, list[batches.Row]],
+    run_folder: Path,
+    note: Callable[..., None] = lambda **timings: None,
+) -> tuple[Path, Used, list[dict[str, float]]]:
+    """Run the pass of olive-config.yaml and return the adapter's folder, the settings as used, and the losses.
 
     `tokens` are the rows of both parts, `train` and `held_out`, as chat_tokens returns them. Checkpoints go to
-    run_folder/checkpoints, and training resumes from the newest one; the adapter goes to run_folder/output/adapter. The
-    timings are `start_to_first_step` (seconds from the start of the process), `training` (seconds) and
-    `tokens_per_second`; the losses are the Trainer's log: a dict with `step` and `loss` or `eval_loss` per entry.
+    run_folder/checkpoints, and training resumes from the newest one; the adapter goes to run_folder/output/adapter.
+    `note` gets the timings, see Progress; the losses are the Trainer's log: a dict with `step` and `loss` or
+    `eval_loss` per entry. Raises ConfigError if a loss is not a number, or nothing was learned.
     """
+    free_memory()  # of the evaluation before
     dataset.register()
     config = olive_config(settings)
     for data_config in config["data_configs"]:
@@ -52,6 +67,7 @@ def train(
         "output_dir": str(run_folder / "checkpoints"),
         "overwrite_output_dir": True,  # the loop below looks for checkpoints, not Olive
         "metric_for_best_model": "eval_loss",
+        "logging_nan_inf_filter": False,  # it logs the mean of the losses before instead of one that is not a number
         "ddp_find_unused_parameters": False,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -64,9 +80,12 @@ def train(
     transformers.set_seed(settings.seed)  # adapters are initialised before the Trainer sets the seed
     kind = pass_class(settings.method, Training)
     olive_pass = create_pass_from_dict(kind, chosen.config, True, DEFAULT_CPU_ACCELERATOR)
-    olive_pass.tokens, olive_pass.smoke = tokens, settings.smoke
+    olive_pass.tokens, olive_pass.smoke, olive_pass.note = tokens, settings.smoke, note
     output = olive_pass.run(run_config.input_model.create_model(), str(run_folder / "output"))
-    return Path(output.adapter_path), olive_pass.timings, olive_pass.history
+    result = Path(output.adapter_path), olive_pass.used, olive_pass.history
+    del olive_pass, output
+    free_memory()
+    return result
 
 
 class Training(ExtraSettings):
@@ -86,7 +105,7 @@ class Training(ExtraSettings):
             config.training_args.extra_args["fp16"] = True
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         pack = config.packing and can_pack(model, train_rows)
-        shown, checkpoints = Progress(), Checkpoints()
+        shown, checkpoints = Progress(self.note), Checkpoints()
         arguments = config.training_args.create_training_args()
         fill_up(held_out_rows, arguments.eval_batch_size * arguments.world_size)
         trainer = AnswerTrainer(
@@ -113,7 +132,14 @@ class Training(ExtraSettings):
         if self.smoke:
             batch = trainer._prepare_inputs(trainer.data_collator(train_rows[: arguments.train_batch_size]))
             print(check_gradients(model, batch, config.torch_dtype, trainer.compute_loss_context_manager))
-        self.timings = shown.timings()
+        self.used: Used = {
+            "packing": pack,
+            "gradient_checkpointing": trainer.args.gradient_checkpointing,
+            "processes": trainer.args.world_size,
+            "rows_a_step": trainer.args.train_batch_size
+            * trainer.args.gradient_accumulation_steps
+            * trainer.args.world_size,
+        }
         self.history = trainer.state.log_history
 
         adapter = Path(output_model_path) / "adapter"
@@ -143,6 +169,22 @@ class AnswerTrainer(transformers.Trainer):
         # the gradients of several processes are averaged, but their sum is needed
         return batches.answer_loss(model, inputs) / num_items_in_batch * self.accelerator.num_processes
 
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        """Train on a batch. Raises ConfigError in all processes if the loss of one is not a number."""
+        loss: torch.Tensor = super().training_step(*arguments, **options)
+        self.check_finite(self.accelerator.reduce(loss, "sum").item(), self.state.global_step + 1)
+        return loss
+
+    def check_finite(self, loss: float, step: int) -> None:
+        """Raise ConfigError if a loss is not a number: all that follows would be learned from nothing."""
+        if math.isfinite(loss):
+            return
+        precision = ", or set torch_dtype to float32 or bfloat16," if self.args.fp16 else ""
+        raise ConfigError(
+            f"The loss is not a number at step {step}, so the training stopped and no earlier result has changed: "
+            f"lower learning_rate{precision} in olive-config.yaml."
+        )
+
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Log and return eval_loss, the mean over all labels of the held-out rows."""
         self.model_wrapped.eval()
@@ -154,6 +196,7 @@ class AnswerTrainer(transformers.Trainer):
                 totals += torch.stack([batches.answer_loss(self.model_wrapped, inputs), labels])
         loss, labels = self.accelerator.reduce(totals, "sum")
         metrics = {"eval_loss": (loss / labels).item()}
+        self.check_finite(metrics["eval_loss"], self.state.global_step)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -1,0 +1,248 @@
+"""The memory and time of a run, its evaluations included: estimated, what advice names, what the last run tells."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+
+Invoke = Callable[..., Run]
+GIB = 2**30
+PHI3 = {"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32}
+PHI3 |= {"num_attention_heads": 32, "vocab_size": 32064, "max_position_embeddings": 4096}
+GEMMA = {"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26}
+GEMMA |= {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144}
+GEMMA |= {"tie_word_embeddings": True, "max_position_embeddings": 32768}
+
+
+def settings_with(**changes: Any) -> Any:
+    """Return the settings of the demo with other values."""
+    from settings.run_settings import read_settings
+
+    return replace(read_settings(), target_modules=None, gradient_checkpointing=False, **changes)
+
+
+def rows(tokens: int, labels: int, count: int = 32) -> Any:
+    """Return the lengths of rows that are all alike."""
+    from planning.row_lengths import Lengths
+
+    return Lengths([tokens] * count, [labels] * count)
+
+
+# ---- memory
+
+
+def test_answers_to_long_questions_are_in_the_estimate(workspace: Path) -> None:
+    """Keys and values by hand: 8 rows of 3,008 tokens, 32 blocks, 2 × 3,072 features, 2 bytes."""
+    from planning.architecture import Shape
+    from planning.memory import memory
+
+    shape = Shape.of(PHI3)
+    settings = settings_with(method="qlora", torch_dtype="bfloat16", device="gpu", per_device_train_batch_size=1)
+    settings = replace(settings, per_device_eval_batch_size=8, gradient_checkpointing=True)
+    short, long = (memory(shape, settings, rows(200, 50), rows(held_out, 50)) for held_out in (200, 3000))
+    kept = 8 * 3008 * 32 * 2 * 3072 * 2
+    assert 0 < long.total - kept - long.weights - long.framework < 3 * GIB  # one block at work
+    assert short.total < long.total - 0.8 * kept
+
+
+def test_evaluations_count_only_where_they_need_more_than_the_training(workspace: Path) -> None:
+    from planning.architecture import Shape
+    from planning.memory import memory
+
+    shape = Shape.of(GEMMA)
+    settings = settings_with(per_device_train_batch_size=8, per_device_eval_batch_size=1)
+    assert memory(shape, settings, rows(250, 100), rows(100, 20)).evaluation == 0
+    many = replace(settings, per_device_train_batch_size=1, per_device_eval_batch_size=64)
+    needed = memory(shape, many, rows(250, 100), rows(250, 100, 64))
+    assert needed.evaluation > 0
+    # 64 rows of 100 answer tokens: the logits of their losses, and the log-softmax, in float32
+    assert needed.total - needed.weights > 64 * 100 * 262144 * 8
+
+
+def test_questions_are_asked_whole_and_trained_on_cut(workspace: Path) -> None:
+    from planning.fit import lengths_seen
+    from planning.token_counts import Tokens
+
+    masks = [b"\0" * 90 + b"\1" * 10, b"\0" * 20 + b"\1" * 80]
+    counted = {part: Tokens(2, 2, masks, estimated=False) for part in ("train", "held_out")}
+    lengths = lengths_seen(counted, 50)
+    assert (lengths["train"].tokens, lengths["held_out"].tokens) == ([50], [100, 100])
+
+
+HELD = """
+import re
+from pathlib import Path
+from training.free_memory import free_memory
+
+def held():
+    return int(re.findall(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[0]) / 1024
+
+class Model:
+    pass
+
+model, kept = Model(), []
+model.itself, model.weights = model, []
+for _ in range(2000):
+    model.weights.append(bytearray(100_000))
+    kept.append(bytearray(1000))  # as long-lived objects lie between the weights
+start = held()
+del model
+between = held()
+free_memory()
+print(start - between, between - held())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; other systems return memory by themselves")
+def test_memory_that_nobody_uses_goes_back_to_the_system(workspace: Path) -> None:
+    """200 MB in small pieces, in an object that refers to itself: a model and its Trainer are such."""
+    done = subprocess.run(
+        [sys.executable, "-c", HELD], cwd=workspace / "finetuning", capture_output=True, text=True, check=True
+    )
+    by_itself, freed = map(float, done.stdout.split())
+    assert by_itself < 10 and freed > 150, done.stdout
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_adapters_on_the_embedding_and_the_output_layer_are_counted(workspace: Path, method: str) -> None:
+    import peft
+    import torch
+    import transformers
+
+    from planning.memory import adapter_parameters
+    from planning.model_facts import shape_in
+
+    chosen = ("q_proj", "lm_head", "embed_tokens")
+    config = transformers.LlamaConfig(vocab_size=1000, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        lora = peft.LoraConfig(r=8, target_modules=list(chosen), use_dora=method == "dora")
+        trained = sum(
+            weight.numel() for weight in peft.get_peft_model(model, lora).parameters() if weight.requires_grad
+        )
+    shape = shape_in(config.to_dict())
+    assert shape
+    assert adapter_parameters(shape, replace(settings_with(method=method, r=8), target_modules=chosen)) == trained
+
+
+# ---- advice
+
+
+@pytest.mark.parametrize("room", [10, 8, 7, 6])
+def test_what_the_advice_names_makes_the_run_fit(workspace: Path, room: int) -> None:
+    from planning.advice import advice
+    from planning.architecture import Shape
+    from planning.memory import memory
+
+    shape, lengths = Shape.of(GEMMA), {"train": rows(250, 60), "held_out": rows(250, 60)}
+    settings = settings_with(per_device_train_batch_size=8, per_device_eval_batch_size=32)
+    assert memory(shape, settings, lengths["train"], lengths["held_out"]).total > 10 * GIB
+    said = advice(shape, settings, lengths, room * GIB)
+    changes = {name: json.loads(value) for name, value in re.findall(r"(\w+): (\w+)", said)}
+    longest = changes.pop("max_seq_len", settings.max_seq_len)
+    changed = replace(settings, **changes)
+    assert memory(shape, changed, lengths["train"].cut(longest), lengths["held_out"]).total <= room * GIB, said
+
+
+def test_the_batch_of_the_evaluations_is_named_alone_where_that_helps(workspace: Path) -> None:
+    from planning.advice import advice
+    from planning.architecture import Shape
+    from planning.memory import memory
+
+    shape, lengths = Shape.of(GEMMA), {"train": rows(150, 30), "held_out": rows(250, 100)}
+    settings = settings_with(per_device_train_batch_size=1, per_device_eval_batch_size=32)
+    less = memory(shape, replace(settings, per_device_eval_batch_size=16), lengths["train"], lengths["held_out"])
+    assert advice(shape, settings, lengths, less.total + 1) == "set per_device_eval_batch_size: 16"
+
+
+# ---- as fast as the last run
+
+TIMINGS = {"start_to_first_step": 130.0, "before": 100.0, "training": 1000.0, "after": 120.0, "tokens_per_second": 40.0}
+
+
+@pytest.fixture
+def last(workspace: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Return what the plan takes from a run.json, with other values in it."""
+    from planning import cost, hardware
+
+    here, settings = hardware.look(), settings_with()
+
+    def read(changes: dict[str, Any] | None = None, machine: dict[str, Any] | None = None) -> Any:
+        run = {
+            "base_model": settings.model_path,
+            "method": settings.method,
+            "dtype": settings.torch_dtype,
+            "timings": TIMINGS,
+            "machine": {"platform": here.platform, "cpu_cores": here.cores, "gpu": None} | (machine or {}),
+            "data": {"tokens": 80_000, "train_rows": 800, "held_out_rows": 300},
+            "config": {
+                "adapter": {"packing": settings.packing},
+                "training": {
+                    "per_device_train_batch_size": settings.per_device_train_batch_size,
+                    "per_device_eval_batch_size": settings.per_device_eval_batch_size,
+                    "gradient_checkpointing": False,
+                    "processes": 1,
+                },
+            },
+        }
+        for name, value in (changes or {}).items():
+            *path, key = name.split("/")
+            place: Any = run
+            for part in path:
+                place = place[part]
+            place[key] = value
+        (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
+        return cost.last_run(tmp_path / "run.json", settings, here)
+
+    return read
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"base_model": "another"},
+        {"method": "dora"},
+        {"dtype": "bfloat16"},
+        {"machine/gpu": "NVIDIA H100"},
+        {"machine/cpu_cores": 999},
+        {"machine/platform": "Windows 11, AMD64"},
+        {"config/adapter/packing": True},
+        {"config/training/per_device_train_batch_size": 1},
+        {"config/training/per_device_eval_batch_size": 1},
+        {"config/training/gradient_checkpointing": True},
+        {"config/training/processes": 2},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_run_that_did_something_else_says_nothing_about_this_one(
+    last: Callable[..., Any], changes: dict[str, Any]
+) -> None:
+    assert last() is not None
+    assert last(changes) is None
+
+
+def test_a_trial_of_few_steps_tells_the_time_of_the_whole_run(last: Callable[..., Any], workspace: Path) -> None:
+    """A trained token takes 3 units of time, one that is only evaluated 1: a trial is mostly evaluation."""
+    settings = settings_with()
+    train, held_out = rows(100, 20, 800), rows(100, 20, 300)
+
+    def training(steps: int) -> float:
+        return 3e-3 * steps * settings.rows_a_step * 100 + 10 * 1e-3 * 300 * 100
+
+    tokens = 20 * settings.rows_a_step * 100
+    timings = TIMINGS | {"training": training(20), "tokens_per_second": tokens / training(20)}
+    steps, _ = settings.steps(800)
+    expected = 30 + 220 / 200 * 200 + training(steps)
+    assert last({"timings": timings}).seconds(settings, train, held_out) == pytest.approx(expected, rel=0.02)
+    # without held-out rows to speak of, the evaluations take no time
+    few = last({"timings": timings}).seconds(settings, train, rows(100, 20, 1))
+    assert few == pytest.approx(30 + 220 / 200 + 3e-3 * steps * settings.rows_a_step * 100, rel=0.02)
