@@ -117,7 +117,7 @@ def test_a_warm_up_that_swallows_the_steps_still_learns_but_for_the_first(invoke
 
 def test_one_step_of_all_rows_learns_without_a_warm_up_and_is_warned_about(invoke: Invoke, workspace: Path) -> None:
     changes = {"gradient_accumulation_steps": 1000, "num_train_epochs": 1, "warmup_steps": 0, "save_steps": 1}
-    run = invoke(settings=changes | {"eval_steps": 1, "logging_steps": 1})
+    run = invoke("--keep-worse", settings=changes | {"eval_steps": 1, "logging_steps": 1})
     assert run.status == 0, run.err
     assert "1 steps of 16000 rows" in run.out
     assert "warning: a step takes 16000 rows and there are 800, so an epoch is one step" in " ".join(run.out.split())
@@ -136,7 +136,7 @@ def test_an_adapter_that_did_not_move_is_an_error_and_the_former_one_stays(
 
     few = {"max_steps": 2, "save_steps": 1, "eval_steps": 1, "logging_steps": 1, "max_rows": 40, "warmup_steps": 0}
     few |= {"weight_decay": 0.1}
-    assert invoke("--fresh", settings=few, edit=of(method)).status == 0
+    assert invoke("--fresh", "--keep-worse", settings=few, edit=of(method)).status == 0
     weights = (workspace / "models" / "adapter" / "adapter_model.safetensors").read_bytes()
     # 1e-60 is above 0, and too small for a weight in float32
     run = invoke("--fresh", settings=few | {"learning_rate": 1e-60}, edit=of(method))
@@ -148,7 +148,8 @@ def test_a_run_whose_best_step_changed_nothing_is_an_error_that_says_so(invoke: 
     worse = {"max_steps": 3, "save_steps": 1, "eval_steps": 1, "logging_steps": 1, "warmup_steps": 1}
     run = invoke("--fresh", settings=worse | {"learning_rate": 10.0})
     refused(run, "the lowest held-out loss is that of step 1 of 3", "load_best_model_at_end: false")
-    assert invoke("--fresh", settings=worse | {"learning_rate": 10.0, "load_best_model_at_end": False}).status == 0
+    last = worse | {"learning_rate": 10.0, "load_best_model_at_end": False}
+    assert invoke("--fresh", "--keep-worse", settings=last).status == 0
 
 
 def test_max_steps_0_leaves_the_end_to_the_epochs(invoke: Invoke, workspace: Path) -> None:
@@ -354,7 +355,7 @@ def test_a_run_without_evaluations_and_checkpoints_makes_an_adapter(invoke: Invo
         return unquoted("report_to", "no")(unquoted("eval_strategy", "no")(unquoted("save_strategy", "no")(text)))
 
     shutil.rmtree(workspace / "models" / "checkpoints", ignore_errors=True)
-    run = invoke("--fresh", settings={"max_steps": 4}, edit=edit)
+    run = invoke("--fresh", "--keep-worse", settings={"max_steps": 4}, edit=edit)
     assert run.status == 0, run.err
     assert not list((workspace / "models" / "checkpoints").glob("*/checkpoints/checkpoint-*"))
 
