@@ -148,12 +148,8 @@ def test_a_run_whose_best_step_changed_nothing_is_an_error_that_says_so(invoke: 
     worse = {"max_steps": 3, "save_steps": 1, "eval_steps": 1, "logging_steps": 1, "warmup_steps": 1}
     run = invoke("--fresh", settings=worse | {"learning_rate": 10.0})
     refused(run, "the lowest held-out loss is that of step 1 of 3", "load_best_model_at_end: false")
-    assert (
-        invoke(
-            "--fresh", "--keep-worse", settings=worse | {"learning_rate": 10.0, "load_best_model_at_end": False}
-        ).status
-        == 0
-    )
+    last = worse | {"learning_rate": 10.0, "load_best_model_at_end": False}
+    assert invoke("--fresh", "--keep-worse", settings=last).status == 0
 
 
 def test_max_steps_0_leaves_the_end_to_the_epochs(invoke: Invoke, workspace: Path) -> None:
@@ -378,7 +374,7 @@ def test_a_run_without_evaluations_and_checkpoints_makes_an_adapter(invoke: Invo
         return unquoted("report_to", "no")(unquoted("eval_strategy", "no")(unquoted("save_strategy", "no")(text)))
 
     shutil.rmtree(workspace / "models" / "checkpoints", ignore_errors=True)
-    run = invoke("--fresh", settings={"max_steps": 4}, edit=edit)
+    run = invoke("--fresh", "--keep-worse", settings={"max_steps": 4}, edit=edit)
     assert run.status == 0, run.err
     assert not list((workspace / "models" / "checkpoints").glob("*/checkpoints/checkpoint-*"))
 
