@@ -173,6 +173,10 @@ def tune(
     settings, estimated, line = settle(settings, found)
     show_plan.show("rows", row_facts(settings, rows, len(tokens["train"])))
     show_plan.show("memory", {"line": line})
+    if repeated := settings.repeated_rows(len(tokens["train"])):
+        print(
+            f"{repeated} rows are trained on twice in each epoch: the {PROCESSES} processes take equally many batches."
+        )
     if over:
         shutil.rmtree(run_folder, ignore_errors=True)  # the result of a finished run is in models/adapter
     run_folder.mkdir(parents=True, exist_ok=True)

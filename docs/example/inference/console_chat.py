@@ -19,7 +19,7 @@ from engine import ENGINES, ChatError, Engine, Generation, Message
 from load_engine import load
 
 END_KEY = "Ctrl-Z Enter" if os.name == "nt" else "Ctrl-D"
-HELP = f"""/system TEXT  set the system prompt; without TEXT none is sent (some models then use their own)
+HELP = f"""/system TEXT  set the system prompt; without TEXT, what the model adds itself
 /clear        start over; the system prompt stays
 /help         show this
 #end          end, as do Ctrl-C and {END_KEY}

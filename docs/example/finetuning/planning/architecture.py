@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,17 +26,18 @@ class Shape:
     vocabulary: int
     tied: bool  # the output layer shares the embedding
     context: int | None = None  # tokens that it reads; None: not said
+    weights: int | None = None  # all of the model, as transformers makes it; None: not counted
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Shape:
-        """Read a model's config.json, or the facts of setup/model.yaml. Raises KeyError for a missing key."""
+        """Read a model's config.json, or the facts of setup/model.yaml. Raises KeyError and TypeError."""
         heads = facts.get("num_attention_heads") or facts["attention_heads"]
         hidden = facts["hidden_size"]
         return cls(
             architecture=facts.get("model_type") or facts["architecture"],
             layers=facts.get("num_hidden_layers") or facts["layers"],
             hidden=hidden,
-            intermediate=facts["intermediate_size"],
+            intermediate=int(facts["intermediate_size"]),  # a list in Gemma 3n, which raises TypeError
             heads=heads,
             key_value_heads=facts.get("num_key_value_heads") or facts.get("key_value_heads") or heads,
             head_dim=facts.get("head_dim") or hidden // heads,
@@ -43,6 +45,11 @@ class Shape:
             tied=bool(facts.get("tie_word_embeddings")),
             context=facts.get("max_position_embeddings") or facts.get("context"),
         )
+
+    @property
+    def is_right(self) -> bool:
+        """Whether a decoder of these dimensions is the model: one with experts or other layers has other weights."""
+        return self.weights is None or math.isclose(self.parameters, self.weights, rel_tol=0.01)
 
     @property
     def linear(self) -> dict[str, tuple[int, int]]:

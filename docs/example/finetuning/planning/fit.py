@@ -27,6 +27,7 @@ LEAST_ROWS = 8  # to train on; one held-out row is enough for a figure, however 
 MARGIN = 0.85  # of the memory: above it, checkpointing is switched on unless the settings decide
 RESERVE = GIB // 4  # of the disk: the report, caches, and other programs on this machine
 USABLE = 0.92  # of a GPU's nominal memory
+NOT_ESTIMATED = "not estimated: the model is not of the dense kind whose needs are known (it has experts, for example)"
 
 
 def limit(settings: Settings, here: hardware.Machine, azure: AzureGpus | None) -> float:
@@ -44,7 +45,7 @@ def limit(settings: Settings, here: hardware.Machine, azure: AzureGpus | None) -
 
 def lengths_seen(counted: Mapping[str, Tokens], longest: int) -> dict[str, Lengths]:
     """Return the lengths that a run sees: training cuts its rows at `longest`; held-out questions are asked whole."""
-    return {"train": counted["train"].cut(longest), "held_out": counted["held_out"].cut(sys.maxsize)}
+    return {"train": counted["train"].trained_on(longest), "held_out": counted["held_out"].trained_on(sys.maxsize)}
 
 
 def decided(shape: Shape, settings: Settings, lengths: dict[str, Lengths], room: float) -> Settings:
@@ -71,9 +72,9 @@ def problem(
         return missing
     if complaint := overflows(model, settings) or cut_answers(counted, settings, model.context):
         return complaint
-    if model.shape is None or not lengths["train"].tokens:
-        return None
-    return too_large(model.shape, settings, lengths, limit(settings, here, azure), here.disk_free, model.download)
+    if model.dense is None or not lengths["train"].tokens:
+        return weights_too_large(model, settings, limit(settings, here, azure))
+    return too_large(model.dense, settings, lengths, limit(settings, here, azure), here.disk_free, model.download)
 
 
 def overflows(model: Model, settings: Settings) -> str | None:
@@ -140,6 +141,20 @@ def too_large(
     return None
 
 
+def weights_too_large(model: Model, settings: Settings, room: float) -> str | None:
+    """Return that the weights alone are larger than the memory, `room` bytes, for a model that is not estimated."""
+    count = (model.shape and model.shape.weights) or model.parameters or 0
+    # with QLoRA at least this: bitsandbytes leaves experts as they are
+    needed = count * (0.5 if settings.method == "qlora" else 2 if settings.torch_dtype == "bfloat16" else 4)
+    share = settings.processes if settings.sharded else 1
+    if needed / share <= room:
+        return None
+    return (
+        f"The weights alone take {needed / share / GIB:.1f} GiB of memory and {room / GIB:.1f} are free: choose a "
+        "smaller model or a larger machine."
+    )
+
+
 def settle(settings: Settings, found: Mapping[str, Tokenised]) -> tuple[Settings, float, str]:
     """Check lengths, memory and disk as --check does, before a run, and decide on gradient checkpointing.
 
@@ -159,14 +174,16 @@ def settle(settings: Settings, found: Mapping[str, Tokenised]) -> tuple[Settings
     )
     if complaint:
         raise ConfigError(complaint)
-    if model.shape is None:
-        return settings, 0.0, "not estimated: config.json names its numbers in a way of its own"
     room = limit(settings, here, None)
+    if model.dense is None:
+        if complaint := weights_too_large(model, settings, room):
+            raise ConfigError(complaint)
+        return settings, 0.0, NOT_ESTIMATED
     lengths = lengths_seen(counted, settings.max_seq_len)
-    settled = decided(model.shape, settings, lengths, room)
-    if complaint := too_large(model.shape, settled, lengths, room, here.disk_free, 0):
+    settled = decided(model.dense, settings, lengths, room)
+    if complaint := too_large(model.dense, settled, lengths, room, here.disk_free, 0):
         raise ConfigError(complaint)
-    needed = memory(model.shape, settled, lengths["train"], lengths["held_out"]).total
+    needed = memory(model.dense, settled, lengths["train"], lengths["held_out"]).total
     line = f"about {needed / GIB:.2f} of {room / GIB:.1f} GiB"
     if settings.gradient_checkpointing is None:
         on = settled.gradient_checkpointing

@@ -16,7 +16,8 @@ from settings.run_settings import Settings
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-CPU_FRAMEWORK = 0.55 * GIB  # Python, torch, transformers, PEFT and Olive, imported; measured
+CPU_FRAMEWORK = 0.6 * GIB  # Python, torch, transformers, PEFT and Olive, imported; measured
+TOKENIZER = 2 * 1024  # bytes per token of the vocabulary: the run's tokenizer and Olive's; measured
 # On a CPU, tensors below 32 MiB are on the C library's heap, which fragments: zero to eight blocks' worth was measured,
 # more with checkpointing, which computes each block twice.
 HOLES, HOLES_CHECKPOINTING, OFF_THE_HEAP = 4, 6, 32 * 2**20
@@ -31,18 +32,27 @@ def adapter_parameters(shape: Shape, settings: Settings) -> int:
     LoRA has two matrices of the rank, LoHa four; DoRA adds one magnitude per output to LoRA; LoKr factors a layer into
     a small and a large matrix, and factors the large one again if the rank is below half its narrow side.
     """
-    total = 0
-    for inputs, outputs in targets(shape, settings).values():
-        if settings.method == "loha":
-            total += 2 * settings.r * (inputs + outputs)
-        elif settings.method == "lokr":
-            (small_in, large_in), (small_out, large_out) = factors(inputs), factors(outputs)
-            low = settings.r < max(large_out, large_in) / 2
-            large = settings.r * (large_out + large_in) if low else large_out * large_in
-            total += small_out * small_in + large
-        else:
-            total += settings.r * (inputs + outputs) + (outputs if settings.method == "dora" else 0)
-    return total * shape.layers
+    blocks = sum(added(settings, *size) for size in targets(shape, settings).values())
+    return shape.layers * blocks + sum(added(settings, *size) for size in ends(shape, settings).values())
+
+
+def added(settings: Settings, inputs: int, outputs: int) -> int:
+    """Count the weights that an adapter adds to one layer."""
+    if settings.method == "loha":
+        return 2 * settings.r * (inputs + outputs)
+    if settings.method == "lokr":
+        (small_in, large_in), (small_out, large_out) = factors(inputs), factors(outputs)
+        low = settings.r < max(large_out, large_in) / 2
+        return small_out * small_in + (settings.r * (large_out + large_in) if low else large_out * large_in)
+    return settings.r * (inputs + outputs) + (outputs if settings.method == "dora" else 0)
+
+
+def ends(shape: Shape, settings: Settings) -> dict[str, tuple[int, int]]:
+    """Return the layers outside the blocks that get an adapter: the embedding and the output layer, if listed."""
+    if not isinstance(settings.target_modules, tuple) or settings.method == "qlora":
+        return {}
+    sizes = {"embed_tokens": (shape.vocabulary, shape.hidden), "lm_head": (shape.hidden, shape.vocabulary)}
+    return {name: size for name, size in sizes.items() if name in settings.target_modules}
 
 
 def factors(dimension: int) -> tuple[int, int]:
@@ -94,7 +104,7 @@ def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths
     batch = batches(lengths, settings.per_device_train_batch_size, settings.packing, settings.num_train_epochs)
     rows = sum(lengths.tokens) + sum(held_out.tokens)
     # the log-softmax in float32 and the gradients of both, or the logits' own in 16 bits
-    logit_bytes = 12 if settings.torch_dtype == "float32" else 14
+    logit_bytes = (12 if settings.torch_dtype == "float32" else 14) + (4 if "lm_head" in ends(shape, settings) else 0)
     share = settings.processes if settings.sharded else 1
     gathered = blocks / shape.layers if settings.sharded else 0  # the block that is currently gathered
     trained = (4 + moments) * adapter / share
@@ -106,7 +116,9 @@ def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths
         activations=saved,
         logits=logits,
         evaluation=max(evaluation(shape, settings, held_out) - trained - saved - logits, 0),
-        framework=GPU_FRAMEWORK if settings.gpu else CPU_FRAMEWORK + BYTES_PER_TOKEN_HELD * rows,
+        framework=GPU_FRAMEWORK
+        if settings.gpu
+        else CPU_FRAMEWORK + TOKENIZER * shape.vocabulary + BYTES_PER_TOKEN_HELD * rows,
     )
 
 

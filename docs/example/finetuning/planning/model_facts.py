@@ -7,14 +7,14 @@ import json
 import math
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from planning.architecture import Shape
-from planning.text_model import no_int4, refused
+from planning.text_model import count_weights, no_int4, refused
 from preparing.workspace import (
     DEMO,
     MODEL_FACTS,
@@ -39,7 +39,7 @@ class Model:
     name: str
     revision: str | None  # as in the settings
     folder: str | None  # None: not on this machine
-    shape: Shape | None  # None: not known without network
+    shape: Shape | None  # as its config.json says; None: not known without network
     parameters: int | None  # counted in the weights, or from the catalogue; None: not known
     download: int  # bytes missing here; also 0 if not known
     commit: str | None = None  # of the hub's repository; None: a folder, or not on this machine
@@ -51,6 +51,11 @@ class Model:
     def context(self) -> int | None:
         """How many tokens it reads, as far as known."""
         return self.shape.context if self.shape else None
+
+    @property
+    def dense(self) -> Shape | None:
+        """Its shape if that is the whole model, so that its needs can be estimated."""
+        return self.shape if self.shape and self.shape.is_right else None
 
     @property
     def is_demo(self) -> bool:
@@ -178,10 +183,10 @@ def shape_in(config: Mapping[str, Any]) -> Shape | None:
     """Read a config.json, completed with transformers' defaults; None if its dimensions have other names."""
     from transformers import AutoConfig
 
-    config = config.get("text_config") or config  # a multimodal model
+    config = given = config.get("text_config") or config  # a multimodal model
     with contextlib.suppress(ValueError, TypeError, KeyError):  # an architecture that transformers does not know
-        config = AutoConfig.for_model(**config).to_dict()
+        config = AutoConfig.for_model(**given).to_dict()
     try:
-        return Shape.of(config)
+        return replace(Shape.of(config), weights=count_weights(given))
     except (KeyError, TypeError, AttributeError):
         return None

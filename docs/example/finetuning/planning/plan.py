@@ -24,7 +24,7 @@ from planning.facts import (
     RowFacts,
     RunFacts,
 )
-from planning.fit import USABLE, check_count, decided, learns_nothing, lengths_seen, limit, problem
+from planning.fit import NOT_ESTIMATED, USABLE, check_count, decided, learns_nothing, lengths_seen, limit, problem
 from planning.memory import GIB, adapter_parameters, memory
 from planning.model_facts import Model, find
 from planning.row_lengths import Lengths
@@ -67,13 +67,15 @@ def plan(settings: Settings, show: Callable[[str, Any], None]) -> Plan:
     report["data"] = data_facts(settings, rows, counted["train"])
     show("data", report["data"])
     azure: AzureGpus = yaml.safe_load((ROOT / "setup" / "azure_gpus.yaml").read_text(encoding="utf-8"))
-    if model.shape and lengths["train"].tokens:
-        settings = decided(model.shape, settings, lengths, limit(settings, here, azure))
-        report["estimate"] = estimate_facts(model, settings, lengths, here, azure)
+    if model.dense and lengths["train"].tokens:
+        settings = decided(model.dense, settings, lengths, limit(settings, here, azure))
+        report["estimate"] = estimate_facts(model.dense, model, settings, lengths, here, azure)
         show("estimate", report["estimate"])
-        report["azure"] = AzureFacts(target=azure["target"], gpus=azure_facts(model.shape, settings, lengths, azure))
+        report["azure"] = AzureFacts(target=azure["target"], gpus=azure_facts(model.dense, settings, lengths, azure))
         if azure["target"] == "azure" or (report["estimate"]["seconds"] or LONG) >= LONG:
             show("azure", report["azure"])
+    elif report["model"]["parameters"] and not model.dense:
+        show("memory", {"line": NOT_ESTIMATED})
     report["problem"] = (
         problem(model, settings, counted, lengths, here, azure)
         or learns_nothing(report["data"]["steps"], report["data"]["learning_steps"])
@@ -125,6 +127,7 @@ def run_facts(settings: Settings) -> RunFacts:
 
 def model_facts(model: Model, settings: Settings) -> ModelFacts:
     """Return where the model is, and how large."""
+    counted = (model.shape.weights or model.shape.parameters) if model.shape else None
     return {
         "name": model.name,
         "revision": model.revision,
@@ -132,8 +135,8 @@ def model_facts(model: Model, settings: Settings) -> ModelFacts:
         "own_template": model.own_template,
         "folder": model.folder,
         "download_bytes": model.download,
-        "parameters": model.parameters or (model.shape.parameters if model.shape else None),
-        "trained_parameters": adapter_parameters(model.shape, settings) if model.shape else None,
+        "parameters": model.parameters or counted,
+        "trained_parameters": adapter_parameters(model.dense, settings) if model.dense else None,
         "no_int4": model.no_int4,
     }
 
@@ -181,6 +184,7 @@ def data_facts(settings: Settings, rows: Rows, train: Tokens) -> DataFacts:
 
 
 def estimate_facts(
+    shape: Shape,
     model: Model,
     settings: Settings,
     lengths: dict[str, Lengths],
@@ -188,13 +192,12 @@ def estimate_facts(
     azure: AzureGpus,
 ) -> EstimateFacts:
     """Return memory and disk in bytes, and the time in seconds with its source."""
-    assert model.shape
-    needed, room = memory(model.shape, settings, lengths["train"], lengths["held_out"]), limit(settings, here, azure)
-    disk = cost.disk(model.shape, settings, model.download)
+    needed, room = memory(shape, settings, lengths["train"], lengths["held_out"]), limit(settings, here, azure)
+    disk = cost.disk(shape, settings, model.download)
     seconds, source = None, "not known: no GPU here to measure"
     if not settings.gpu or here.gpu:
-        speed = hardware.speed(model.shape, settings)
-        seconds = cost.seconds(model.shape, settings, lengths["train"], lengths["held_out"], speed, measured=True)
+        speed = hardware.speed(shape, settings)
+        seconds = cost.seconds(shape, settings, lengths["train"], lengths["held_out"], speed, measured=True)
         source = f"rough, from a matrix product of {speed / 1e12:.3g} TFLOPS here"
         if last := cost.last_run(MODELS / "run.json", settings, here):
             seconds, source = last.seconds(settings, lengths["train"], lengths["held_out"]), "as fast as the last run"

@@ -10,15 +10,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens and labels (the tokens that count for the loss) of each row, after the cut at max_seq_len."""
+    """Which tokens of each row are labels, the tokens that count for the loss."""
 
-    tokens: Sequence[int]
-    labels: Sequence[int]
+    masks: list[bytes]  # a byte for each token, 1 for a label
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens of each row."""
+        return [len(mask) for mask in self.masks]
+
+    @property
+    def labels(self) -> list[int]:
+        """The labels of each row."""
+        return [mask.count(1) for mask in self.masks]
+
+    @property
+    def first_labels(self) -> list[int]:
+        """The tokens of each row up to its first label: a shorter max_seq_len leaves nothing to learn."""
+        return [mask.find(1) + 1 for mask in self.masks]
 
     def cut(self, longest: int) -> Lengths:
-        """Cut all rows at a length, as if the answers were at their ends."""
-        pairs = list(zip(self.tokens, self.labels, strict=True))
-        return Lengths([min(t, longest) for t, _ in pairs], [max(n - max(t - longest, 0), 0) for t, n in pairs])
+        """Cut all rows at a length, as the training does: a row that loses its labels is left out."""
+        cut = (mask[:longest] for mask in self.masks)
+        return Lengths([mask for mask in cut if 1 in mask])
 
 
 @dataclass(frozen=True)
@@ -36,17 +50,17 @@ def batches(lengths: Lengths, size: int, packing: bool, epochs: float = 1) -> Ba
 
     The order differs from the run's: the largest batch is the one to expect, not the actual one. A packed batch is as
     long as its rows together and needs no mask. A padded batch has as many tokens as its longest row times its rows,
-    and logits in every column in which some row has an answer; answers are assumed to be at the end of a row.
+    and logits in every column in which some row has a label.
     """
-    order, draw = list(range(len(lengths.tokens))), random.Random(0)
+    order, draw = [*lengths.masks], random.Random(0)
     tokens = logits = masked = total = count = 0
     for _ in range(max(1, min(math.ceil(epochs), 20_000 // max(len(order), 1)))):
         draw.shuffle(order)
         for start in range(0, len(order), size):
-            rows = [(lengths.tokens[row], lengths.labels[row]) for row in order[start : start + size]]
-            longest = max(length for length, _ in rows)
+            rows = order[start : start + size]
+            longest = max(map(len, rows))
             if packing:
-                width, answers = sum(length for length, _ in rows), sum(labels for _, labels in rows)
+                width, answers = sum(map(len, rows)), sum(row.count(1) for row in rows)
             else:
                 width, answers = len(rows) * longest, len(rows) * columns(rows)
                 masked = max(masked, len(rows) * longest**2 if len(rows) > 1 else 0)
@@ -55,10 +69,9 @@ def batches(lengths: Lengths, size: int, packing: bool, epochs: float = 1) -> Ba
     return Batch(tokens, logits, masked, total / max(count, 1))
 
 
-def columns(rows: Sequence[tuple[int, int]]) -> int:
-    """Count the columns in which some row has an answer: rows are (length, labels), with the labels at the end."""
-    found, first = 0, max(length for length, _ in rows)
-    for length, labels in sorted(rows, reverse=True):
-        found += max(min(length, first) - (length - labels), 0)
-        first = min(first, length - labels)
-    return found
+def columns(rows: Sequence[bytes]) -> int:
+    """Count the columns in which some row has a label."""
+    labels = 0
+    for row in rows:
+        labels |= int.from_bytes(row, "little")
+    return labels.bit_count()

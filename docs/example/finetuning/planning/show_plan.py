@@ -62,12 +62,13 @@ def show(part: str, facts: Any) -> None:
 def verdict(report: Plan) -> None:
     """Print that the run can work, and the next command."""
     model = report["model"]
+    fits = "This run fits" if "estimate" in report else "Nothing speaks against this run, but its memory is not known"
     if model["folder"] is None and model["name"] != "models/demo":
-        print("This run fits. Next: python setup/get_model.py")
+        print(f"{fits}. Next: python setup/get_model.py")
     elif report.get("azure", {}).get("target") == "azure" and not report["machine"]["gpu"]:
         print("This run fits the chosen GPU in Azure.")
     else:
-        print("This run fits. Next: python finetuning/invoke_olive.py")
+        print(f"{fits}. Next: python finetuning/invoke_olive.py")
 
 
 def size(number: float) -> str:

@@ -69,6 +69,22 @@ def class_name(config: Config) -> str | None:
     return str(mapping[type(found)].__name__) if found is not None and type(found) in mapping else None
 
 
+def count_weights(config: Config) -> int:
+    """Count the weights of the model that transformers makes of a config.json, without memory for them.
+
+    0 if it makes none: it does not know the model, or fails on its numbers.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config_of(config))
+        return sum(weight.numel() for weight in model.parameters())
+    except Exception:  # a model's code fails in ways of its own
+        return 0
+
+
 def no_int4(config: Config) -> str | None:
     """Return why export.py can make no int4 ONNX model of it; None if the builder knows it, or cannot be asked.
 

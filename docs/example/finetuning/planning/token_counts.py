@@ -11,7 +11,7 @@ from planning.model_facts import Model
 from planning.row_lengths import Lengths
 from preparing.dataset import chat_rows
 from preparing.tokenised import Tokenised, tokenise_rows
-from preparing.tokens import IGNORED, load_tokenizer, with_system
+from preparing.tokens import IGNORED, Example, load_tokenizer, with_system
 from preparing.turns import Message
 from preparing.workspace import MODEL_FACTS, SAMPLE
 from settings.run_settings import TokenSettings
@@ -23,38 +23,20 @@ MARKS = 6  # tokens that a chat template adds to a turn
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """The tokens of a part before max_seq_len cuts its rows, and which of them are labels."""
+class Tokens(Lengths):
+    """The examples of a part before max_seq_len cuts them; a row can have several."""
 
     rows: int  # of the part, without those that the chat template refuses
     sampled: int  # of which this many were tokenised
-    masks: list[bytes]  # a byte for each token of an example, 1 for a label; a row can have several examples
     estimated: bool  # from the number of characters
-
-    @property
-    def tokens(self) -> list[int]:
-        """The tokens of each example."""
-        return [len(mask) for mask in self.masks]
-
-    @property
-    def labels(self) -> list[int]:
-        """The labels of each example."""
-        return [mask.count(1) for mask in self.masks]
-
-    @property
-    def first_labels(self) -> list[int]:
-        """The tokens of each example up to its first label: a shorter max_seq_len leaves nothing to learn."""
-        return [mask.find(1) + 1 for mask in self.masks]
 
     def examples(self, kept: int) -> int:
         """Return how many examples the whole part has if `kept` of these are trained on."""
         return round(kept * self.rows / max(self.sampled, 1))
 
-    def cut(self, longest: int) -> Lengths:
-        """Return the lengths that the training sees: an example that lost its labels is left out."""
-        cut = [mask[:longest] for mask in self.masks if 1 in mask[:longest]]
-        copies = max(1, round(self.rows / max(self.sampled, 1)))
-        return Lengths([len(mask) for mask in cut] * copies, [mask.count(1) for mask in cut] * copies)
+    def trained_on(self, longest: int) -> Lengths:
+        """Return the lengths that the training sees, as many as the whole part has."""
+        return Lengths(self.cut(longest).masks * max(1, round(self.rows / max(self.sampled, 1))))
 
 
 def count(settings: TokenSettings, rows: list[Any], model: Model) -> Tokens:
@@ -62,7 +44,7 @@ def count(settings: TokenSettings, rows: list[Any], model: Model) -> Tokens:
     chosen = rows[:: -(-len(rows) // SAMPLED) or 1]
     if not model.folder and not model.is_demo:
         masks = [guess(with_system(row, settings.system_prompt), settings.train_on) for row in chosen]
-        return Tokens(len(rows), len(chosen), masks, estimated=True)
+        return Tokens(masks, len(rows), len(chosen), estimated=True)
     tokenizer = load_tokenizer(model.folder) if model.folder else demo_tokenizer()
     found = tokenise_rows(tokenizer, chosen, **vars(settings))
     return replace(tokens_of(found), rows=round(len(rows) * len(found.rows) / len(chosen)))
@@ -70,8 +52,13 @@ def count(settings: TokenSettings, rows: list[Any], model: Model) -> Tokens:
 
 def tokens_of(found: Tokenised) -> Tokens:
     """Return the tokens of rows that are tokenised already."""
-    masks = [bytes(label != IGNORED for label in one["labels"]) for row in found.whole for one in row]
-    return Tokens(len(found.rows), len(found.rows), masks, estimated=False)
+    masks = [mask_of(one) for row in found.whole for one in row]
+    return Tokens(masks, len(found.rows), len(found.rows), estimated=False)
+
+
+def mask_of(one: Example) -> bytes:
+    """Return which tokens of an example are labels."""
+    return bytes(label != IGNORED for label in one["labels"])
 
 
 def demo_tokenizer() -> Any:

@@ -213,8 +213,8 @@ def refuse_worse(run_json: RunRecord, adapter: Path, results: Path) -> None:
     )
     raise ConfigError(
         f"The run made the model worse: its loss on the held-out rows went from {before:.4f} to {after:.4f}. {kept}, "
-        f"and this one lies in {adapter.relative_to(ROOT).as_posix()}: lower learning_rate, or take more steps if these "
-        "were few, in olive-config.yaml, or publish it with --keep-worse."
+        f"and this one lies in {adapter.relative_to(ROOT).as_posix()}: lower learning_rate, or take more steps if "
+        "these were few, in olive-config.yaml, or publish it with --keep-worse."
     )
 
 

@@ -63,7 +63,9 @@ def train(
     run_config = RunConfig.model_validate(config)
     ((chosen,),) = run_config.passes.values()
     arguments = chosen.config["training_args"]
+    steps, of_epochs = settings.steps(len(tokens["train"]))
     arguments |= {
+        "max_steps": steps if steps < of_epochs else -1,  # it can end a run before its epochs, but never extend it
         "output_dir": str(run_folder / "checkpoints"),
         "overwrite_output_dir": True,  # the loop below looks for checkpoints, not Olive
         "metric_for_best_model": "eval_loss",
@@ -121,9 +123,6 @@ class Training(ExtraSettings):
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         if config.early_stopping_patience:
             trainer.add_callback(transformers.EarlyStoppingCallback(config.early_stopping_patience))
-        steps_an_epoch = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
-        if not 0 < trainer.args.max_steps <= steps_an_epoch * trainer.args.num_train_epochs:
-            trainer.args.max_steps = -1  # it can end a run before its epochs, but never extend it
         start = first_to_move(model)
         with checkpoints:
             trainer.train(resume_from_checkpoint=newest_checkpoint(Path(trainer.args.output_dir)))
