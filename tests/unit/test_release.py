@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ def repository(tmp_path: Path) -> Path:
     (tmp_path / "tests/update").mkdir(parents=True)
     (tmp_path / "tests/update/releases.yml").write_text("# Releases.\n{}\n")
     (tmp_path / "CHANGELOG.md").write_text(CHANGES)
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools/release.py", tmp_path / "tools")
     git(tmp_path, "init", "--quiet", "--initial-branch", "main")
     git(tmp_path, "config", "user.name", "Test")
     git(tmp_path, "config", "user.email", "test@example.org")
@@ -96,3 +100,29 @@ def test_a_release_that_is_not_ready_is_refused(
         git(repository, *spoil)
     with pytest.raises(tool.ReleaseError, match=words):
         tool.check(repository, version)
+
+
+def run(repository: Path, *arguments: str) -> tuple[int, str, str]:
+    """Run the tool of a repository as `make release` does. Return its status and what it prints."""
+    command = [sys.executable, "tools/release.py", *arguments]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_checks_without_a_change_and_cuts_without_check(repository: Path) -> None:
+    before = git(repository, "rev-parse", "HEAD")
+    assert run(repository, "1.0.0", "--check") == (0, "", "")
+    assert (git(repository, "rev-parse", "HEAD"), git(repository, "tag")) == (before, "")
+    status, shown, errors = run(repository, "1.0.0")
+    assert (status, errors) == (0, "") and "git push origin main v1.0.0" in shown
+    assert git(repository, "tag") == "v1.0.0" and git(repository, "rev-list", "--count", f"{before}..HEAD") == "2"
+    assert run(repository, "1.0.0") == (1, "", "release: 1.0.0 is not newer than 1.0.0: type a higher VERSION\n")
+
+
+def test_what_git_says_is_in_the_error(repository: Path) -> None:
+    for hook in ("pre-commit", "commit-msg"):
+        (repository / ".git/hooks").mkdir(exist_ok=True)
+        (repository / ".git/hooks" / hook).write_text("#!/bin/sh\necho no commit today >&2\nexit 1\n")
+        (repository / ".git/hooks" / hook).chmod(0o755)
+    status, _, errors = run(repository, "1.0.0")
+    assert (status, errors) == (1, "release: git commit did not work: no commit today\n")

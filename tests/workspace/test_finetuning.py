@@ -132,8 +132,8 @@ def test_a_run_writes_every_result_that_the_contract_names(invoke: Invoke, works
 
 
 def test_a_run_leaves_no_copy_of_the_base_model(invoke: Invoke, workspace: Path) -> None:
-    base_models = [path for path in (workspace / "models").rglob("model.safetensors") if "smoke" not in path.parts]
-    assert base_models == [workspace / "models" / "demo" / "model.safetensors"]
+    for folder in ("adapter", "checkpoints", "report"):
+        assert not [*(workspace / "models" / folder).rglob("model*.safetensors")], folder
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(invoke: Invoke, workspace: Path) -> None:

@@ -34,7 +34,7 @@ def rows(tokens: int, labels: int, count: int = 32) -> Any:
     """Return the lengths of rows that are all alike."""
     from planning.row_lengths import Lengths
 
-    return Lengths([tokens] * count, [labels] * count)
+    return Lengths([bytes(tokens - labels) + b"\1" * labels] * count)
 
 
 # ---- memory
@@ -73,7 +73,7 @@ def test_questions_are_asked_whole_and_trained_on_cut(workspace: Path) -> None:
     from planning.token_counts import Tokens
 
     masks = [b"\0" * 90 + b"\1" * 10, b"\0" * 20 + b"\1" * 80]
-    counted = {part: Tokens(2, 2, masks, estimated=False) for part in ("train", "held_out")}
+    counted = {part: Tokens(masks, 2, 2, estimated=False) for part in ("train", "held_out")}
     lengths = lengths_seen(counted, 50)
     assert (lengths["train"].tokens, lengths["held_out"].tokens) == ([50], [100, 100])
 

@@ -132,7 +132,9 @@ def test_a_tuned_model_whose_loss_is_not_a_number_is_never_published(
     assert results(workspace) == earlier
 
 
-def test_the_first_run_that_ends_worse_says_that_nothing_is_published(workspace: Path, tmp_path: Path) -> None:
+def test_the_first_run_that_ends_worse_says_that_nothing_is_published(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from preparing.workspace import ROOT
     from reporting.run_record import refuse_worse
     from settings.config_file import ConfigError
@@ -140,9 +142,15 @@ def test_the_first_run_that_ends_worse_says_that_nothing_is_published(workspace:
     def run(before: float, after: float) -> Any:
         return {"metrics": {"before": {"eval_loss": before}, "after": {"eval_loss": after}}}
 
-    refuse_worse(run(2.0, 2.0), ROOT / "new", tmp_path)
+    refuse_worse(run(2.0, 1.99), ROOT / "new", tmp_path)
+    assert capsys.readouterr().out == ""
+    for after in (2.0, 2.09):  # a little: published, and said
+        refuse_worse(run(2.0, after), ROOT / "new", tmp_path)
+        assert capsys.readouterr().out.startswith(
+            f"Nothing was gained: the held-out loss went from 2.0000 to {after:.4f}."
+        )
     with pytest.raises(ConfigError, match=r"No adapter is published, and this one lies in new: lower"):
-        refuse_worse(run(2.0, 2.1), ROOT / "new", tmp_path)
+        refuse_worse(run(2.0, 2.11), ROOT / "new", tmp_path)
 
 
 def test_a_number_that_json_does_not_have_is_written_as_null(workspace: Path, tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def observe(
         trainers.clear()
         given[0].clear()
         given[1].clear()
-        done = invoke("--fresh", edit=lambda text: change(base or text, SHORT | changes))
+        done = invoke("--fresh", "--keep-worse", edit=lambda text: change(base or text, SHORT | changes))
         assert done.status == 0, done.err
         (trainer,) = trainers
         return Seen(done, workspace, trainer, [*given[0]], [*given[1]])
