@@ -140,8 +140,7 @@ test: .venv/ready
 	pytest -n 2 --dist worksteal tests/unit tests/render tests/update tests/azure/test_bicep.py \
 	  tests/azure/test_environment.py --ignore tests/unit/test_get_model.py --ignore tests/unit/test_hub.py
 	pytest -n 2 tests/site
-	AUTOCRLF=true pytest -n 2 --dist worksteal tests/update/test_edits.py tests/update/test_migrations.py \
-	  tests/update/test_update.py
+	AUTOCRLF=true pytest -n 2 --dist worksteal tests/update/test_edits.py
 	@$(MAKE) $(IN_PAIRS) test-workspace test-real test-runs test-walk test-azure test-hub
 
 environments: workspace .cache/azure-cli/ready .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready \
@@ -175,6 +174,7 @@ test-hub:
 test-all: test .cache/gemma3-270m/ready
 	EVERY_ANSWER=1 pytest -n 2 tests/update/test_every_answer.py tests/render/test_render_matrix.py
 	UPDATE_DRAWS=2000 pytest -n 2 tests/update/test_property.py
+	AUTOCRLF=true pytest -n 2 --dist worksteal tests/update/test_migrations.py tests/update/test_update.py
 	KILLS=20 $(WORKSPACE)/.venv/bin/python -m pytest tests/workspace/test_resume.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/walk/test_every_walk.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/real/test_gemma.py $(TIED)

@@ -83,6 +83,11 @@ def test_extra_lines_and_columns_of_spreadsheets_are_skipped(tmp_path: Path, tex
     assert said(read(str(written(tmp_path / "rows.csv", text.replace("{rows}", rows))))) == SAID
 
 
+def test_blank_cells_after_the_last_column_are_skipped_in_the_rows_that_have_them(tmp_path: Path) -> None:
+    rows = "".join(f"{row['prompt']};{row['completion']}{';' * number}\n" for number, row in enumerate(ROWS))
+    assert said(read(str(written(tmp_path / "rows.csv", f"prompt;completion\n{rows}")))) == SAID
+
+
 def test_a_cell_in_a_column_without_a_name_is_rejected_with_its_position(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.csv", "sep=,\nprompt,completion,\na,b,\nc,d,lost\n")
     with pytest.raises(DataError, match=r"rows\.csv, line 4: cell 3 has content, but its column has no name"):

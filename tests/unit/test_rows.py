@@ -534,7 +534,8 @@ def test_a_csv_row_with_too_few_cells_or_a_stray_quote_is_rejected(tmp_path: Pat
 
 def test_a_file_of_the_user_is_never_overwritten_with_rejected_rows(tmp_path: Path) -> None:
     mine = tmp_path / "rows.rejected.jsonl"
-    for text in ("mine\n", '{"file": "other.jsonl", "line": 1, "reason": "", "row": null}\n', "7", ""):
+    other = '{"file": "other.jsonl", "line": 1, "reason": "", "row": null}\n'
+    for text in ("mine\n", other, '{"file": "rows.jsonl", "note": "mine"}\n', "7", ""):
         mine.write_text(text)
         assert "not the rows rejected from" in refused(tmp_path / "rows.jsonl", rows_with(bad=1, good=99))
         read(tmp_path / "rows.jsonl", rows_with(bad=0, good=99))
