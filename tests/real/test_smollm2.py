@@ -282,7 +282,7 @@ def test_qlora_trains_it_in_four_bits(walk: Walk) -> None:
     changed = re.sub(r"(?m)^    target_modules: .*\n", "", changed)
     assert found
     config.write_text(changed, encoding="utf-8")
-    set_in(walk.root, max_steps=10, eval_steps=5, save_steps=5)
+    set_in(walk.root, max_steps=10, eval_steps=10, save_steps=10)
     command = [sys.executable, four_bits.__file__, str(walk.root / "finetuning" / "invoke_olive.py"), "--fresh"]
     started = time.monotonic()
     try:
