@@ -57,11 +57,10 @@ GROUPS: dict[str, tuple[str, str, bool]] = {
     ),
     "migrate": (
         "hooks/migrate.py",
-        "tests/unit/test_merging.py tests/update/test_migrations.py tests/update/test_edits.py "
-        "tests/update/test_nothing_is_lost.py",
+        "tests/unit/test_merging.py tests/update/test_migrations.py tests/update/test_edits.py",
         False,
     ),
-    "sync": ("template/infra/{sync,share}.py", "tests/azure/test_sync.py tests/azure/test_commands.py", True),
+    "sync": ("template/infra/{sync,share}.py", "tests/azure/test_share.py tests/azure/test_sync.py", True),
     "release": ("tools/release.py", "tests/unit/test_release.py", False),
 }
 HEAVY = ("torch", "transformers", "peft", "datasets", "olive", "gradio", "fastapi", "onnxruntime_genai", "openai")
