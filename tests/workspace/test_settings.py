@@ -578,7 +578,7 @@ OF_A_METHOD: dict[str, dict[str, tuple[Any, Callable[[Seen], Any], Any]]] = {
     "lokr": {
         "decompose_both": (True, lambda seen: any("lokr_w1_a" in name for name in seen.weights), True),
         "decompose_factor": (4, lambda seen: sum(map(len, seen.weights.values())), ...),
-        "rank_dropout_scale": (True, lambda seen: seen.modules("rank_dropout_scale"), {True}),
+        "rank_dropout_scale": (False, lambda seen: seen.modules("rank_dropout_scale"), {False}),
     },
 }
 
