@@ -139,6 +139,10 @@ def pipe(
     return talk
 
 
+# for tests of what asks over HTTP, whatever engine answers
+ONE_ENGINE = pytest.mark.parametrize("name", ["onnx"], indirect=True)
+
+
 def say(engine: Any, messages: list[dict[str, str]], **settings: Any) -> str:
     """Ask the engine itself."""
     from engine import Generation
@@ -207,6 +211,7 @@ def test_a_conversation_with_a_system_prompt_has_the_same_answers_in_every_front
         turns.append({"role": "assistant", "content": answer})
 
 
+@ONE_ENGINE
 def test_pf_flow_test_asks_the_served_model_and_remembers_the_conversation(
     tuned: Path, engine: Any, address: str, promptflow: Any, flow: Any, twenty_questions: list[str]
 ) -> None:
@@ -232,6 +237,7 @@ def test_pf_flow_test_asks_the_served_model_and_remembers_the_conversation(
     }
 
 
+@ONE_ENGINE
 def test_a_flow_that_gets_no_answer_says_why_in_its_last_line(engine: Any, promptflow: Any) -> None:
     def last_line(api: str, key: str = "") -> str:
         done = promptflow("pf", "flow", "test", "--flow", "inference/flow", "--inputs", f"api={api}", key=key)
