@@ -1,0 +1,74 @@
+"""Engines that tests load in the model's process: what a question says happens to them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+ANSWER = b"well"
+
+
+class Obedient:
+    """A backend that answers, ends its process, fails, or computes for long, as the last question says."""
+
+    description, context, switchable = "obedient", 2000, False
+
+    def __init__(self) -> None:
+        self.notices = ["I am a stand-in."]
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        return messages[-1]["content"]
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+    def generate(self, prompt: list[int], _: Any) -> Iterator[int | None]:
+        what, _, number = bytes(prompt).decode().partition(" ")
+        if what == "abort":
+            yield ANSWER[0]
+            os.abort()
+        if what == "kill":
+            os.kill(os.getpid(), 9)
+        if what == "break":
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        if what == "fail":
+            raise KeyError("the stand-in fails")
+        if what == "memory":
+            raise MemoryError("bad allocation")
+        if what == "hold":  # as ONNX Runtime GenAI, which does not release Python's lock
+            ctypes.PyDLL(None).usleep(int(float(number) * 1_000_000))
+        if what == "read":  # a prompt in pieces
+            for _ in range(int(float(number) * 10)):
+                time.sleep(0.1)
+                yield None
+        if what == "pid":
+            yield from str(os.getpid()).encode()
+            return
+        yield from ANSWER
+
+
+def load() -> Any:
+    from engine import Engine, Source
+
+    return Engine(Source("models/demo", None, None, "lora", "float32", ""), Obedient())  # type: ignore[arg-type]
+
+
+def load_slowly() -> Any:
+    ctypes.PyDLL(None).usleep(2_000_000)
+    return load()
+
+
+def load_what_is_missing() -> Any:
+    from engine import ChatError
+
+    raise ChatError("The model is missing: get it.")
+
+
+def load_and_abort() -> Any:
+    os.abort()
