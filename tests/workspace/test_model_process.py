@@ -144,12 +144,13 @@ def test_a_model_that_ends_while_it_is_loaded_is_a_sentence() -> None:
     from model_process import ModelProcess
 
     for load, message in (
-        (stand_ins.load_and_abort, r"^The process of the model ended while it loaded it \(SIGABRT\): close what else"),
-        (stand_ins.load_what_is_missing, r"^The model is missing: get it\.$"),
+        (stand_ins.load_and_abort, "The process of the model ended while it loaded it (SIGABRT): close what else"),
+        (stand_ins.load_what_is_missing, "The model is missing: get it."),
     ):
         model = ModelProcess(load)
-        with contextlib.closing(model), pytest.raises(ChatError, match=message):
+        with contextlib.closing(model), pytest.raises(ChatError) as caught:
             model.loaded()
+        assert str(caught.value).startswith(message)
 
 
 def test_a_model_that_was_ended_while_it_had_nothing_to_do_is_loaded_again(address: str) -> None:
