@@ -6,6 +6,7 @@ import ctypes
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 ANSWER = b"well"
@@ -72,3 +73,32 @@ def load_what_is_missing() -> Any:
 
 def load_and_abort() -> Any:
     os.abort()
+
+
+def load_demo(kind: str, folder: Path, root: Path, token_seconds: float = 0.0, unchecked: bool = False) -> Any:
+    """Load a real model: `folder` with torch or onnx. It can read as slowly as a large one, and check no number."""
+    import engine
+
+    source = engine.Source("models/demo", None, None, "lora", "float32", "")
+    backend: Any
+    if unchecked:
+        engine.Generation.check = lambda _: None  # type: ignore[method-assign]
+    if kind == "torch":
+        from torch_backend import TorchBackend
+
+        def read_slowly(_: Any, __: Any, options: dict[str, Any]) -> None:
+            time.sleep(token_seconds * options["input_ids"].shape[1])
+
+        backend = TorchBackend(source, folder, root)
+        backend.model.register_forward_pre_hook(read_slowly, with_kwargs=True)
+    else:
+        import onnx_backend
+
+        class Slow(onnx_backend.onnxruntime_genai.Generator):  # type: ignore[misc]
+            def append_tokens(self, tokens: Any) -> None:
+                ctypes.PyDLL(None).usleep(int(token_seconds * len(tokens) * 1_000_000))
+                super().append_tokens(tokens)
+
+        onnx_backend.onnxruntime_genai.Generator = Slow
+        backend = onnx_backend.OnnxBackend(source, folder, root)
+    return engine.Engine(source, backend)
