@@ -122,12 +122,13 @@ def test_an_abort_of_onnx_runtime_itself_is_a_sentence(workspace: Path, folders:
 def test_a_client_that_leaves_while_a_long_prompt_is_read_stops_it(
     workspace: Path, folders: dict[str, Path], kind: str, stream: bool
 ) -> None:
-    long = {"role": "user", "content": "She grinned at the market. " * 70}
+    long = {"role": "user", "content": "She grinned at the market. " * 40}
     with started(kind, folders, workspace, token_seconds=0.004) as (address, _):
         began = time.monotonic()
-        assert ask(address, messages=[long], max_tokens=1)[0] == 200
+        status, text = ask(address, messages=[long], max_tokens=1)
+        assert status == 200, text
         assert time.monotonic() - began > 1
-        other = {"role": "user", "content": "The rain grinned at the market. " * 60}
+        other = {"role": "user", "content": "The rain grinned at the market. " * 38}
         leaving = send(address, json.dumps({"model": "base", "messages": [other], "stream": stream}))
         wait_for_health(address, running=1)
         time.sleep(0.3)
