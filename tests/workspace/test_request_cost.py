@@ -132,7 +132,7 @@ def test_a_client_that_leaves_while_a_long_prompt_is_read_stops_it(
         leaving = send(address, json.dumps({"model": "base", "messages": [other], "stream": stream}))
         wait_for_health(address, running=1)
         time.sleep(0.3)
-        wait_for_health(address, running=1, seconds=0)
+        wait_for_health(address, running=1, seconds=0.1)
         leaving.close()
         wait_for_health(address, seconds=0.3)
 
