@@ -37,6 +37,7 @@ MOST_STOPS, LONGEST_STOP = 4, 1000  # texts, and characters of each
 MOST_MESSAGES = 1000  # in a conversation: rendering many thousands of them takes minutes
 NO_MEMORY = re.compile(r"out.?of.?memory|not enough memory|allocate memory|bad.?alloc|MemoryError", re.IGNORECASE)
 BROKEN = re.compile(r"AcceleratorError|CUDA error|device-side assert")  # after it, the GPU answers this process no more
+AGAIN = "start this program again."
 COMPARE = "the int4 model has the adapter merged in: to compare with the base model, start with --engine torch"
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -256,7 +257,7 @@ def explain(error: Exception) -> None:
         raise ChatError("The memory is full: ask for a shorter answer, or clear the chat.") from error
     if BROKEN.search(reason):
         first = str(error).strip().partition("\n")[0].rstrip(".")
-        raise BrokenError(f"The GPU has failed ({first}): start this program again.") from error
+        raise BrokenError(f"The GPU has failed ({first}): {AGAIN}") from error
 
 
 def too_many(messages: int) -> str:

@@ -17,9 +17,9 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
-from engine import BrokenError, Engine, Generation, Message, Source, Usage
+from engine import AGAIN, BrokenError, Engine, Generation, Message, Source, Usage
 
-LOOK_SECONDS = 0.05  # how often the server looks whether an answer is still wanted
+LOOK_SECONDS = 0.02  # how often the server looks whether an answer is still wanted
 DEATHS = 3  # in a row, without an answer in between, that end the server
 STOP = "stop"  # what is sent to end an answer
 
@@ -117,11 +117,11 @@ class ModelProcess:
             running = False
             self.process.join(5)
             self.deaths += 1
+            reason = f"The process of the model ended in the middle of this answer ({self.cause()}): "
             if isinstance(error, BrokenError):
-                raise
+                reason = str(error).removesuffix(AGAIN)
             raise BrokenError(
-                f"The process of the model ended in the middle of this answer ({self.cause()}), and is started again: "
-                "send the request once more, or a shorter one."
+                f"{reason}it is started again, so send the request once more, or a shorter one."
             ) from error
         finally:
             if running:  # the reader has gone

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine import ChatError
 
-SECONDS = 0.15  # of a piece
+SECONDS = 0.1  # of a piece
 LEAST = 32  # tokens of a piece: fewer take hardly less time, as all weights are read for each piece
 CGROUP = Path("/sys/fs/cgroup")
 

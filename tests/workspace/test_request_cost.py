@@ -123,11 +123,11 @@ def test_a_client_that_leaves_while_a_long_prompt_is_read_stops_it(
     workspace: Path, folders: dict[str, Path], kind: str, stream: bool
 ) -> None:
     long = {"role": "user", "content": "She grinned at the market. " * 40}
-    with started(kind, folders, workspace, token_seconds=0.004) as (address, _):
+    with started(kind, folders, workspace, token_seconds=0.003) as (address, _):
         began = time.monotonic()
         status, text = ask(address, messages=[long], max_tokens=1)
         assert status == 200, text
-        assert time.monotonic() - began > 1
+        assert time.monotonic() - began > 0.7
         other = {"role": "user", "content": f"He {long['content'][20:]}"}
         fields = {"model": "base", "messages": [other], "max_tokens": 1, "stream": stream}
         leaving = send(address, json.dumps(fields))
