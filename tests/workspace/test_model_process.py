@@ -94,7 +94,7 @@ def times_of_health(address: str, until: Callable[[], bool]) -> tuple[set[int], 
     return statuses, sorted(times)[len(times) * 19 // 20]
 
 
-ENDS = "The process of the model ended in the middle of this answer ({}): it is started again, so send the request once more"
+ENDS = "The process of the model ended in the middle of this answer ({}): it is started again"
 
 
 @pytest.mark.parametrize(("what", "cause"), [("abort", "SIGABRT"), ("kill", "SIGKILL, as when the memory is full")])
