@@ -81,7 +81,7 @@ class OnnxBackend:
         self.on_cpu = provider == "cpu"
         self.can_keep = provider in ("cpu", "cuda")  # the others cannot rewind
         self.kept: Kept | None = None
-        self.pieces = Pieces()
+        self.pieces = Pieces(least=32)
         self.notices: list[str] = []
 
     def generate(self, prompt: list[int], generation: Generation) -> Generator[int | None, None, None]:

@@ -9,16 +9,15 @@ from pathlib import Path
 from engine import ChatError
 
 SECONDS = 0.1  # of a piece
-LEAST = 32  # tokens of a piece: fewer take hardly less time, as all weights are read for each piece
 CGROUP = Path("/sys/fs/cgroup")
 
 
 class Pieces:
     """Cuts prompts into pieces, each as long as the model reads in SECONDS: it is tried out and remembered."""
 
-    def __init__(self) -> None:
-        """Begin with few tokens."""
-        self.size = LEAST
+    def __init__(self, least: int) -> None:
+        """Begin with the least tokens: fewer would cost more than they gain, as each piece reads all weights."""
+        self.size = self.least = least
 
     def of(self, tokens: list[int]) -> Iterator[list[int]]:
         """Yield the pieces; each is as long as the time permits that passed with the one before."""
@@ -31,7 +30,7 @@ class Pieces:
             yield tokens[start:end]
             faster = SECONDS / max(time.monotonic() - began, 1e-6)
             if end - start >= self.size or faster < 1:  # not if a short rest was read fast
-                self.size = max(LEAST, int((end - start) * min(faster, 4)))
+                self.size = max(self.least, int((end - start) * min(faster, 4)))
             start = end
 
 

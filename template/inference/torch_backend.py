@@ -105,7 +105,7 @@ class TorchBackend:
                 "little from those of the run."
             )
         self.kept: Kept | None = None
-        self.pieces = Pieces()
+        self.pieces = Pieces(least=384)  # on a CPU, 128 take 14 % longer in all
         self.same_rotation = same_rotation(model.config.get_text_config())
         self.token_bytes = bytes_per_token(model.config.get_text_config(), getattr(torch, dtype).itemsize)
         self.switchable = bool(source.adapter)

@@ -90,6 +90,7 @@ def load_demo(kind: str, folder: Path, root: Path, token_seconds: float = 0.0, u
             time.sleep(token_seconds * options["input_ids"].shape[1])
 
         backend = TorchBackend(source, folder, root)
+        backend.pieces.size = backend.pieces.least = 32  # so that the demo's short prompts have several
         backend.model.register_forward_pre_hook(read_slowly, with_kwargs=True)
     else:
         import onnx_backend

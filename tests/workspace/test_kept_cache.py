@@ -79,7 +79,9 @@ def torch_backend(root: Path, kind: str) -> Any:
     from torch_backend import TorchBackend
 
     source = Source(kind, None, f"{kind}-adapter", "lora", "float32", "", stops=(1,))
-    return TorchBackend(source, root / kind, root)
+    backend = TorchBackend(source, root / kind, root)
+    backend.pieces.size = backend.pieces.least = 16  # so that the prompts of the tests have several
+    return backend
 
 
 @pytest.fixture(scope="module")

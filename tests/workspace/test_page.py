@@ -144,7 +144,7 @@ def said(engine: Any, *turns: str, adapter: bool = True) -> str:
     return "".join(engine.stream(messages, Generation(SHORT, adapter=adapter), lambda _: None))
 
 
-def test_an_answer_is_streamed_and_stop_ends_its_computation(page: Page, engine: Any, steps: list[int]) -> None:
+def test_an_answer_is_streamed_and_stop_ends_its_computation(page: Page, address: str, steps: list[int]) -> None:
     page.keyboard.type(QUESTIONS[0])
     page.keyboard.press("Enter")
     expect(message(page)).to_have_value("")
