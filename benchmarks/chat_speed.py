@@ -147,7 +147,8 @@ def answer(workspace: Path, name: str) -> dict[str, float]:
 
     def watched(*arguments: object):
         for token in generate(*arguments):
-            times.append(time.perf_counter())
+            if token is not None:  # a piece of the prompt
+                times.append(time.perf_counter())
             yield token
 
     engine.backend.generate = watched

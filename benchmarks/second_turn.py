@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +94,21 @@ def measure(options: argparse.Namespace, onnx: Path) -> dict[str, list[float]]:
         answers = {}
         for way in ("anew", "kept")[:: -1 if number % 2 else 1]:
             backend.kept = None
-            prompt = [*history, *backend.generate(history, Generation(ANSWER)), *question]
+            prompt = [*history, *tokens_of(backend.generate(history, Generation(ANSWER))), *question]
             if way == "anew":
                 backend.kept = None
             started = time.perf_counter()
-            tokens = backend.generate(prompt, Generation(ANSWER))
+            tokens = tokens_of(backend.generate(prompt, Generation(ANSWER)))
             answers[way] = [next(tokens, None)]
             times[way].append(time.perf_counter() - started)
             answers[way] += tokens
         assert answers["anew"] == answers["kept"], answers
     return times
+
+
+def tokens_of(generated: Iterator[int | None]) -> Iterator[int]:
+    """Yield an answer's tokens; None stands for a piece of the prompt."""
+    return (token for token in generated if token is not None)
 
 
 if __name__ == "__main__":

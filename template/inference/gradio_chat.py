@@ -7,6 +7,7 @@ CHAT_API_KEY, the API requires it as bearer token and the page as password, and 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import secrets
 import sys
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
-from engine import ENGINES, ChatError, Engine
+from engine import ENGINES, ChatError
 from load_engine import load, not_installed
+from model_process import ModelProcess
 
 if TYPE_CHECKING:
     from request_queue import RequestQueue
@@ -81,16 +83,16 @@ def serve(options: argparse.Namespace) -> None:
     address = f"http://{f'[{name}]' if ':' in name else name}:{port}/"
     failures: list[Exception] = []
 
-    def prepare() -> Engine:
+    def prepare() -> ModelProcess:
         print("Loading the model …", flush=True)
-        engine = load(options.baseonly, options.engine)
-        for notice in engine.backend.notices:
-            print(notice)
+        model = ModelProcess(functools.partial(load, options.baseonly, options.engine))
         try:
             import gradio  # noqa: F401  (here, since it takes seconds and /health already responds)
         except ModuleNotFoundError as error:
             raise not_installed(error) from error
-        return engine
+        for notice in model.loaded().backend.notices:
+            print(notice)
+        return model
 
     def is_ready() -> None:
         print(f"Chat at {address} (Ctrl-C ends it); an API for OpenAI's clients at {address}v1", flush=True)

@@ -98,7 +98,8 @@ class Chat:
                 with queue.ticket() as ticket:
                     async for piece in ticket.stream(messages, replace(generation, adapter=adapter), notify):
                         answers[-1] += piece
-                        yield
+                        if piece:
+                            yield
                 yield  # an empty answer counts too
 
 

@@ -8,7 +8,6 @@ import errno
 import json
 import logging
 import socket
-import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -21,9 +20,9 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from api import router
 from api_error import ApiError
-from engine import ChatError, Engine
+from engine import ChatError
 from guard import LARGEST, Guard, is_loopback, too_large
-from request_queue import QueueFullError, RequestQueue
+from request_queue import Model, QueueFullError, RequestQueue, in_thread
 
 IN_USE = {errno.EADDRINUSE, errno.EACCES}  # on Windows, EACCES means that another program uses the port
 PORTS = 100  # how many ports are tried, from the requested one on
@@ -55,7 +54,7 @@ def listen(host: str, port: int, key: str) -> socket.socket:
 
 
 def create_app(
-    prepare: Callable[[], Engine],
+    prepare: Callable[[], Model],
     open_page: Callable[[RequestQueue], FastAPI],
     is_ready: Callable[[], None],
     fail: Callable[[Exception], None],
@@ -74,7 +73,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async def open_when_prepared() -> None:
             try:
-                app.state.queue = RequestQueue(await in_thread(prepare))
+                app.state.queue = RequestQueue(await in_thread(prepare), fail)
                 page = open_page(app.state.queue)
                 async with page.router.lifespan_context(page):
                     app.state.page = page
@@ -124,23 +123,6 @@ class Protocol(AutoHTTPProtocol):
         headers = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         self.transport.write(f"HTTP/1.1 400 Bad Request\r\n{headers}".encode() + body)
         self.transport.close()
-
-
-async def in_thread(work: Callable[[], Any]) -> Any:
-    """Await work in a thread. Unlike asyncio's, the thread does not delay the end of the program."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Any] = loop.create_future()
-
-    def run() -> None:
-        try:
-            result, settle = work(), done.set_result
-        except Exception as error:
-            result, settle = error, done.set_exception
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the program is ending
-            loop.call_soon_threadsafe(lambda: done.cancelled() or settle(result))
-
-    threading.Thread(target=run, daemon=True).start()
-    return await done
 
 
 # ---- errors in OpenAI's format

@@ -3,9 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
+
+
+class Here:
+    """An engine in this process, in place of the model's process: tests reach into it."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def restart(self) -> None:
+        raise RuntimeError("the engine of a test cannot be started again")
+
+
+def wait_for_health(address: str, running: int = 0, waiting: int = 0, seconds: float = 2) -> None:
+    """Wait until the server says that so many requests are answered and wait, or fail."""
+    end, status = time.monotonic() + seconds, {}
+    while (status.get("running"), status.get("waiting")) != (running, waiting):
+        assert time.monotonic() < end, status
+        with urllib.request.urlopen(f"{address}health") as response:
+            status = json.load(response)
 
 
 @contextlib.contextmanager
@@ -37,8 +62,13 @@ def serving(
 
     settled = threading.Event()
     listener = server.listen("127.0.0.1", 0, key)
+
+    def prepare_here() -> Any:
+        engine = prepare()
+        return engine if hasattr(engine, "restart") else Here(engine)
+
     app = server.create_app(
-        prepare, open_page, settled.set, lambda _: settled.set(), "127.0.0.1", key, root_path, proxy_headers
+        prepare_here, open_page, settled.set, lambda _: settled.set(), "127.0.0.1", key, root_path, proxy_headers
     )
     process = server.create_server(app)
     thread = threading.Thread(target=process.run, kwargs={"sockets": [listener]})

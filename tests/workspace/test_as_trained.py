@@ -330,10 +330,3 @@ def test_a_lack_of_memory_is_the_request_s_fault_so_that_clients_do_not_try_agai
     (status, body), (health, _) = asked(engine, ASK, ("health", None))
     assert (status, health) == (400, 200)
     assert body["error"]["message"] == "The memory is full: ask for a shorter answer, or clear the chat."
-
-
-def test_after_an_error_that_ends_the_gpu_the_server_says_that_it_is_not_well() -> None:
-    engine = recorded(RuntimeError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA."))
-    answers = asked(engine, ASK, ("health", None), ASK, ("v1/models", None))
-    says = "The GPU has failed (CUDA error: device-side assert triggered): start this program again."
-    assert [(status, body["error"]["message"]) for status, body in answers] == [(503, says)] * 4

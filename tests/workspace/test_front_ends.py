@@ -314,7 +314,6 @@ def test_closing_a_stream_stops_the_computation(engine: Any, monkeypatch: pytest
         stream.close()
         taken = len(steps)
         assert taken < 50
-        assert not engine.lock.locked()
         assert say(engine, QUESTION) == say(engine, QUESTION, max_new_tokens=8)
     finally:
         if hook:

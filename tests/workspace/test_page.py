@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, inference_of
-from served import served
+from served import served, wait_for_health
 
 sys.path.append(str(REPOSITORY / ".cache" / "playwright"))  # at the end: what a workspace has comes first
 from playwright.sync_api import BrowserContext, Locator, Page, expect, sync_playwright
@@ -144,7 +144,7 @@ def said(engine: Any, *turns: str, adapter: bool = True) -> str:
     return "".join(engine.stream(messages, Generation(SHORT, adapter=adapter), lambda _: None))
 
 
-def test_an_answer_is_streamed_and_stop_ends_its_computation(page: Page, engine: Any, steps: list[int]) -> None:
+def test_an_answer_is_streamed_and_stop_ends_its_computation(page: Page, address: str, steps: list[int]) -> None:
     page.keyboard.type(QUESTIONS[0])
     page.keyboard.press("Enter")
     expect(message(page)).to_have_value("")
@@ -155,8 +155,8 @@ def test_an_answer_is_streamed_and_stop_ends_its_computation(page: Page, engine:
     button(page, "Stop").click()
     wait_for_rest(page)
     assert answers(page).inner_text().startswith(begun)
-    with engine.lock:  # free when the computing has ended
-        assert 0 < len(steps) < LONG / 2
+    wait_for_health(address)
+    assert 0 < len(steps) < LONG / 2
     send(page, QUESTIONS[1])  # and the next one is answered
     expect(answers(page)).to_have_count(2)
     button(page, "Stop").click()
@@ -172,8 +172,8 @@ def test_closing_the_page_during_an_answer_stops_the_computation(
     send(page, QUESTIONS[0])
     expect(answers(page)).to_have_text(re.compile(r"\w"))
     page.close()
-    with engine.lock:
-        assert 0 < len(steps) < LONG / 2
+    wait_for_health(address)
+    assert 0 < len(steps) < LONG / 2
 
 
 def test_the_settings_reach_the_model_and_retry_answers_once_more(
