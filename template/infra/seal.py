@@ -1,7 +1,7 @@
 """Seal a Python environment on the share, or check its seal: exit status 1 if anything in it has changed since.
 
-The seal is an HMAC of all its files, with the key ENVIRONMENT_KEY, which is a secret of the job and the app: whoever can
-write to the share can neither change a sealed environment unseen, nor seal another. Only the standard library.
+The seal is an HMAC of all its files. Its key, ENVIRONMENT_KEY, is a secret of the job and the app: whoever can write to
+the share can neither change a sealed environment unseen, nor seal another. Only the standard library.
 """
 
 from __future__ import annotations

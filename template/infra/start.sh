@@ -14,7 +14,7 @@ tar -xf code.tar
 rm code.tar
 cut -c 67- .data.sha256 |
   tar -c --dereference --no-recursion -C "$WORKSPACE_MOUNT" --verbatim-files-from -T - | tar -x || true # checked next
-sha256sum --check --quiet .data.sha256 || {
+[ ! -s .data.sha256 ] || sha256sum --check --quiet .data.sha256 || { # the app has none
   rm -f "$WORKSPACE_MOUNT/.azure-sync.json" || true # so that the next command sends all files again
   refuse "These data files on the share are not the ones that were sent, and nothing ran: find out who can write to the share, then run \`python infra/azure.py run\`, which sends them again."
 }

@@ -204,8 +204,8 @@ def fetch(share: Share, root: Path = ROOT) -> str | None:
     for path, target in targets.items():  # names come from the share, which others may write to
         if ".." in PurePosixPath(path).parts or "\\" in path or not target.resolve().is_relative_to(new.resolve()):
             raise AzureError(
-                f"The share has a file named {path}, which would be written outside of models/: nothing was downloaded; "
-                "find out who can write to the share, and delete the file in the portal."
+                f"The share has a file named {path}, which would be written outside of models/: nothing was "
+                "downloaded; find out who can write to the share, and delete the file in the portal."
             )
     with bar("Downloading", sum(sizes.values())) as note:
         together(lambda path: share.fetch(path, targets[path], note), sizes)
