@@ -16,9 +16,11 @@ make_environment() {
     echo "infra/environment.sh: this image has no uv: choose one that has in infra/provision, then provision again." >&2
     return 1
   fi
+  install() { UV_CACHE_DIR=$new/.uv uv pip install --quiet --no-deps --python "$new" "$@"; }
   echo "Installing $(grep -c == "$lock") locked packages; the next start finds them …"
   uv venv --quiet --relocatable --python "$(command -v python3)" "$new" &&
-    UV_CACHE_DIR=$new/.uv uv pip install --quiet --python "$new" --requirement "$lock" &&
+    { [ -z "$torch" ] || install --torch-backend cpu "$torch"; } &&
+    install --requirement "$lock" &&
     rm -rf "$new/.uv" &&
     python3 -I infra/seal.py "$new" "${environment##*/}" &&
     { [ -d "$environment" ] || mv --no-target-directory "$new" "$environment"; }
@@ -35,7 +37,8 @@ environment=$WORKSPACE_MOUNT/.cache/environments/$device-$hash
 
 # A share has no hard links. With compiled bytecode, Python starts in half the time; more would break the seal.
 export UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 PYTHONDONTWRITEBYTECODE=1
-if [ "$device" = cpu ]; then export UV_TORCH_BACKEND="${UV_TORCH_BACKEND:-cpu}"; fi
+# torch for the CPU is on an index of its own, whose files are not those that the lock has the hashes of.
+torch=$([ "$device" = gpu ] || sed -n 's/^\(torch==[^ ]*\).*/\1/p' "$lock")
 
 if ! is_sealed && [ -e "$environment" ]; then
   echo "The Python environment on the share is not as it was made, so it is not used, and made again." >&2

@@ -297,6 +297,7 @@ def trained(
     whole = archive.read_bytes()
     archive.write_bytes(whole[:-1] + b"x")
     story.said["tampered"] = azure("run")
+    story.said["why"] = azure("logs")
     first = len(emulator.requests)
     emulator.faults["queued"] = 1
     story.said["run"] = azure("run", "--no-wait")
@@ -374,10 +375,10 @@ def test_an_unchanged_workspace_is_not_sent_again(trained: Chapter) -> None:
 
 
 def test_code_that_was_changed_on_the_share_never_runs(trained: Chapter) -> None:
-    done = trained.said["tampered"]
-    assert done.status == 1
-    assert "error: The code on the share was changed there, and nothing of it ran: find out who can write" in done.out
-    for name in ("tampered", "follow", "logs"):
+    assert_one_sentence(trained.said["tampered"], "`python infra/azure.py logs` shows why")
+    why = "error: The code on the share was changed there, and nothing of it ran: find out who can write to the share"
+    assert why in trained.said["why"].out
+    for name in ("why", "follow", "logs"):
         assert "theirs" not in trained.said[name].out
 
 
