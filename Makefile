@@ -2,7 +2,7 @@
 #              before and after
 # make test    everything CI runs
 # make environments   install what the tests need; then parts can be run separately: make test-workspace, test-real …
-# make lint    ruff and mypy
+# make lint    ruff, with its rules for security, mypy, and zizmor for the workflows
 # make test-all   the same, with updates for every valid combination of answers, every way to a model, and a second model
 # make release VERSION=1.2.0   check, test, date the changelog, tag
 # make bench   measure speed and memory, also of comparable tools
@@ -53,6 +53,7 @@ lint: .venv/ready
 	ruff format --check .
 	ruff check .
 	mypy
+	zizmor --offline --no-progress --quiet .github/workflows template/.github/workflows
 
 # One workspace, rendered and installed as by a user, serves all workspace tests: rendered again each time, installed
 # again when a lock changes.

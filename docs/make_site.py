@@ -25,6 +25,7 @@ PAGES = STAGE / "pages"
 SITE = ROOT / "site"
 # What belongs to the site, outside docs/.
 OUTSIDE = {"README.md": "README.md", "CHANGELOG.md": "CHANGELOG.md", "LICENSE": "LICENSE.txt"}
+OUTSIDE["SECURITY.md"] = "SECURITY.md"
 OUTSIDE["benchmarks/README.md"] = "benchmarks/README.md"
 SECTIONS = {"Tutorial": "tutorial", "How-to": "how-to", "Reference": "reference", "Decisions": "decisions"}
 KINDS = (".md", ".png", ".svg", ".css")
@@ -110,7 +111,7 @@ def navigation() -> list[dict[str, Any]]:
         if name == "Reference":
             entries.append({"Benchmarks": "benchmarks/README.md"})
         found.append({name: ["docs/decisions/index.md", *entries] if name == "Decisions" else entries})
-    return [*found, {"Changelog": "CHANGELOG.md"}]
+    return [*found, {"Changelog": "CHANGELOG.md"}, {"Security": "SECURITY.md"}]
 
 
 def toml(value: Any) -> str:

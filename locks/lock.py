@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ TARGETS = [
 ]
 # One file for all platforms and Python 3.11 to 3.13, without index URLs, so it installs from any index.
 COMPILE = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--no-emit-index-url"]
-COMPILE += ["--no-annotate", "--no-header"]
+COMPILE += ["--no-annotate", "--no-header", "--generate-hashes"]
 
 
 def lock(source: Path, target: Path, options: list[str]) -> None:
@@ -34,7 +35,8 @@ def lock(source: Path, target: Path, options: list[str]) -> None:
     command = [*COMPILE, *options, "--output-file", str(draft), str(source)]
     try:
         subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
-        draft.write_text(HEADER + draft.read_text())
+        # A line for each package, so that a change is one line, and what reads a lock needs no parser.
+        draft.write_text(HEADER + re.sub(r" \\\n +", " ", draft.read_text()))
         draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)

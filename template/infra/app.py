@@ -8,6 +8,7 @@ import requests
 
 from az import AGAIN, UNREACHABLE, AzureError
 from azure_settings import INFRA
+from code_archive import send_code, set_variable
 from provisioned import Provisioned
 from share import Share
 from sync import send, send_results
@@ -27,8 +28,11 @@ def deploy() -> None:
         print("Sent this machine's tuned model, because it is newer than the one on the share.")
     elif share.read("models/run.json") is None:
         print("There is no tuned model yet, here or on the share: only a command with --baseonly works without one.")
-    revision = app.az("show")["properties"]["latestRevisionName"]
-    app.az("revision", "restart", "--revision", revision)
+    properties = app.az("show")["properties"]
+    if set_variable(app, properties["template"], send_code(share, with_data=False)):
+        app.rest("patch", "", body={"properties": {"template": properties["template"]}})  # restarts it
+    else:
+        app.az("revision", "restart", "--revision", properties["latestRevisionName"])
     print("Restarted; waiting until the model answers …", flush=True)
     wait(app)
     print("The model answers.")

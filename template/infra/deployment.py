@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import secrets
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ from typing import Any
 import secret
 from az import AGAIN, AzureError, az, explain, require
 from azure_settings import INFRA, Settings
+from code_archive import variable
 from provisioned import KEYS, KINDS, Provisioned
 
 PROVIDERS = ("Microsoft.App", "Microsoft.Storage", "Microsoft.OperationalInsights", "Microsoft.ManagedIdentity")
@@ -53,9 +56,10 @@ def provision(purpose: str, yes: bool, dry_run: bool) -> None:
         *("--parameters", str(INFRA / "provision" / f"{purpose}.parameters.json"), "--parameters", "@-"),
     ]
     deployment = ["--resource-group", settings.group, "--name", f"{settings.project}-{purpose}", *here]
-    known, variables = existing_secrets(purpose, deployment) if exists else ({}, {})
+    known, variables, code = existing(purpose, deployment) if exists else ({}, {}, "none")
     secure = secret.parameters(purpose)
-    values = secret.as_json(secure, known)
+    known.setdefault("environment-key", environment_key(purpose))
+    values = secret.as_json(secure, known, codeSha256=code)
     if not yes or dry_run:
         print("az calculates what would change …", flush=True)
         az("deployment", "group", "what-if", *template, *deployment, stdin=values, show=True, about=about)
@@ -71,18 +75,29 @@ def provision(purpose: str, yes: bool, dry_run: bool) -> None:
     print(f"Next: python infra/azure.py {'run' if purpose == 'finetuning' else 'deploy'}")
 
 
-def existing_secrets(purpose: str, deployment: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the existing secrets and their variables; a lost configuration file is written again."""
+def existing(purpose: str, deployment: list[str]) -> tuple[dict[str, str], dict[str, str], str]:
+    """Return the existing secrets, their variables and the code's hash; a lost configuration file is written again."""
     if not (INFRA / f"{purpose}.config.json").is_file():
         group, name = deployment[1], deployment[3]
         query = ["--query", f"[?name=='{name}' && properties.provisioningState=='Succeeded']"]
         before = az("deployment", "group", "list", "--resource-group", group, *query, *deployment[4:])
         if not before:
-            return {}, {}
+            return {}, {}, "none"
         write_config(purpose, before[0]["properties"]["outputs"])
     owner = Provisioned(purpose)
     known = secret.values(owner)
-    return known, secret.variables(owner) if known else {}
+    code = variable(owner.az("show")["properties"]["template"])
+    return known, secret.variables(owner) if known else {}, code
+
+
+def environment_key(purpose: str) -> str:
+    """Return the key that seals the Python environments: the one of the job or the app that is there, or a new one."""
+    other = "inference" if purpose == "finetuning" else "finetuning"
+    if (INFRA / f"{other}.config.json").is_file():
+        with contextlib.suppress(AzureError):  # it is not there any more
+            if key := secret.values(Provisioned(other)).get("environment-key"):
+                return key
+    return secrets.token_hex(32)
 
 
 def write_config(purpose: str, outputs: dict[str, Any]) -> None:

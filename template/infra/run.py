@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from az import AzureError
+from azure_settings import INFRA
+from code_archive import send_code, set_variable
 from logs import OVER, follow
 from provisioned import Provisioned
 from share import Share
 from sync import fetch, send
-
-MOUNTED = 'cd "$WORKSPACE_MOUNT" && '  # the prefix of the commands in finetuning.bicep
 
 
 def run(wait: bool) -> None:
@@ -30,27 +30,36 @@ def run(wait: bool) -> None:
 
 def start(job: Provisioned) -> str:
     """Send the workspace and start the job; return the execution's name. Raises AzureError."""
-    set_commands(job)
-    sent, gone = send(Share(job.config))
+    commands(job)  # before anything is sent
+    share = Share(job.config)
+    sent, gone = send(share)
+    set_commands(job, send_code(share))
     print(f"Sent {sent} files, removed {gone}.")
     execution = str(job.az("start")["name"])
     print(f"Started {execution}: https://portal.azure.com/#resource{job.id}/executionHistory", flush=True)
     return execution
 
 
-def set_commands(job: Provisioned) -> None:
-    """Update the job's commands if they differ from COMMANDS in infra/finetuning.config.json. Raises AzureError."""
-    commands = job.config.get("COMMANDS")
-    if not commands or not isinstance(commands, list):
+def commands(job: Provisioned) -> list[str]:
+    """Return COMMANDS of infra/finetuning.config.json. Raises AzureError."""
+    found = job.config.get("COMMANDS")
+    if not found or not isinstance(found, list):
         raise AzureError(
             "infra/finetuning.config.json has no COMMANDS: run `python infra/azure.py provision finetuning`."
         )
+    return found
+
+
+def set_commands(job: Provisioned, digest: str) -> None:
+    """Update the job's commands, and the hash of the code that it may run, if they differ. Raises AzureError."""
     template = job.az("show")["properties"]["template"]
     container = template["containers"][0]
-    wanted = MOUNTED + " && ".join(commands)
-    if container["args"][-1] != wanted:
-        container["args"] = [*container["args"][:-1], wanted]
+    wanted = (INFRA / "start.sh").read_text(encoding="utf-8") + " && ".join(commands(job))  # as in finetuning.bicep
+    others = container["args"] != [wanted]
+    container["args"] = [wanted]
+    if set_variable(job, template, digest) or others:
         job.rest("patch", "", body={"properties": {"template": template}})
+    if others:
         print("The job runs the COMMANDS of infra/finetuning.config.json from now on.")
 
 

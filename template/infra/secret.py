@@ -63,6 +63,7 @@ def parameters(purpose: str) -> dict[str, str]:
     return {re.sub(r"(?<!^)([A-Z])", r"-\1", name).lower(): name for name in found}
 
 
-def as_json(secure: dict[str, str], known: dict[str, str]) -> str:
-    """Return the secure parameters with the current secrets: otherwise a deployment would drop them."""
-    return json.dumps({parameter: {"value": known[name]} for name, parameter in secure.items() if name in known})
+def as_json(secure: dict[str, str], known: dict[str, str], **more: str) -> str:
+    """Return the secure parameters with the current secrets, which a deployment would drop, and more parameters."""
+    kept = {parameter: known[name] for name, parameter in secure.items() if name in known}
+    return json.dumps({name: {"value": value} for name, value in {**kept, **more}.items()})

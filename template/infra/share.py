@@ -63,8 +63,8 @@ class Share:
         query = urlencode({**options.pop("query", {}), **self.signature})
         try:
             answer = self.session.request(method, f"{self.url}/{quote(path)}?{query}", timeout=60, **options)
-        except requests.RequestException as error:
-            raise AzureError(UNREACHABLE) from error
+        except requests.RequestException:
+            raise AzureError(UNREACHABLE) from None  # its text has the signature, which --debug would show
         if answer.ok or answer.status_code in accept:
             return answer
         code = answer.headers.get("x-ms-error-code", str(answer.status_code))
@@ -115,6 +115,11 @@ class Share:
         answer = self.ask("GET", path, (404,))
         return answer.content if answer.ok else None
 
+    def size(self, path: str) -> int | None:
+        """Return a file's size in bytes; None if it does not exist."""
+        answer = self.ask("HEAD", path, (404,))
+        return int(answer.headers["Content-Length"]) if answer.ok else None
+
     def fetch(self, path: str, target: Path, note: Callable[[int], object] = int) -> None:
         """Download a file, piece by piece."""
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -122,8 +127,8 @@ class Share:
             with self.ask("GET", path, stream=True) as answer, target.open("wb") as file:
                 for piece in answer.iter_content(RANGE):
                     note(file.write(piece))
-        except requests.RequestException as error:
-            raise AzureError(UNREACHABLE) from error
+        except requests.RequestException:
+            raise AzureError(UNREACHABLE) from None
 
     def remove(self, path: str) -> None:
         """Remove a file if it exists."""

@@ -200,8 +200,15 @@ def fetch(share: Share, root: Path = ROOT) -> str | None:
     models, new = root / "models", root / "models" / ".pull"
     shutil.rmtree(new, ignore_errors=True)
     sizes = {path: size for folder in RESULTS for path, size in share.files(folder)}
+    targets = {path: new / PurePosixPath(path).relative_to("models") for path in sizes}
+    for path, target in targets.items():  # names come from the share, which others may write to
+        if ".." in PurePosixPath(path).parts or "\\" in path or not target.resolve().is_relative_to(new.resolve()):
+            raise AzureError(
+                f"The share has a file named {path}, which would be written outside of models/: nothing was "
+                "downloaded; find out who can write to the share, and delete the file in the portal."
+            )
     with bar("Downloading", sum(sizes.values())) as note:
-        together(lambda path: share.fetch(path, new / PurePosixPath(path).relative_to("models"), note), sizes)
+        together(lambda path: share.fetch(path, targets[path], note), sizes)
     if share.read("models/run.json") != text:
         raise AzureError("A run ended while its results were downloaded: run `python infra/azure.py pull` again.")
     (new / "run.json").write_bytes(text)

@@ -269,6 +269,9 @@ class Bicep:
                 raise self.error(node, f"not known here: {name}() of a resource")
             api_version = f"'{resource.api_version}'"
             return f"{name}({', '.join([self.id(resource), api_version, *values])})"
+        if self.text(function) == "loadTextContent":
+            text = (self.file.parent / self.plain(arguments.named_children[0])).read_text(encoding="utf-8")
+            return "'" + text.replace("'", "''") + "'"
         if self.text(function) not in FUNCTIONS:
             raise self.error(node, f"not known here: {self.text(function)}()")
         return f"{self.text(function)}({', '.join(values)})"

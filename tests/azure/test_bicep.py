@@ -33,6 +33,7 @@ from bicep_to_arm import Bicep, BicepError, main  # noqa: E402
 from bicep_types import mistakes  # noqa: E402
 
 PROVISION = REPOSITORY / "template" / "infra" / "provision"
+START = (PROVISION.parent / "start.sh").read_text(encoding="utf-8")
 TYPES = REPOSITORY.parent / "shared" / "azure-types"
 PURPOSES = ("finetuning", "inference")
 GPUS = yaml.safe_load((REPOSITORY / "catalog" / "azure_gpus.yml").read_text(encoding="utf-8"))["gpus"]
@@ -50,6 +51,7 @@ def read(purpose: str, change: tuple[str, str] = ("", ""), folder: Path | None =
         return Bicep.read(PROVISION / f"{purpose}.bicep")
     text = (PROVISION / f"{purpose}.bicep").read_text(encoding="utf-8")
     assert change[0] in text
+    (folder.parent / "start.sh").write_text(START, encoding="utf-8")
     (folder / f"{purpose}.bicep").write_text(text.replace(*change, 1), encoding="utf-8")
     return Bicep.read(folder / f"{purpose}.bicep")
 
@@ -152,7 +154,7 @@ def test_the_common_parts_of_both_files_are_identical() -> None:
         ("'job-${uniqueName}'", "newGuid()", "only a parameter's default may call it"),
         ("empty(acaJobName)", "emtpy(acaJobName)", "not known here: emtpy()"),
         ("storage.listKeys()", "storage.listSas()", "not known here: listSas() of a resource"),
-        ("[tokenSecret] : []", "[for x in tags: x] : []", "not known here: for_statement"),
+        ("[environmentSecret, tokenSecret]", "[for x in tags: x]", "not known here: for_statement"),
         ("param tags object", "module tags 'tags.bicep' = {}", "not known here: module_declaration"),
     ],
 )
@@ -411,16 +413,18 @@ def test_commands_run_in_one_shell_that_stops_at_the_first_failure(purpose: str,
     template = runs["properties"]["template"]
     for container in [*template["containers"], *template.get("initContainers", [])]:
         assert container["command"] == ["bash", "-euo", "pipefail", "-c"]
-        (line,) = container["args"]
-        assert line.startswith('cd "$WORKSPACE_MOUNT" && ')
-        assert ";" not in re.sub(r"if \[ ! -e [\w./]+ \]; then [^;]+; fi && ", "", line)
-    assert template["containers"][0]["args"][0].endswith("&& one && two")
+        (script,) = container["args"]
+        first, start, commands = script.rpartition(START)
+        assert start, "nothing runs before infra/start.sh has checked the share"
+        assert re.fullmatch(r"(if \[ \"\$CODE_SHA256\" = none \]; then [^;]+; fi\n)?", first)
+        assert ";" not in commands
+    assert template["containers"][0]["args"][0].endswith("\none && two")
 
 
 def test_a_new_app_on_an_empty_share_responds_and_exposes_nothing(make: Make, tmp_path: Path) -> None:
     template = make("inference")["containerApps"][0]["properties"]["template"]
     (prepare,), (app,) = template["initContainers"], template["containers"]
-    environment = {"PATH": os.environ["PATH"], "WORKSPACE_MOUNT": str(tmp_path)}
+    environment = {"PATH": os.environ["PATH"], "WORKSPACE_MOUNT": str(tmp_path), "CODE_SHA256": "none"}
     assert subprocess.run([*prepare["command"], *prepare["args"]], env=environment).returncode == 0
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -458,9 +462,16 @@ def test_the_identity_is_not_available_inside_the_containers(purpose: str, make:
 
 @for_both
 def test_with_a_key_vault_no_secret_passes_through_the_deployment(purpose: str, make: Make) -> None:
-    made = make(purpose, keyVaultName="my-vault", hfToken="", **({"chatApiKey": "x"} if purpose == "inference" else {}))
+    made = make(
+        purpose,
+        keyVaultName="my-vault",
+        hfToken="",
+        environmentKey="the seal",
+        **({"chatApiKey": "x"} if purpose == "inference" else {}),
+    )
     (runs,) = made["jobs" if purpose == "finetuning" else "containerApps"]
-    found = runs["properties"]["configuration"]["secrets"]
+    own = {"name": "environment-key", "value": "the seal"}  # of this deployment, and of no use elsewhere
+    found = [one for one in runs["properties"]["configuration"]["secrets"] if one != own]
     identity = made["userAssignedIdentities"][0]["id"]
     names = ["hf-token"] if purpose == "finetuning" else ["chat-api-key", "hf-token"]
     url = "https://my-vault.vault.azure.net/secrets/"
@@ -473,14 +484,18 @@ def test_with_a_key_vault_no_secret_passes_through_the_deployment(purpose: str, 
 @for_both
 def test_a_secret_is_stored_only_as_a_secret(purpose: str, make: Make) -> None:
     key = {"chatApiKey": "the key"} if purpose == "inference" else {}
-    (runs,) = make(purpose, hfToken="the token", **key)["jobs" if purpose == "finetuning" else "containerApps"]
+    (runs,) = make(purpose, hfToken="the token", environmentKey="the seal", **key)[
+        "jobs" if purpose == "finetuning" else "containerApps"
+    ]
     kept = runs["properties"]["configuration"].pop("secrets")
-    assert sorted(one["value"] for one in kept) == sorted(["the token", *key.values()])
-    assert "the token" not in json.dumps(runs) and "the key" not in json.dumps(runs)
+    assert sorted(one["value"] for one in kept) == sorted(["the seal", "the token", *key.values()])
+    assert not [word for word in ("the token", "the key", "the seal") if word in json.dumps(runs)]
     template = runs["properties"]["template"]
     containers = [*template["containers"], *template.get("initContainers", [])]
     referred = {one["secretRef"]: one["name"] for each in containers for one in each["env"] if "secretRef" in one}
-    assert referred == {"hf-token": "HF_TOKEN"} | ({"chat-api-key": "CHAT_API_KEY"} if key else {})
+    assert referred == {"hf-token": "HF_TOKEN", "environment-key": "ENVIRONMENT_KEY"} | (
+        {"chat-api-key": "CHAT_API_KEY"} if key else {}
+    )
 
 
 @for_both
@@ -499,7 +514,7 @@ def test_each_container_turns_off_all_telemetry(purpose: str, make: Make) -> Non
 def test_without_a_token_there_is_no_secret_for_one(purpose: str, make: Make) -> None:
     (runs,) = make(purpose)["jobs" if purpose == "finetuning" else "containerApps"]
     names = [one["name"] for one in runs["properties"]["configuration"]["secrets"]]
-    assert names == ([] if purpose == "finetuning" else ["chat-api-key"])
+    assert names == ["environment-key"] if purpose == "finetuning" else ["chat-api-key", "environment-key"]
     assert "HF_TOKEN" not in json.dumps(runs)
 
 
@@ -507,7 +522,7 @@ def test_without_a_token_there_is_no_secret_for_one(purpose: str, make: Make) ->
 def test_secrets_are_secure_parameters_and_in_no_output(purpose: str) -> None:
     template = read(purpose).template()
     secure = {name for name, about in template["parameters"].items() if about["type"].startswith("secure")}
-    assert secure == ({"hfToken"} if purpose == "finetuning" else {"hfToken", "chatApiKey"})
+    assert secure == {"hfToken", "environmentKey"} | ({"chatApiKey"} if purpose == "inference" else set())
     told = json.dumps(template["outputs"])
     assert not re.search(r"listKeys|hfToken|chatApiKey|Secret", told)
     assert template["parameters"]["hfToken"]["defaultValue"] == ""

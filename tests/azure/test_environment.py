@@ -26,7 +26,8 @@ def share(tmp_path: Path) -> Path:
     share = tmp_path / "my share"
     (share / "setup").mkdir(parents=True)
     (share / "infra").mkdir()
-    (share / "infra" / "environment.sh").write_bytes(SCRIPT.read_bytes())
+    for script in (SCRIPT, SCRIPT.with_name("seal.py")):
+        (share / "infra" / script.name).write_bytes(script.read_bytes())
     (share / "setup" / "environment.toml").write_text(
         'manager = "venv"\ndevice = "cpu"  # cpu | gpu\npython = "3.11"\n'
     )
@@ -54,6 +55,7 @@ def command(*commands: str) -> list[str]:
 def variables(share: Path, tools: Path = BIN) -> dict[str, str]:
     """Return the variables of a container: nothing of this environment, and uv from `tools`."""
     own = {"WORKSPACE_MOUNT": str(share), "HOSTNAME": "replica", "HOME": str(share.parent / "home")}
+    own["ENVIRONMENT_KEY"] = "the key of the job and the app's"
     offline = {"UV_OFFLINE": "1", "UV_FIND_LINKS": str(share.parent)}
     return {"PATH": f"{tools}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}", **own, **offline}
 
@@ -147,3 +149,47 @@ def test_two_concurrent_starts_both_get_a_complete_environment(share: Path) -> N
         assert process.returncode == 0
         assert said.splitlines()[-1].startswith("1.0 ")
     assert len(environments(share)) == 1
+
+
+@pytest.mark.parametrize("change", ["a file", "a file beside", "a link", "another environment's name", "its own seal"])
+def test_a_changed_environment_on_the_share_is_not_used_and_made_again(share: Path, change: str) -> None:
+    start(share)
+    (environment,) = environments(share)
+    packages = next(environment.glob("lib/python*/site-packages"))
+    if change == "a file":
+        (packages / "tiny.py").write_text("version = 'stolen'\n")
+    elif change == "a file beside":
+        (packages / "json_of_mine.pth").write_text("import sys; sys.stdout.write('stolen')\n")
+    elif change == "a link":
+        (environment / "bin/python").unlink()
+        (environment / "bin/python").symlink_to("/bin/echo")
+    elif change == "another environment's name":
+        lock(share, "2.0")
+        start(share)
+        (other,) = set(environments(share)) - {environment}
+        shutil.rmtree(environment)
+        other.rename(environment)
+        lock(share, "1.0")
+    else:
+        key = {**os.environ, "ENVIRONMENT_KEY": "not known to who changed it"}
+        (packages / "tiny.py").write_text("version = 'stolen'\n")
+        command = [sys.executable, SCRIPT.with_name("seal.py"), environment, environment.name]
+        subprocess.run(command, env=key, check=True)
+    done = start(share, TELL)
+    assert done.returncode == 0, done.stderr
+    assert "is not as it was made, so it is not used, and made again." in done.stderr
+    assert "stolen" not in done.stdout
+    assert done.stdout.splitlines()[-1].startswith(f"1.0 {environment}/lib/")
+    again = start(share, TELL)
+    assert again.stderr == "" and "Installing" not in again.stdout
+    assert environments(share) == [environment]
+
+
+def test_the_cache_of_the_share_is_no_source_of_packages(share: Path) -> None:
+    start(share)
+    assert [path.name for path in (share / ".cache").iterdir()] == ["environments"]
+    assert not list(environments(share)[0].glob(".uv*"))
+
+
+def test_the_key_is_not_left_to_the_commands(share: Path) -> None:
+    assert start(share, 'echo "key: ${ENVIRONMENT_KEY:-none}"').stdout.splitlines()[-1] == "key: none"

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +57,7 @@ def share_of(emulator: Emulator, workspace: Path) -> Path:
 def uploads(requests: list[Request]) -> list[str]:
     """Return the files that requests make on a share, other than the manifest."""
     made = [one.path for one in requests if one.method == "PUT" and one.headers.get("x-ms-type") == "file"]
-    return [path for path in made if not path.endswith("/.azure-sync.json")]
+    return [path for path in made if not path.endswith("/.azure-sync.json") and "/.azure-code/" not in path]
 
 
 def assert_one_sentence(done: Done, sentence: str) -> None:
@@ -81,17 +82,29 @@ def provisioned(emulator: Emulator, azure: Azure, workspace: Path) -> Chapter:
     story.said["provision"] = azure("provision", "finetuning", "--yes")
     assert story.said["provision"].status == 0, story.said["provision"].err
     story.found["config"] = config_of(workspace)
-    lend_environment(share_of(emulator, workspace), workspace)
+    lend_environment(share_of(emulator, workspace), workspace, emulator)
     return story
 
 
-def lend_environment(share: Path, workspace: Path) -> None:
-    """Put this environment where infra/environment.sh would make one, as a second start of the job finds it."""
+def environment_key(emulator: Emulator, kind: str = "jobs") -> str:
+    """Return the secret that seals the Python environments."""
+    secrets = emulator.find(f"Microsoft.App/{kind}")["properties"]["configuration"]["secrets"]
+    return str({one["name"]: one["value"] for one in secrets}["environment-key"])
+
+
+def lend_environment(share: Path, workspace: Path, emulator: Emulator) -> None:
+    """Put an environment where infra/environment.sh would make one, as a second start of the job finds it.
+
+    It has the packages of this one by a path in a file, so that only few files are checked at each start.
+    """
     python = subprocess.run(["python3", "--version"], capture_output=True, check=True).stdout
     lock = (workspace / "setup" / "requirements-cpu.txt").read_bytes()
     made = share / ".cache" / "environments" / f"cpu-{hashlib.sha256(python + lock).hexdigest()[:16]}"
-    made.parent.mkdir(parents=True)
-    made.symlink_to(sys.prefix)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", made], check=True)
+    (packages,) = made.glob("lib/python*/site-packages")
+    (packages / "lent.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
+    env = {**os.environ, "ENVIRONMENT_KEY": environment_key(emulator)}
+    subprocess.run([sys.executable, workspace / "infra" / "seal.py", made, made.name], env=env, check=True)
 
 
 def test_nothing_runs_before_it_is_provisioned(provisioned: Chapter) -> None:
@@ -133,6 +146,7 @@ def secret(
     )
     story.said["secret"] = Done(run.returncode, run.stdout, run.stderr)
     story.found["command lines"] = log.read_text(encoding="utf-8") if log.exists() else None
+    story.found["environment key"] = environment_key(emulator)
     story.said["second secret"] = azure("secret", "set", "WANDB_API_KEY", WANDB_API_KEY=SECRET)
     (workspace / "infra" / "finetuning.config.json").unlink()
     story.said["no"] = azure("provision", "finetuning", "--dry-run")
@@ -165,7 +179,8 @@ def test_provisioning_again_asks_and_keeps_secrets_and_commands_even_without_the
     assert secret.found["config"]["COMMANDS"] == ["echo mine"]
     properties = emulator.find("Microsoft.App/jobs")["properties"]
     kept = {one["name"]: one["value"] for one in properties["configuration"]["secrets"]}
-    assert kept == {"hf-token": SECRET, "wandb-api-key": SECRET}
+    assert kept | {"environment-key": ""} == {"hf-token": SECRET, "wandb-api-key": SECRET, "environment-key": ""}
+    assert kept["environment-key"] == secret.found["environment key"]
     variables = {one["name"]: one.get("secretRef") for one in properties["template"]["containers"][0]["env"]}
     assert (variables["HF_TOKEN"], variables["WANDB_API_KEY"]) == ("hf-token", "wandb-api-key")
 
@@ -190,7 +205,7 @@ def stumbled(secret: Chapter, emulator: Emulator, azure: Azure, workspace: Path)
     """Run the job, which fails in every way; each time the same command is typed again."""
     story = Chapter()
     share = share_of(emulator, workspace)
-    set_commands(workspace, "echo begun", "read line < gate", 'echo "$line"')
+    set_commands(workspace, "echo begun", 'read line < "$WORKSPACE_MOUNT/gate"', 'echo "$line"')
 
     def run(name: str, *options: str, **faults: int) -> None:
         first = len(emulator.requests)
@@ -275,7 +290,14 @@ def trained(
 ) -> Chapter:
     """Train the demo in the job; meanwhile provision the app, which fails in every way first; then follow the run."""
     story, command = Chapter(), ("provision", "inference", "--yes")
+    share = share_of(emulator, workspace)
+    (share / "finetuning/invoke_olive.py").write_text("print('theirs', __import__('os').environ['HF_TOKEN'])\n")
     set_commands(workspace, "source infra/environment.sh", "python finetuning/invoke_olive.py")
+    (archive,) = (share / ".azure-code").iterdir()
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:-1] + b"x")
+    story.said["tampered"] = azure("run")
+    story.said["why"] = azure("logs")
     first = len(emulator.requests)
     emulator.faults["queued"] = 1
     story.said["run"] = azure("run", "--no-wait")
@@ -350,6 +372,14 @@ def test_the_configuration_is_written_once_the_deployment_has_succeeded(trained:
 def test_an_unchanged_workspace_is_not_sent_again(trained: Chapter) -> None:
     assert trained.sent["run"] == []
     assert "Sent 0 files, removed 0.\n" in trained.said["run"].out
+
+
+def test_code_that_was_changed_on_the_share_never_runs(trained: Chapter) -> None:
+    assert_one_sentence(trained.said["tampered"], "`python infra/azure.py logs` shows why")
+    why = "error: The code on the share was changed there, and nothing of it ran: find out who can write to the share"
+    assert why in trained.said["why"].out
+    for name in ("why", "follow", "logs"):
+        assert "theirs" not in trained.said[name].out
 
 
 def test_the_job_runs_the_commands_of_the_configuration_and_its_log_is_shown(trained: Chapter) -> None:

@@ -85,12 +85,23 @@ sync.send(share.Share(json.loads(sys.argv[2])), pathlib.Path(sys.argv[3]))
 """
 SENT = {".gitignore", "finetuning/olive-config.yaml", "finetuning/run.py", "dataset/rows.jsonl", "empty.txt"}
 SENT |= {"dataset/odd näme #1 100%.md"}
+START = Path(__file__).resolve().parents[2] / "template" / "infra" / "start.sh"
+
+
+def start(folder: Path, digest: str) -> subprocess.CompletedProcess[str]:
+    """Start a container on the share, as the job and the app do; return what it printed of the workspace's files."""
+    script = (
+        START.read_text(encoding="utf-8") + "find . -type f | sort && bash finetuning/run.sh && cat dataset/rows.jsonl"
+    )
+    env = {"PATH": os.environ["PATH"], "WORKSPACE_MOUNT": str(folder), "CODE_SHA256": digest}
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 def there(folder: Path) -> set[str]:
     """Return the files on the share, but for the manifest."""
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-    return found - {".azure-sync.json"}
+    return {path for path in found if not path.startswith((".azure-sync.json", ".azure-code/"))}
 
 
 def test_ignored_files_are_not_sent_except_the_training_rows(root: Path, share: Any, folder: Path) -> None:
@@ -236,3 +247,124 @@ def test_a_local_model_is_sent_unless_the_share_has_a_newer_one(root: Path, shar
     assert (folder / "models/adapter/adapter_model.safetensors").read_text() == "here\n"
     (folder / "models/run.json").write_text('{"finished": "2026-11-03"}')
     assert send_results(share, root) is False
+
+
+# ------------------------------------------------------------------------- What others wrote to the share does not run
+
+
+@pytest.fixture
+def code(root: Path, share: Any, folder: Path) -> str:
+    """The workspace with a program and a large file, sent; what a container gets of it."""
+    from code_archive import send_code
+    from sync import send
+
+    (root / "finetuning/run.sh").write_text("echo ours\n")
+    (root / "large.bin").write_bytes(bytes(2**20 + 1))
+    send(share, root)
+    return send_code(share, root)
+
+
+def test_a_container_runs_what_was_sent_and_nothing_else_from_the_share(root: Path, folder: Path, code: str) -> None:
+    (folder / "finetuning/run.sh").write_text("echo theirs\n")
+    (folder / "finetuning/yaml.py").write_text("imported instead of the package\n")
+    (folder / "models").mkdir()
+    done = start(folder, code)
+    assert done.returncode == 0, done.stderr
+    *files, ours, rows = done.stdout.splitlines()
+    assert set(files) == {f"./{path}" for path in {*SENT, "finetuning/run.sh", "large.bin", ".data.sha256"}}
+    assert (ours, rows) == ("ours", "{}")
+
+
+def test_a_changed_archive_is_refused_and_sent_again(root: Path, share: Any, folder: Path, code: str) -> None:
+    from code_archive import send_code
+
+    archive = folder / f".azure-code/{code}.tar"
+    archive.write_bytes(archive.read_bytes().replace(b"echo ours", b"echo evil"))
+    done = start(folder, code)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: The code on the share was changed there, and nothing of it ran: ")
+    assert (
+        start(folder, code).stderr.splitlines()[-1].startswith("error: The share does not have the workspace that was")
+    )
+    assert send_code(share, root) == code
+    assert start(folder, code).returncode == 0
+
+
+@pytest.mark.parametrize("how", ["changed", "removed", "a link", "a folder"])
+def test_changed_data_is_refused_and_sent_again(root: Path, share: Any, folder: Path, code: str, how: str) -> None:
+    from sync import send
+
+    rows = folder / "dataset/rows.jsonl"
+    rows.unlink()
+    if how == "changed":
+        rows.write_text("{ }\n")
+    elif how == "a link":
+        rows.symlink_to("/etc/passwd")
+    elif how == "a folder":
+        (rows / "deep").mkdir(parents=True)
+    done = start(folder, code)
+    assert done.returncode == 1
+    assert "dataset/rows.jsonl: FAILED" in done.stdout and "ours" not in done.stdout
+    assert "error: These data files on the share are not the ones that were sent, and nothing ran: " in done.stderr
+    if how == "a folder":
+        shutil.rmtree(rows)
+    elif how == "a link":
+        rows.unlink()
+    send(share, root)
+    assert start(folder, code).returncode == 0
+
+
+def test_the_app_starts_from_its_own_code_whatever_a_run_sent_since(root: Path, share: Any, folder: Path) -> None:
+    from code_archive import send_code
+    from sync import send
+
+    (root / "finetuning/run.sh").write_text("echo ours\n")
+    send(share, root)
+    app = send_code(share, root, with_data=False)
+    assert app != send_code(share, root)
+    (root / "finetuning/run.sh").write_text("echo newer\n")
+    (root / "dataset/rows.jsonl").write_text("newer\n")
+    send(share, root)
+    assert send_code(share, root) != app
+    assert "ours" in start(folder, app).stdout.splitlines()
+
+
+def test_the_same_workspace_has_the_same_archive_on_every_machine(
+    root: Path, share: Any, folder: Path, code: str
+) -> None:
+    from code_archive import send_code
+
+    for path in [root, *root.rglob("*")]:
+        os.utime(path, (0, 0))
+        path.chmod(0o700)
+    assert send_code(share, root) == code
+    assert [path.name for path in (folder / ".azure-code").iterdir()] == [f"{code}.tar"]
+
+
+@pytest.mark.parametrize("name", ["../../infra/azure.py", "a/../../../x", "..\\..\\x"])
+def test_results_are_written_below_models_alone(
+    root: Path, share: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from az import AzureError
+    from sync import fetch
+
+    (folder / "models").mkdir()
+    (folder / "models/run.json").write_text('{"finished": "2026-11-01T00:00:00+00:00"}')
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    # Azure refuses such names, so the listing is a stand-in's.
+    monkeypatch.setattr(type(share), "files", lambda self, of: iter([(f"{of}/{name}", 1)]))
+    with pytest.raises(AzureError, match="which would be written outside of models/: nothing was downloaded"):
+        fetch(share, root)
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_no_traceback_has_the_signature(share: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import traceback
+
+    from az import AzureError
+
+    monkeypatch.setattr(share.session, "proxies", {"https": "http://127.0.0.1:1"})  # nobody listens there
+    share.session.get_adapter(share.url).proxy_manager.clear()
+    with pytest.raises(AzureError) as caught:
+        share.read("models/run.json")
+    assert "sig=" not in "".join(traceback.format_exception(caught.value))

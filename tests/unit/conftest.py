@@ -16,7 +16,11 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = ("create_env.py", "conda_environment.py", "gpu.py", "install.py", "installed.py")
-LOCK = "# made by make lock; do not edit\nsmall==1.0\ntorch==2.13.0\n"
+
+
+def with_hash(wheel: Path, line: str) -> str:
+    """Return the line of a lock with the hash of its wheel."""
+    return f"{line} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
 
 
 def make_wheel(folder: Path, name: str, version: str) -> Path:
@@ -52,9 +56,11 @@ class SmallWorkspace:
             folder.mkdir(parents=True, exist_ok=True)
         for script in SCRIPTS:
             shutil.copy(REPOSITORY / "template" / "setup" / script, root / "setup")
+        # torch's hash is that of the usual index; its own index has other builds, with other hashes.
+        small = with_hash(make_wheel(self.wheels, "small", "1.0"), "small==1.0")
+        self.lock = f"# made by make lock; do not edit\n{small}torch==2.13.0 --hash=sha256:{'0' * 64}\n"
         self.configure("venv", "cpu")
         (root / "setup" / "conda-environment.yml").write_text("name: small\ndependencies: [python=3.11, pip]\n")
-        make_wheel(self.wheels, "small", "1.0")
         make_wheel(self.wheels, "torch", "2.13.0+cpu")
         if with_uv:
             (self.programs / "uv").symlink_to(str(shutil.which("uv")))
@@ -78,7 +84,7 @@ class SmallWorkspace:
         """Write the answers that setup/create_env.py reads, and the lock of the device."""
         settings = f'manager = "{manager}"  # auto | venv\ndevice = "{device}"\npython = "3.11"\n'
         (self.root / "setup" / "environment.toml").write_text(settings)
-        (self.root / "setup" / f"requirements-{device}.txt").write_text(LOCK)
+        (self.root / "setup" / f"requirements-{device}.txt").write_text(self.lock)
 
     def run(self, *options: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
         """Run setup/create_env.py from another folder, as a user may."""

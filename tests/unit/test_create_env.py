@@ -15,12 +15,14 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import with_hash
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = "https://download.pytorch.org/whl/cpu"
@@ -474,6 +476,10 @@ def test_an_index_that_does_not_answer_is_replaced_by_the_callers_own_with_a_wor
 ) -> None:
     workspace = make_workspace()
     address, folder = index
+    next(workspace.wheels.glob("torch-*")).unlink()
+    usual = with_hash(workspace.make_wheel(workspace.wheels, "torch", "2.13.0"), "torch==2.13.0")
+    lock = workspace.root / "setup" / "requirements-cpu.txt"
+    lock.write_text(re.sub("torch==.*\n", usual, lock.read_text()))
     for wheel in workspace.wheels.iterdir():
         (folder / wheel.name.split("-")[0]).mkdir()
         wheel.rename(folder / wheel.name.split("-")[0] / wheel.name)
@@ -482,7 +488,33 @@ def test_an_index_that_does_not_answer_is_replaced_by_the_callers_own_with_a_wor
     done = workspace.run()
     assert done.returncode == 0, done.stderr + workspace.log
     assert "torch's own index cannot be used" in done.stdout
-    assert workspace.version("torch") == "2.13.0+cpu"
+    assert workspace.version("torch") == "2.13.0"
+
+
+@pytest.mark.parametrize("uv", [pytest.param(True, marks=pytest.mark.skipif(NO_UV, reason="uv is not here")), False])
+def test_a_wheel_that_was_changed_since_it_was_locked_is_refused(make_workspace: Make, uv: bool) -> None:
+    workspace = make_workspace(with_uv=uv)
+    with zipfile.ZipFile(workspace.wheels / "small-1.0-py3-none-any.whl", "a") as wheel:
+        wheel.writestr("small/stolen.py", "")
+    done = workspace.run()
+    assert done.returncode == 1
+    [said] = [line for line in done.stderr.splitlines() if "small" in line]
+    assert said.startswith("create_env: small==1.0 is not the file whose hash is in the lock, and was not installed: ")
+    assert "PIP_INDEX_URL" in said and "Traceback" not in done.stderr
+    assert not list((workspace.root / ".venv").rglob("small"))
+    assert workspace.run().returncode == 1  # nor is it taken for complete
+
+
+def test_a_line_of_the_users_own_needs_no_hash(make_workspace: Make) -> None:
+    for with_uv in {False, not NO_UV}:
+        workspace = make_workspace(f"workspace-{with_uv}", with_uv)
+        workspace.make_wheel(workspace.wheels, "mine", "1.0")
+        with (workspace.root / "setup" / "requirements-cpu.txt").open("a") as lock:
+            lock.write("mine==1.0\n")
+        done = workspace.run()
+        assert done.returncode == 0, done.stderr + workspace.log
+        assert "1 packages without a hash ... " in done.stdout
+        assert (workspace.version("small"), workspace.version("mine")) == ("1.0", "1.0")
 
 
 def test_a_failure_shows_its_reason_and_the_next_run_finishes(make_workspace: Make) -> None:

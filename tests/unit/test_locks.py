@@ -1,4 +1,4 @@
-"""The locks pin the packages of their inputs, for every platform, and name no index."""
+"""The locks pin the packages of their inputs and the hashes of their files, for every platform, and name no index."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LOCKS = {
     REPOSITORY / "locks" / "repository.txt": ["repository.in"],
     REPOSITORY / "locks" / "site.txt": ["site.in"],
+    REPOSITORY / "template" / "inference" / "flow" / "requirements.txt": ["promptflow.in"],
     REPOSITORY / "template" / "setup" / "requirements-copier.txt": ["copier.in"],
     REPOSITORY / "template" / "setup" / "requirements-cpu.txt": ["workspace-cpu.in"],
     REPOSITORY / "template" / "setup" / "requirements-gpu.txt": ["workspace-cpu.in", "workspace-gpu.in"],
 }
-CPU, GPU = list(LOCKS)[3:]
+CPU, GPU = list(LOCKS)[4:]
 CUDA = ("nvidia-", "cuda-", "triton", "bitsandbytes")
 
 every_lock = pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)
@@ -26,9 +27,10 @@ def canonical(name: str) -> str:
 
 
 def pins(lock: Path) -> list[tuple[str, str, str]]:
-    """Return name, version and marker of each line."""
+    """Return name, version and marker of each line, which also has hashes."""
     lines = lock.read_text().splitlines()[1:]
-    parts = [re.fullmatch(r"([a-z0-9-]+)==([^ ;+]+)(?: ; (.+))?", line) for line in lines]
+    line_of = r"([a-z0-9-]+)==([^ ;+]+)(?: ; (.+?))?(?: --hash=sha256:[0-9a-f]{64})+"
+    parts = [re.fullmatch(line_of, line) for line in lines]
     assert all(parts), [line for line, part in zip(lines, parts, strict=True) if not part]
     return [(part[1], part[2], part[3] or "") for part in parts if part]
 
@@ -58,6 +60,13 @@ def test_a_package_is_pinned_twice_only_for_different_pythons(lock: Path) -> Non
         markers.setdefault(name, []).append(marker)
     for name, several in markers.items():
         assert len(several) == 1 or all("python_full_version" in marker for marker in several), name
+
+
+def test_a_package_with_native_code_has_hashes_for_every_platform() -> None:
+    """Locked on Linux, a lock is installed on Windows and macOS, and with other versions of Python."""
+    lines = {line.partition("==")[0]: line.count("--hash") for line in CPU.read_text().splitlines()}
+    assert min(lines[name] for name in ("numpy", "pyarrow", "torch", "onnxruntime")) >= 12  # 3 Pythons, 4 platforms
+    assert max(CPU.stat().st_size, GPU.stat().st_size) < 300_000
 
 
 def test_the_cpu_lock_has_no_cuda_packages() -> None:

@@ -59,7 +59,7 @@ def installed(folder: Path) -> Path:
     for name in ("workspace/.venv", "workspace/.venv-promptflow", *caches):
         (folder / ".cache" / name).mkdir(parents=True)
         (folder / ".cache" / name / "ready").touch()
-    for name in ("ruff", "mypy", "pytest"):
+    for name in ("ruff", "mypy", "zizmor", "pytest"):
         (folder / ".venv/bin" / name).write_text(PYTEST if name == "pytest" else "#!/bin/sh\n")
         (folder / ".venv/bin" / name).chmod(0o755)
     (folder / ".cache/workspace/.venv/bin").mkdir()

@@ -55,6 +55,13 @@ param keyVaultName string
 @description('A token of the Hugging Face hub, for gated models; not needed with a key vault. Empty: no token.')
 param hfToken string = ''
 
+@secure()
+@description('Seals the Python environments on the share, the same for the job and the app. infra/azure.py draws it.')
+param environmentKey string = newGuid()
+
+@description('The SHA-256 of the code that runs; infra/azure.py sets it with each start. none: nothing was sent yet.')
+param codeSha256 string = 'none'
+
 // uv 0.9.30 on Python 3.12 and Debian 12, as tagged ghcr.io/astral-sh/uv:0.9.30-python3.12-bookworm-slim. A tag can be
 // moved, a digest cannot; many public Dockerfiles name this one. For a newer one, put what this prints into both files:
 //   docker buildx imagetools inspect ghcr.io/astral-sh/uv:VERSION-python3.12-bookworm-slim
@@ -104,7 +111,11 @@ var mountVariables = [
   { name: 'WORKSPACE_MOUNT', value: '/mount' }
   { name: 'HF_HOME', value: '/mount/.cache/huggingface' } // a model is downloaded once
   { name: 'PYTHONUNBUFFERED', value: '1' }
+  { name: 'CODE_SHA256', value: codeSha256 }
+  { name: 'ENVIRONMENT_KEY', secretRef: 'environment-key' }
 ]
+var start = loadTextContent('../start.sh')
+var environmentSecret = { name: 'environment-key', value: environmentKey }
 // The same as in setup/no_telemetry.py, for commands that do not import it.
 var noTelemetry = [
   { name: 'ORT_DISABLE_TELEMETRY', value: '1' }
@@ -260,7 +271,7 @@ resource job 'Microsoft.App/jobs@2025-07-01' = {
       manualTriggerConfig: { parallelism: 1, replicaCompletionCount: 1 }
       replicaTimeout: timeout
       replicaRetryLimit: 0 // a failed run would mostly fail again, and be billed again
-      secrets: hasToken ? [tokenSecret] : []
+      secrets: hasToken ? [environmentSecret, tokenSecret] : [environmentSecret]
       // Azure reads the key vault with it; the containers cannot use it.
       identitySettings: [{ identity: identity.id, lifecycle: 'None' }]
     }
@@ -270,7 +281,7 @@ resource job 'Microsoft.App/jobs@2025-07-01' = {
           name: 'finetuning'
           image: image
           command: ['bash', '-euo', 'pipefail', '-c']
-          args: ['cd "$WORKSPACE_MOUNT" && ${join(defaultCommands, ' && ')}']
+          args: ['${start}${join(defaultCommands, ' && ')}']
           env: concat(mountVariables, noTelemetry, hasToken ? [{ name: 'HF_TOKEN', secretRef: 'hf-token' }] : [])
           resources: { cpu: size.cpu, memory: size.memory }
           volumeMounts: [{ volumeName: 'workspace', mountPath: '/mount' }]

@@ -64,6 +64,13 @@ param keyVaultName string
 @description('A token of the Hugging Face hub, for gated models; not needed with a key vault. Empty: no token.')
 param hfToken string = ''
 
+@secure()
+@description('Seals the Python environments on the share, the same for the job and the app. infra/azure.py draws it.')
+param environmentKey string = newGuid()
+
+@description('The SHA-256 of the code that runs; infra/azure.py sets it with each start. none: nothing was sent yet.')
+param codeSha256 string = 'none'
+
 // uv 0.9.30 on Python 3.12 and Debian 12, as tagged ghcr.io/astral-sh/uv:0.9.30-python3.12-bookworm-slim. A tag can be
 // moved, a digest cannot; many public Dockerfiles name this one. For a newer one, put what this prints into both files:
 //   docker buildx imagetools inspect ghcr.io/astral-sh/uv:VERSION-python3.12-bookworm-slim
@@ -102,7 +109,11 @@ var mountVariables = [
   { name: 'WORKSPACE_MOUNT', value: '/mount' }
   { name: 'HF_HOME', value: '/mount/.cache/huggingface' } // a model is downloaded once
   { name: 'PYTHONUNBUFFERED', value: '1' }
+  { name: 'CODE_SHA256', value: codeSha256 }
+  { name: 'ENVIRONMENT_KEY', secretRef: 'environment-key' }
 ]
+var start = loadTextContent('../start.sh')
+var environmentSecret = { name: 'environment-key', value: environmentKey }
 // The same as in setup/no_telemetry.py, for commands that do not import it.
 var noTelemetry = [
   { name: 'ORT_DISABLE_TELEMETRY', value: '1' }
@@ -128,11 +139,11 @@ var keySecret = empty(keyVaultName)
   ? { name: 'chat-api-key', value: chatApiKey }
   : { name: 'chat-api-key', keyVaultUrl: '${vaultSecrets}/chat-api-key', identity: identity.id }
 
-// A new share is empty, and Azure refuses an app that never responds. In that case this start serves only /health;
+// Nothing was sent yet, and Azure refuses an app that never responds. In that case this start serves only /health;
 // `deploy` sends the workspace, and restarts the app.
 var answerHealth = 'mkdir -p /tmp/new/health && exec python3 -m http.server 7860 --directory /tmp/new'
 var prepare = 'source infra/environment.sh && python setup/get_model.py'
-var isNew = '[ ! -e infra/environment.sh ]'
+var isNew = '[ "$CODE_SHA256" = none ]'
 
 // ---- The share with the workspace, the models and the Python environments
 
@@ -283,7 +294,7 @@ resource app 'Microsoft.App/containerApps@2025-07-01' = {
       activeRevisionsMode: 'Single'
       // For everyone with the key: without one, inference/gradio_chat.py does not start.
       ingress: { external: true, targetPort: 7860, allowInsecure: false, ipSecurityRestrictions: ipSecurityRestrictions }
-      secrets: hasToken ? [keySecret, tokenSecret] : [keySecret]
+      secrets: hasToken ? [keySecret, environmentSecret, tokenSecret] : [keySecret, environmentSecret]
       // Azure reads the key vault with it; the containers cannot use it.
       identitySettings: [{ identity: identity.id, lifecycle: 'None' }]
     }
@@ -294,7 +305,7 @@ resource app 'Microsoft.App/containerApps@2025-07-01' = {
           name: 'prepare'
           image: image
           command: ['bash', '-euo', 'pipefail', '-c']
-          args: ['cd "$WORKSPACE_MOUNT" && if ${isNew}; then exit; fi && ${prepare}']
+          args: ['if ${isNew}; then exit; fi\n${start}${prepare}']
           env: concat(mountVariables, noTelemetry, hasToken ? [{ name: 'HF_TOKEN', secretRef: 'hf-token' }] : [])
           resources: { cpu: 2, memory: '4Gi' }
           volumeMounts: [{ volumeName: 'workspace', mountPath: '/mount' }]
@@ -305,7 +316,7 @@ resource app 'Microsoft.App/containerApps@2025-07-01' = {
           name: 'inference'
           image: image
           command: ['bash', '-euo', 'pipefail', '-c']
-          args: ['cd "$WORKSPACE_MOUNT" && if ${isNew}; then ${answerHealth}; fi && ${join(defaultCommands, ' && ')}']
+          args: ['if ${isNew}; then ${answerHealth}; fi\n${start}${join(defaultCommands, ' && ')}']
           env: concat(mountVariables, noTelemetry, [
             { name: 'HF_HUB_OFFLINE', value: '1' }
             { name: 'CHAT_API_KEY', secretRef: 'chat-api-key' }
