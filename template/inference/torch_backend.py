@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from chat_template import ChatTemplate
 from engine import ChatError, Generation, Source, same_start
-from sources import BASE, TUNE, read_yaml
+from sources import BASE, OWN_CODE, TUNE, needs_code, read_yaml
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # deprecation warnings of the libraries
 DAMAGED = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what transformers raises for damaged files
@@ -65,16 +65,19 @@ class TorchBackend:
                 device_map="auto" if torch.cuda.device_count() > 1 else device,
                 quantization_config=quantization,
                 local_files_only=True,
+                trust_remote_code=False,  # otherwise transformers asks in a terminal whether to run the model's code
             )
         except torch.OutOfMemoryError as error:
             raise ChatError(f"The GPU's memory is too small for {source.base}: close what else uses it.") from error
         except DAMAGED as error:
             raise damaged(source, error) from error
         try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
         except DAMAGED as error:
             if not source.adapter:
                 raise damaged(source, error) from error
+            if needs_code(error):
+                raise ChatError(f"The tokenizer in {source.adapter} {OWN_CODE}: {TUNE} again, {BASE}") from error
             raise ChatError(f"The tokenizer in {source.adapter} is missing or damaged: {TUNE} again, {BASE}") from error
         if not tokenizer.chat_template:  # a base model's tokenizer
             tokenizer.chat_template = read_yaml(root, "setup/model.yaml")["chat_template"]
@@ -260,6 +263,8 @@ def same_rotation(config: Any) -> int:
 
 def damaged(source: Source, error: Exception) -> ChatError:
     """Return the error for base model files that cannot be read."""
+    if needs_code(error):
+        return ChatError(f"The base model {source.base} {OWN_CODE}: choose a model that transformers knows.")
     reason = str(error).strip().partition("\n")[0][:200].rstrip(".!:")
     return ChatError(
         f"The base model {source.base} cannot be loaded ({reason}): run `python setup/get_model.py`, or for a folder "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from az import AzureError
+from az import AzureError, shown
 from logs import OVER, follow
 from provisioned import Provisioned
 from share import Share
@@ -69,5 +69,5 @@ def pull() -> None:
     finished = fetch(Share(Provisioned("finetuning").config))
     if finished is None:
         raise AzureError("The job has no result yet: `python infra/azure.py status` shows its state.")
-    print(f"models/ has the results of the run that finished at {finished}.")
+    print(f"models/ has the results of the run that finished at {shown(finished)}.")
     print("Next: python setup/get_model.py, then python inference/console_chat.py")

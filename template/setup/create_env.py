@@ -16,12 +16,12 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
@@ -119,15 +119,30 @@ def create(manager: str, purpose: str, dry_run: bool) -> None:
 @contextmanager
 def alone(what: str) -> Iterator[None]:
     """Hold a lock on the environment: wait for other runs that create the same one, and make others wait."""
-    # Not next to the environment, which may not exist yet; not deleted, since another run may wait for it.
-    home = os.path.expanduser("~")  # noqa: PTH111 - Path's fails for an account without one
-    name = hashlib.sha256(f"{home} {what}".encode()).hexdigest()[:16]
-    with Path(tempfile.gettempdir(), f"create_env-{name}.lock").open("a") as file:
+    with lock_file(what).open("a") as file:
         if not locked(file.fileno(), wait=False):
             print("Another run is creating this environment: waiting for it. Ctrl-C ends the wait.", flush=True)
             while not locked(file.fileno(), wait=True):
                 pass
         yield
+
+
+def lock_file(what: str) -> Path:
+    """Return the lock's file: in this user's cache, as anybody could lock one in the folder for temporary files.
+
+    Not next to the environment, which may not exist yet; not deleted, since another run may wait for it. An account
+    without a home folder has the lock in setup/.
+    """
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path's fails for an account without one
+    name = f"create_env-{hashlib.sha256(what.encode()).hexdigest()[:16]}.lock"
+    for folder in (home / ".cache" / "copier-finetune", SETUP):
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch(mode=0o600)  # nobody else can open it, and so lock it
+            about = (folder / name).lstat()
+            if stat.S_ISREG(about.st_mode) and (sys.platform == "win32" or about.st_uid == os.geteuid()):
+                return folder / name
+    raise SetupError(f"{SETUP} cannot be written to: give yourself write permission.")
 
 
 def locked(file: int, wait: bool) -> bool:
