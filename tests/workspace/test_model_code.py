@@ -29,10 +29,8 @@ def trained(workspace: Path) -> Path:
     config = workspace / "finetuning" / "olive-config.yaml"
     text = config.read_text(encoding="utf-8")
     short = text.replace("max_steps: ", "max_steps: 4  # ").replace("model_at_end: true", "model_at_end: false")
-    short = short.replace("model_path: models/demo", f"model_path: {base_of(workspace)}")
-    short = short.replace(
-        "train_file: dataset/sample-train.jsonl", f"train_file: {base_of(workspace).with_name('rows.jsonl')}"
-    )
+    for named, elsewhere in (("models/demo", "base"), ("dataset/sample-train.jsonl", "rows.jsonl")):
+        short = short.replace(json.dumps(named), json.dumps(str(base_of(workspace).with_name(elsewhere))))
     config.write_text(short, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(sys, "argv", ["invoke_olive.py", "--keep-worse"])
@@ -81,25 +79,20 @@ def said(workspace: Path, script: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("command", "files"),
+    "command",
     [
-        ("finetuning/invoke_olive.py --check", ("config.json", "tokenizer_config.json")),
-        ("finetuning/invoke_olive.py --check", ("tokenizer_config.json",)),
-        ("finetuning/invoke_olive.py --fresh", ("config.json",)),
-        ("finetuning/invoke_olive.py --fresh", ("tokenizer_config.json",)),
-        ("finetuning/export.py", ("config.json",)),
-        ("inference/console_chat.py --engine torch", ("config.json",)),
-        ("inference/console_chat.py --baseonly", ("config.json",)),
-        ("inference/console_chat.py --baseonly", ("tokenizer_config.json",)),
-        ("inference/gradio_chat.py --baseonly --port 0", ("config.json",)),
+        "finetuning/invoke_olive.py --check",
+        "finetuning/invoke_olive.py --fresh",
+        "finetuning/export.py",
+        "inference/console_chat.py --engine torch",
+        "inference/console_chat.py --baseonly",
+        "inference/gradio_chat.py --baseonly --port 0",
     ],
 )
-def test_a_base_model_that_needs_code_is_called_so(
-    trained: Path, touched: Callable[..., None], command: str, files: tuple[str, ...]
-) -> None:
-    touched(base_of(trained), *files)
+def test_a_base_model_that_needs_code_is_called_so(trained: Path, touched: Callable[..., None], command: str) -> None:
+    touched(base_of(trained), "config.json", "tokenizer_config.json")
     shown = said(trained, *command.split())
-    assert NEEDS in shown.replace("\n", " ")
+    assert NEEDS in shown
     assert "damaged" not in shown and "torn" not in shown and "Unexpected" not in shown
 
 
@@ -119,12 +112,19 @@ def test_an_adapter_that_needs_code_is_called_so(trained: Path, touched: Callabl
 
 
 @pytest.mark.parametrize(
-    "command", ["finetuning/invoke_olive.py --smoke", "setup/get_model.py", "setup/get_model.py --onnx"]
+    "command",
+    [
+        "finetuning/invoke_olive.py --check",  # for this architecture, transformers has a tokenizer of its own
+        "finetuning/invoke_olive.py --smoke",
+        "inference/console_chat.py --baseonly --prompt hello",
+        "setup/get_model.py",
+        "setup/get_model.py --onnx",
+    ],
 )
-def test_what_does_not_load_the_model_runs_no_code_either(
+def test_what_works_without_the_code_does_not_run_it_either(
     trained: Path, touched: Callable[..., None], command: str
 ) -> None:
-    touched(base_of(trained), "config.json", "tokenizer_config.json")
+    touched(base_of(trained), "tokenizer_config.json")
     said(trained, *command.split())
 
 
@@ -133,11 +133,8 @@ def test_what_is_published_names_no_folder_of_this_machine(trained: Path) -> Non
         path for name in ("adapter", "merged", "onnx", "report") for path in (trained / "models" / name).iterdir()
     ]
     assert len(published) > 15
-    named = {
-        str(path)
-        for path in published
-        if b"somebody" in path.read_bytes() or str(trained).encode() in path.read_bytes()
-    }
+    folders = str(base_of(trained).parent).encode(), str(trained).encode()
+    named = {str(path) for path in published if any(folder in path.read_bytes() for folder in folders)}
     assert named == set()
     adapter = json.loads((trained / "models" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert adapter["base_model_name_or_path"] == "base"
