@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 from preparing.problems import DataError
 
@@ -16,15 +18,22 @@ class MemoryRoom:
     """The memory that is free when reading begins, and how much of it this process may take."""
 
     def __init__(self) -> None:
-        import psutil
+        self.process: Any = None
+        self.free = 2**62
+        with contextlib.suppress(ModuleNotFoundError):  # a Python without the workspace's packages reads rows too
+            import psutil
 
-        self.process = psutil.Process()
-        self.before = self.process.memory_info().rss
-        self.free = max(min(psutil.virtual_memory().available, container_limit() - self.before), 0)
+            self.process = psutil.Process()
+            self.free = max(min(psutil.virtual_memory().available, container_limit() - self.taken()), 0)
+        self.before = self.taken()
+
+    def taken(self) -> int:
+        """Return the bytes of memory that this process takes."""
+        return int(self.process.memory_info().rss) if self.process else 0
 
     def check_rows(self, where: str) -> None:
         """Raise DataError if what was read takes more than its share."""
-        if self.process.memory_info().rss - self.before > self.free * SHARE:
+        if self.taken() - self.before > self.free * SHARE:
             raise too_much(where, self.free)
 
     def check_text(self, text: bytearray, file: str) -> None:
