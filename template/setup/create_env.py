@@ -19,6 +19,7 @@ import shutil
 import stat
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -128,21 +129,24 @@ def alone(what: str) -> Iterator[None]:
 
 
 def lock_file(what: str) -> Path:
-    """Return the lock's file: in this user's cache, as anybody could lock one in the folder for temporary files.
+    """Return the lock's file, in a folder for temporary files that is this user's: others must not hold the lock.
 
-    Not next to the environment, which may not exist yet; not deleted, since another run may wait for it. An account
-    without a home folder has the lock in setup/.
+    Not next to the environment, which may not exist yet; not deleted, since another run may wait for it. If somebody
+    else has made that folder, the lock is in setup/.
     """
-    home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path's fails for an account without one
-    name = f"create_env-{hashlib.sha256(what.encode()).hexdigest()[:16]}.lock"
-    for folder in (home / ".cache" / "copier-finetune", SETUP):
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).touch(mode=0o600)  # nobody else can open it, and so lock it
-            about = (folder / name).lstat()
-            if stat.S_ISREG(about.st_mode) and (sys.platform == "win32" or about.st_uid == os.geteuid()):
-                return folder / name
-    raise SetupError(f"{SETUP} cannot be written to: give yourself write permission.")
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path's fails for an account without one
+    name = f"create_env-{hashlib.sha256(f'{home} {what}'.encode()).hexdigest()[:16]}.lock"
+    if sys.platform == "win32":
+        return Path(tempfile.gettempdir(), name)  # each user has a folder of their own
+    own = Path(tempfile.gettempdir(), f"create_env-{os.geteuid()}")
+    is_own = False
+    with suppress(OSError):
+        own.mkdir(mode=0o700, exist_ok=True)
+        about = own.lstat()
+        is_own = stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & 0o077
+    file = (own if is_own else SETUP) / name
+    file.touch(mode=0o600)  # nobody else can open it
+    return file
 
 
 def locked(file: int, wait: bool) -> bool:

@@ -83,15 +83,17 @@ def open_to_all() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("has_home", [True, False])
-def test_another_user_cannot_hold_the_lock_of_an_environment(open_to_all: Path, has_home: bool) -> None:
+@pytest.mark.parametrize("taken", [False, True])
+def test_another_user_cannot_hold_the_lock_of_an_environment(open_to_all: Path, taken: bool) -> None:
     import fcntl
 
     if os.geteuid() != 0:
         pytest.skip("only root can act as another user")
     workspace = SmallWorkspace(open_to_all / "workspace", open_to_all / "machine", shutil.which("uv") is not None)
-    if not has_home:
-        workspace.env["HOME"] = "/proc/nobody"
+    if taken:  # the name of the folder is no secret
+        folder = open_to_all / "machine" / "create_env-0"
+        folder.mkdir(mode=0o777)
+        os.chown(folder, NOBODY, NOBODY)
     assert workspace.run().returncode == 0
     locks = [*open_to_all.rglob("create_env-*.lock")]
     assert len(locks) == 1
