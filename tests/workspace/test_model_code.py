@@ -16,7 +16,7 @@ NEEDS = "code of its own, which is never run"
 
 
 @pytest.fixture(scope="module")
-def trained(workspace: Path) -> Path:
+def trained(workspace: Path) -> Iterator[Path]:
     """A workspace with an adapter for a base model in a folder elsewhere, and its exports."""
     import export
     import invoke_olive
@@ -37,7 +37,10 @@ def trained(workspace: Path) -> Path:
         assert invoke_olive.main() == 0
         patches.setattr(sys, "argv", ["export.py", "--agreement", "0"])
         assert export.main() == 0
-    return workspace
+    yield workspace
+    config.write_text(text, encoding="utf-8")  # other files of tests have the same workspace
+    shutil.rmtree(workspace / "models")
+    shutil.rmtree(base_of(workspace).parent)
 
 
 def base_of(workspace: Path) -> Path:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def in_terminal(*command: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def hostile(workspace: Path) -> Path:
+def hostile(workspace: Path) -> Iterator[Path]:
     """The workspace with rows that would forge lines: in texts, columns, a broken line and the name of a column."""
     row = {"prompt": f"{FORGED} asked", "completion": f"{FORGED} answered", f"a {FORGED}": FORGED}
     lines = [json.dumps({**row, "prompt": f"{number} {FORGED}"}, ensure_ascii=False) for number in range(60)]
@@ -45,11 +46,15 @@ def hostile(workspace: Path) -> Path:
     data = workspace / "dataset" / "mine.jsonl"
     data.write_bytes("\n".join(lines).encode())
     config = workspace / "finetuning" / "olive-config.yaml"
-    text = config.read_text(encoding="utf-8").replace("max_steps: ", "max_steps: 4  # ")
+    before = config.read_text(encoding="utf-8")
+    text = before.replace("max_steps: ", "max_steps: 4  # ")
     text = text.replace('"dataset/sample-train.jsonl"', '"dataset/mine.jsonl"')
     text = re.sub(r"held_out_file: \S+", "held_out_file: null", text)
     config.write_text(text.replace("model_at_end: true", "model_at_end: false"), encoding="utf-8")
-    return workspace
+    yield workspace
+    config.write_text(before, encoding="utf-8")  # other files of tests have the same workspace
+    for file in (data, data.with_name("mine.rejected.jsonl")):
+        file.unlink()
 
 
 @pytest.mark.parametrize("option", ["--check", "--smoke"])
