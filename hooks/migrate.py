@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from merging import Entry, ended_as, follow, lf, merge, read  # noqa: E402 - Copier runs this file with -I
 from refusals import Refusal, first_line, refuse, try_git  # noqa: E402
 from renames import RENAMED_FILES, RENAMED_SETTINGS, SPLIT_FILES  # noqa: E402
-from repository import TAB, Repository  # noqa: E402
+from repository import TAB, Repository, visible  # noqa: E402
 
 OWNED = ("dataset/*.jsonl",)  # the user's from the first day, as `_skip_if_exists` of copier.yml says
 KEPT = 3  # safety copies
@@ -51,11 +52,11 @@ def main() -> int:
         else:
             update.finish(given.split())
     except Refusal as refusal:
-        print(f"The update did not begin, and nothing was changed: {refusal}", file=sys.stderr)
+        print(f"The update did not begin, and nothing was changed: {visible(refusal)}", file=sys.stderr)
         return 1
     except Exception as error:  # after any error the user must know the state of the workspace
         where = f"undo it with `python {update.undo}`" if stage == "after" else "nothing was changed"
-        print(f"The update stopped ({first_line(error)}): {where}.", file=sys.stderr)
+        print(f"The update stopped ({visible(first_line(error))}): {where}.", file=sys.stderr)
         return 1
     return 0
 
@@ -134,6 +135,10 @@ class Update:
         for folder in Path(tempfile.gettempdir()).glob("*old_copy.*"):
             with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
                 rendered = folder / self.repository.prefix
+                if (
+                    not is_own(folder) or not (rendered / self.answers_file).is_file()
+                ):  # a pipe would hold this for ever
+                    continue
                 text = (rendered / self.answers_file).read_text(encoding="utf-8")
                 if yaml.safe_load(text) == answers and not (folder / ".git").exists():
                     found.append(rendered)
@@ -188,7 +193,7 @@ class Update:
             said.append(f"Values that you never chose follow the new answers: {', '.join(changed)}.")
         self.repository.put_back_others(state)
         for line in said:
-            print(line, file=sys.stderr)
+            print(visible(line), file=sys.stderr)
         (folder / "done").touch()
         self.pending.unlink()
         for older in sorted(path for path in self.copies.iterdir() if (path / "done").exists())[:-KEPT]:
@@ -318,6 +323,12 @@ class Update:
             mode = (path if path.is_file() else unfinished).stat().st_mode & 0o666
             unfinished.chmod(mode | (mode >> 2 & 0o111 if entry.executable else 0))
         unfinished.replace(path)
+
+
+def is_own(folder: Path) -> bool:
+    """Return whether this user made a folder, in which then nobody else can put anything. On Windows, each has one."""
+    about = folder.lstat()
+    return stat.S_ISDIR(about.st_mode) and (sys.platform == "win32" or about.st_uid == os.geteuid())
 
 
 def entries(answers: str) -> dict[str, str]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 TAB = "\t"  # before the name in git's listing of the index: mode, hash, stage
+
+# characters that move the cursor, end a line or turn the direction of writing
+CONTROLS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: object) -> str:
+    """Return a text with control characters as escapes like \\u001b: a repository may hold files of any name."""
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
 
 
 class Repository:

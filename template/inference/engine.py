@@ -43,8 +43,23 @@ COMPARE = "the int4 model has the adapter merged in: to compare with the base mo
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
+# characters that move the cursor, end a line or turn the direction of writing
+CONTROLS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Return a text that others have written as a terminal may show it: control characters as escapes like \\u001b.
+
+    In a terminal they could forge or hide lines, or write to the clipboard.
+    """
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text.replace("\r\n", "\n"))
+
+
 class ChatError(Exception):
     """An error for the user: what is wrong, where, and what to do."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(visible(text))
 
 
 class TooLongError(ChatError):

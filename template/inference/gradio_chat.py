@@ -11,6 +11,7 @@ import functools
 import os
 import secrets
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,9 @@ def serve(options: argparse.Namespace) -> None:
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)  # all addresses include this machine's
     address = f"http://{f'[{name}]' if ':' in name else name}:{port}/"
     failures: list[Exception] = []
+    if "GRADIO_TEMP_DIR" not in os.environ:  # the library's own, /tmp/gradio, may be another user's
+        own = tempfile.TemporaryDirectory(prefix="chat-page-", ignore_cleanup_errors=True)
+        os.environ["GRADIO_TEMP_DIR"] = own.name
 
     def prepare() -> ModelProcess:
         print("Loading the model …", flush=True)

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from chat_template import ChatTemplate
 from engine import ChatError, Generation, Source
 from prompt_cost import Pieces, free_memory, refuse_too_large, same_start
-from sources import BASE, TUNE, read_yaml
+from sources import BASE, OWN_CODE, TUNE, needs_code, read_yaml
 from torch_loading import (
     bytes_per_token,
     can_be_cut,
@@ -76,16 +76,19 @@ class TorchBackend:
                 device_map="auto" if torch.cuda.device_count() > 1 else device,
                 quantization_config=quantization,
                 local_files_only=True,
+                trust_remote_code=False,  # otherwise transformers asks in a terminal whether to run the model's code
             )
         except torch.OutOfMemoryError as error:
             raise ChatError(f"The GPU's memory is too small for {source.base}: close what else uses it.") from error
         except DAMAGED as error:
             raise damaged(source, error) from error
         try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
         except DAMAGED as error:
             if not source.adapter:
                 raise damaged(source, error) from error
+            if needs_code(error):
+                raise ChatError(f"The tokenizer in {source.adapter} {OWN_CODE}: {TUNE} again, {BASE}") from error
             raise ChatError(f"The tokenizer in {source.adapter} is missing or damaged: {TUNE} again, {BASE}") from error
         if not tokenizer.chat_template:  # a base model's tokenizer
             tokenizer.chat_template = read_yaml(root, "setup/model.yaml")["chat_template"]

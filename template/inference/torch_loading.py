@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from engine import ChatError, Source
+from sources import OWN_CODE, needs_code
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
@@ -50,6 +51,8 @@ def same_rotation(config: Any) -> int:
 
 def damaged(source: Source, error: Exception) -> ChatError:
     """Return the error for base model files that cannot be read."""
+    if needs_code(error):
+        return ChatError(f"The base model {source.base} {OWN_CODE}: choose a model that transformers knows.")
     reason = str(error).strip().partition("\n")[0][:200].rstrip(".!:")
     return ChatError(
         f"The base model {source.base} cannot be loaded ({reason}): run `python setup/get_model.py`, or for a folder "

@@ -69,8 +69,29 @@ FAILURES = {
 }
 
 
+# characters that move the cursor, end a line or turn the direction of writing
+CONTROLS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# a signature of the share, a key, a token: after its name, or by its form
+SECRET = re.compile(
+    r"(?i)((?:sig|\w*key|\w*token|\w*secret|\w*password)(?:=|%3d|[\"']?: ?[\"']?)|bearer |\bhf_(?=[a-z0-9]{30}))"
+    r"[\w%+/.~-]{16,}=*"
+)
+
+
 class AzureError(Exception):
     """An error in Azure or az: what is wrong, and the command that helps, in one sentence."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(shown(text))
+
+
+def shown(text: object) -> str:
+    """Return a text from Azure as a terminal may show it: signatures and tokens masked, control characters visible.
+
+    They could forge other lines, or write to the clipboard: a log has what the data and the model say.
+    """
+    masked = SECRET.sub(r"\1***", str(text).replace("\r\n", "\n"))
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", masked)
 
 
 def az(*words: str, stdin: str = "", show: bool = False, about: Mapping[str, str] = EMPTY) -> Any:

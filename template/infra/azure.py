@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
-from az import AzureError
+from az import AzureError, shown
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         command(options)
     except (AzureError, OSError) as error:
         if options.debug:
-            raise
+            return print_error("".join(traceback.format_exception(error)))
         return print_error(error)
     except ModuleNotFoundError as error:
         return print_error(
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def print_error(error: object) -> int:
     """Print an error; return the exit status."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {shown(error)}", file=sys.stderr)
     return 1
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import secret
-from az import AGAIN, AzureError, az, explain, require
+from az import AGAIN, AzureError, az, explain, require, shown
 from azure_settings import INFRA, Settings
 from code_archive import variable
 from provisioned import KEYS, KINDS, Provisioned
@@ -33,7 +33,7 @@ def provision(purpose: str, yes: bool, dry_run: bool) -> None:
     """Create everything for `purpose` (finetuning or inference), or only show what it would be. Raises AzureError."""
     settings = Settings.read()
     account, exists = check_account(settings)
-    print(f"Subscription {account['name']} ({account['id']}), group {settings.group} in {settings.location}")
+    print(f"Subscription {shown(account['name'])} ({account['id']}), group {settings.group} in {settings.location}")
     about = {"purpose": purpose, "group": settings.group, "location": settings.location}
     here = ["--subscription", account["id"]]
     if not exists and dry_run:

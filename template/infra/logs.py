@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import requests
 
-from az import AzureError, az
+from az import AzureError, az, shown
 from provisioned import Provisioned
 
 REPLICAS_API = "2023-11-02-preview"  # only preview versions have the replicas of an execution
@@ -32,7 +32,7 @@ def logs(follow_it: bool) -> None:
         follow(job, newest["name"])
     elif stream := replica(job, newest["name"]):
         for line in lines(job, stream, follow=False):
-            print(line)
+            print(shown(line))
     else:
         print(f"{newest['name']} is queued: Azure has no GPU for it yet.")
 
@@ -44,7 +44,7 @@ def follow(job: Provisioned, execution: str) -> None:
     while True:
         stream, before = replica(job, execution), printed
         for line in unseen(lines(job, stream), printed) if stream else ():
-            print(line, flush=True)
+            print(shown(line), flush=True)
             printed = [*printed[1 - TAIL :], line]
         state = job.az("execution", "show", "--job-execution-name", execution)["properties"]["status"]
         if state in OVER:
@@ -106,7 +106,7 @@ def print_kept(job: Provisioned, execution: str) -> None:
     options = ["--url", url, "--resource", "https://api.loganalytics.io", "--body", "@-"]
     answer = az("rest", "--method", "post", *options, stdin=json.dumps({"query": query}))
     for row in answer["tables"][0]["rows"]:
-        print(row[0])
+        print(shown(row[0]))
     if not answer["tables"][0]["rows"]:
         print(
             f"{execution} has ended; its log will be in Log Analytics in some minutes: run this again then.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from az import AzureError
+from az import AzureError, shown
 from azure_settings import INFRA
 from code_archive import send_code, set_variable
 from logs import OVER, follow
@@ -78,5 +78,5 @@ def pull() -> None:
     finished = fetch(Share(Provisioned("finetuning").config))
     if finished is None:
         raise AzureError("The job has no result yet: `python infra/azure.py status` shows its state.")
-    print(f"models/ has the results of the run that finished at {finished}.")
+    print(f"models/ has the results of the run that finished at {shown(finished)}.")
     print("Next: python setup/get_model.py, then python inference/console_chat.py")

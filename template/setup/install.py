@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from installed import ROOT, canonical, conda_distributions, project, python_in, site_packages, torch_versions
+from visible import visible
 
 LOG = ROOT / "setup" / "create_env.log"
 TORCH_INDEX = {"cpu": "https://download.pytorch.org/whl/cpu", "gpu": "https://download.pytorch.org/whl/cu130"}
@@ -39,6 +40,9 @@ NOT_COMPILED = rf"site-packages[\\/](?!({COMPILED})[\\/])|[\\/](tests?|testing|m
 
 class SetupError(Exception):
     """An error that the user can fix: what is wrong, where, and what to do."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(visible(text))
 
 
 def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
@@ -239,7 +243,7 @@ def quoted(command: list[str]) -> str:
 def log(text: str) -> None:
     """Append text to the log."""
     with LOG.open("a", encoding="utf-8") as file:
-        file.write(hide_passwords(text))
+        file.write(visible(hide_passwords(text)))
 
 
 def works(command: list[str | Path]) -> bool:

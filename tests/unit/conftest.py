@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPTS = ("create_env.py", "conda_environment.py", "gpu.py", "install.py", "installed.py")
+SCRIPTS = ("create_env.py", "conda_environment.py", "gpu.py", "install.py", "installed.py", "visible.py")
 
 
 def with_hash(wheel: Path, line: str) -> str:

@@ -36,7 +36,7 @@ def create_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Return the script as a module, in a workspace of its own, on a machine without conda and uv."""
     setup = tmp_path / "my workspace" / "setup"
     setup.mkdir(parents=True)
-    scripts = ("create_env.py", "conda_environment.py", "gpu.py", "install.py", "installed.py")
+    scripts = ("create_env.py", "conda_environment.py", "gpu.py", "install.py", "installed.py", "visible.py")
     for script in scripts:
         shutil.copy(REPOSITORY / "template" / "setup" / script, setup)
     (setup / "environment.toml").write_text('manager = "auto"\ndevice = "cpu"\npython = "3.11"\n')

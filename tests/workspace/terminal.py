@@ -34,6 +34,19 @@ class Terminal:
         before, self.seen = self.seen.split(text, 1)
         return before + text
 
+    def to_the_end(self) -> str:
+        """Read until the process ends; return all that it showed."""
+        while True:
+            assert select.select([self.keyboard], [], [], 120)[0], f"waited for the end, and there is {self.seen!r}"
+            try:
+                read = os.read(self.keyboard, 65536)
+            except OSError:  # Linux: nobody has the other side open any more
+                read = b""
+            if not read:
+                self.process.wait(timeout=60)
+                return self.seen
+            self.seen += read.decode(errors="replace").replace("\r\n", "\n")
+
     def type(self, text: str) -> None:
         os.write(self.keyboard, text.encode())
 

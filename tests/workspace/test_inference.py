@@ -819,6 +819,16 @@ sys.exit(console_chat.main(sys.argv[2:]))
 """
 
 
+def test_a_folder_of_gradio_s_that_is_another_user_s_does_not_end_the_page(tuned: Path, tmp_path: Path) -> None:
+    (tmp_path / "gradio").touch()  # no folder can be made there, as in one that another user has closed
+    command = [sys.executable, "-B", str(tuned / "inference" / "gradio_chat.py"), "--port", "0"]
+    with Terminal(["env", f"TMPDIR={tmp_path}", *command]) as terminal:
+        terminal.wait_for("Chat at http://")
+        terminal.type("\x03")
+        assert "Traceback" not in terminal.to_the_end()
+    assert [path.name for path in tmp_path.iterdir()] == ["gradio"]
+
+
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on_until_ctrl_c_at_its_prompt(tuned: Path) -> None:
     with Terminal([sys.executable, "-B", "-c", SLOWLY, str(tuned / "inference")]) as terminal:
         banner = terminal.wait_for("You: ")
