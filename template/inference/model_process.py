@@ -121,7 +121,7 @@ class ModelProcess:
             if isinstance(error, BrokenError):
                 reason = str(error).removesuffix(AGAIN)
             raise BrokenError(
-                f"{reason}it is started again, so send the request once more, or a shorter one."
+                f"{reason}the model is loaded again, so send the request once more, or a shorter one."
             ) from error
         finally:
             if running:  # the reader has gone
@@ -217,7 +217,7 @@ def end_with_the_server() -> None:
 def portable(error: Exception) -> Exception:
     """Return an error that can be sent, with its traceback as a note."""
     try:
-        pickle.loads(pickle.dumps(error))
+        pickle.loads(pickle.dumps(error))  # noqa: S301 (an error of this process)
     except Exception:
         error = RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
     error.add_note("".join(traceback.format_exception(error)))

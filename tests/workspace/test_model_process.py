@@ -94,7 +94,7 @@ def times_of_health(address: str, until: Callable[[], bool]) -> tuple[set[int], 
     return statuses, sorted(times)[len(times) * 19 // 20]
 
 
-ENDS = "The process of the model ended in the middle of this answer ({}): it is started again"
+ENDS = "The process of the model ended in the middle of this answer ({}): the model is loaded again"
 
 
 @pytest.mark.parametrize(("what", "cause"), [("abort", "SIGABRT"), ("kill", "SIGKILL, as when the memory is full")])
@@ -116,8 +116,8 @@ def test_a_gpu_that_has_failed_gets_a_new_process(address: str) -> None:
     status, message = ask(address, "break")
     assert (status, message) == (
         503,
-        "The GPU has failed (CUDA error: device-side assert triggered): it is started again, so send the request once "
-        "more, or a shorter one.",
+        "The GPU has failed (CUDA error: device-side assert triggered): the model is loaded again, so send the request "
+        "once more, or a shorter one.",
     )
     assert ask(address, "hello") == (200, "well")
     assert ask(address, "pid")[1] != before
