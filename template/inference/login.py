@@ -73,7 +73,9 @@ class Login:
     def page(self, said: str = ASKS, status: int = 401) -> Response:
         """Return the page that asks for the key."""
         form = FORM.format(action=f"{self.path}/login", said=said)
-        return HTMLResponse(form, status, {"Content-Security-Policy": POLICY, "Cache-Control": "no-store"})
+        headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-store"}
+        # without a referrer, the browser would send the form with the origin "null"
+        return HTMLResponse(form, status, headers | {"Referrer-Policy": "same-origin"})
 
     def answer(self, body: bytes, address: str, browser: bool, https: bool) -> Response:
         """Answer a login: the cookie, and a browser is sent to the page."""
