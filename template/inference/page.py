@@ -20,7 +20,7 @@ from request_queue import RequestQueue
 STYLE = """
 .columns { flex: 1 1 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));
   grid-auto-rows: minmax(16rem, 1fr); align-items: stretch; }
-.columns > .block { contain: size; }
+.columns > .block { contain: strict; }
 .columns label { position: static; align-self: start; }
 .columns .top-panel { display: none; }
 input[type=range]::-webkit-slider-thumb { background: var(--primary-600); }
@@ -107,7 +107,7 @@ def build_page(queue: RequestQueue) -> gr.Blocks:
     engine = queue.engine
     source, most = engine.source, min(4096, engine.backend.context)
     adapter = f"adapter **{source.adapter}** ({source.method})" if source.adapter else "**the base model alone**"
-    column: dict[str, Any] = {"height": None, "buttons": ["copy"]}
+    column: dict[str, Any] = {"height": None, "buttons": ["copy"], "render_markdown": False}
     button: dict[str, Any] = {"min_width": 60}
 
     with gr.Blocks(title=f"Chat with {source.base}", fill_height=True, analytics_enabled=False) as page:
@@ -126,6 +126,7 @@ def build_page(queue: RequestQueue) -> gr.Blocks:
             gr.Markdown(f"{COMPARE[0].upper()}{COMPARE[1:]}.")
         with gr.Accordion("Settings", open=False):
             settings = draw_settings(source.system_prompt, most)
+            markdown = gr.Checkbox(label="Format answers as Markdown", info="Off: exactly what the model said.")
         if table := metrics_table(source.run):
             with gr.Accordion("Before and after fine-tuning", open=False):
                 gr.Markdown(table)
@@ -164,6 +165,7 @@ def build_page(queue: RequestQueue) -> gr.Blocks:
         stop.click(None, cancels=[answering])
         clear.click(None, cancels=[answering]).then(lambda: ([], []), None, [tuned, base], **quick)
         compare.change(lambda comparing: gr.Chatbot(visible=comparing), compare, base, **quick)
+        markdown.change(lambda wanted: [gr.Chatbot(render_markdown=wanted)] * 2, markdown, [tuned, base], **quick)
 
         async def ask(
             question: str,
