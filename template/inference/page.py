@@ -17,7 +17,8 @@ from engine import COMPARE, Generation, Message
 from request_queue import RequestQueue
 
 # The columns are side by side if there is room, share the remaining height, and scroll separately below their names.
-# Nothing in an answer is drawn outside its column. Gradio's own clear buttons would clear only one column, and its slider knobs are white on white.
+# Nothing in an answer is drawn outside its column. Gradio's own clear buttons would clear only one column, and its
+# slider knobs are white on white.
 STYLE = """
 .columns { flex: 1 1 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));
   grid-auto-rows: minmax(16rem, 1fr); align-items: stretch; }
@@ -29,6 +30,13 @@ input[type=range]::-webkit-slider-thumb { background: var(--primary-600); }
 input[type=range]::-moz-range-thumb { background: var(--primary-600); }
 .prose :is(th, td) { padding: 0.3rem 0.6rem; word-break: normal; overflow-wrap: normal; }
 """
+# How a column shows its texts, without Markdown and with it. The button copies what Gradio has, and that is HTML without
+# Markdown: there, users select the text.
+FORMULA = {"left": "$$", "right": "$$", "display": True}
+SHOWN: dict[bool, dict[str, Any]] = {
+    False: {"render_markdown": False, "latex_delimiters": [], "buttons": []},
+    True: {"render_markdown": True, "latex_delimiters": [FORMULA], "buttons": ["copy"]},
+}
 # The system font, since no other is loaded; a blue on which white text is readable in light and dark mode.
 THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]).set(
     button_primary_background_fill="*primary_600",
@@ -112,7 +120,7 @@ def build_page(queue: RequestQueue) -> gr.Blocks:
     engine = queue.engine
     source, most = engine.source, min(4096, engine.backend.context)
     adapter = f"adapter **{source.adapter}** ({source.method})" if source.adapter else "**the base model alone**"
-    column: dict[str, Any] = {"height": None, "buttons": [], "render_markdown": False}
+    column: dict[str, Any] = {"height": None, **SHOWN[False]}
     button: dict[str, Any] = {"min_width": 60}
 
     with gr.Blocks(title=f"Chat with {source.base}", fill_height=True, analytics_enabled=False) as page:
@@ -210,14 +218,10 @@ def draw_settings(system_prompt: str, most: int) -> list[Any]:
 
 
 def show_again(tuned: list[Any], base: list[Any], markdown: bool) -> list[Any]:
-    """Return both columns with Markdown after they were shown without it, or the other way round.
-
-    The button copies what Gradio has, which is HTML without Markdown; there, users select the text.
-    """
+    """Return both columns with Markdown after they were shown without it, or the other way round."""
     chat = Chat.shown(tuned, base, not markdown)
     chat.markdown = markdown
-    buttons: list[Any] = ["copy"] if markdown else []
-    return [gr.Chatbot(column, render_markdown=markdown, buttons=buttons) for column in chat.columns()]
+    return [gr.Chatbot(column, **SHOWN[markdown]) for column in chat.columns()]
 
 
 def usable(answering: bool = False) -> list[Any]:
