@@ -89,21 +89,24 @@ POISONED = [
     "<input type=image src={evil}/54.png></form>",
     "<details open ontoggle=\"document.title='ran'\"><summary>a</summary></details>",
     "<input autofocus onfocus=\"document.title='ran'\"><marquee onstart=\"document.title='ran'\">a</marquee>",
-    "<body onload=\"document.title='ran'\"><div onmouseover=\"document.title='ran'\" style='position: fixed'>",
+    "<body onload=\"document.title='ran'\"><div onmouseover=\"document.title='ran'\" style='position: fixed'>a</div>",
     "<div style='position: fixed; inset: 0; z-index: 9999; background: red' id=over>over the page</div>",
     "<template><img src={evil}/55></template><x-y onclick=\"document.title='ran'\">click</x-y>",
     "<portal src={evil}/56></portal><fencedframe src={evil}/57></fencedframe>",
 ]
-TITLE = "Chat with models/demo"
+GROUPS = 11  # answers, each with several of them
 
 
 class Poison:
-    """Answers with what it is asked, at once."""
+    """Answers a number with the poisons of that group."""
 
-    description, context, notices, switchable = "poison", 6000, [], False  # type: ignore[var-annotated]
+    description, context, notices, switchable = "poison", 16000, [], False  # type: ignore[var-annotated]
+
+    def __init__(self, evil: str) -> None:
+        self.evil = evil
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        return messages[-1]["content"]
+        return "\0".join(turn["content"] for turn in messages)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -112,7 +115,11 @@ class Poison:
         return bytes(tokens).decode(errors="replace")
 
     def generate(self, prompt: list[int], generation: Any) -> Iterator[int]:
-        yield from prompt
+        yield from self.encode(poisons(int(self.decode(prompt).rpartition("\0")[2]), self.evil))
+
+
+def poisons(group: int, evil: str) -> str:
+    return "\n\n".join(poison.format(evil=evil) for poison in POISONED[group::GROUPS])
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +140,11 @@ def evil() -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.fixture(scope="module")
-def address(workspace: Path) -> Iterator[str]:
+def address(workspace: Path, evil: tuple[str, list[str]]) -> Iterator[str]:
     with inference_of(workspace):
         from engine import Engine, Source
 
-        engine = Engine(Source("models/demo", None, None, "lora", "float32", ""), Poison())
+        engine = Engine(Source("models/demo", None, None, "lora", "float32", ""), Poison(evil[0]))
         with served(lambda: engine) as (address, _):
             yield address
 
@@ -174,39 +181,46 @@ COVERED = """() => [...document.querySelectorAll('textarea, button')]
     return above && above.closest('[role=log]') }).map(e => e.outerHTML.slice(0, 99))"""
 
 
-@pytest.mark.parametrize("markdown", [False, True], ids=["as it is", "Markdown"])
-def test_no_answer_loads_posts_runs_or_covers_anything(
-    page: Page, address: str, evil: tuple[str, list[str]], markdown: bool
-) -> None:
+def test_no_answer_loads_posts_runs_or_covers_anything(page: Page, address: str, evil: tuple[str, list[str]]) -> None:
     there, met = evil
-    page.get_by_label("Format answers as Markdown").set_checked(markdown)
     asked: list[str] = []
-    used = ("gradio_api/queue/", "gradio_api/run/predict", "gradio_api/cancel", "gradio_api/reset", "assets/")
-    page.on(
-        "request",
-        lambda request: (
-            request.url.startswith((*(address + path for path in used), "data:", "blob:"))
-            or asked.append(f"{request.method} {request.url}")
-        ),
+    used = (
+        "gradio_api/queue/",
+        "gradio_api/run/predict",
+        "gradio_api/cancel",
+        "gradio_api/reset",
+        "assets/",
+        "static/",
     )
-    opened: list[str] = []
-    page.context.on("page", lambda new: opened.append(new.url))
-    title, url = page.title(), page.url
-    send = page.get_by_role("button", name="Send", exact=True)
-    for number in range(0, len(POISONED), 11):  # several in a conversation, all of them in the page at once
-        page.get_by_role("button", name="Clear", exact=True).click()
-        expect(page.locator(".bot.message")).to_have_count(0)
-        for count, poison in enumerate(POISONED[number : number + 11], 1):
-            text = poison.format(evil=there)
-            page.get_by_label("Your message").fill(text)
-            with page.expect_response("**/run/predict"):  # when the answer has ended
-                page.get_by_label("Your message").press("Enter")
-            expect(page.locator(".bot.message")).to_have_count(count)
-            expect(send).to_be_enabled()
-            if not markdown:
-                expect(page.locator(".bot.message").last).to_have_text(text)
+    ours = (*(address + path for path in used), "data:", "blob:")
+
+    def watch(request: Any) -> None:
+        """Note a request, unless the browser has stopped it; the other server notes what reaches it."""
+        if not request.url.startswith(ours) and not request.failure:
+            asked.append(f"{request.method} {request.url}")
+
+    page.on("requestfinished", watch)
+    page.on("requestfailed", watch)
+    page.context.on("page", lambda new: asked.append(f"a window with {new.url}"))
+    url = page.url
+    box, send = page.get_by_label("Your message"), page.get_by_role("button", name="Send", exact=True)
+    for group in range(GROUPS):
+        box.fill(str(group))
+        box.press("Enter")
+        expect(box).to_have_value("")
+        expect(send).to_be_enabled()
+    answers = page.locator(".bot.message")
+    assert answers.all_inner_texts() == [poisons(group, there) for group in range(GROUPS)]
+    for markdown in (False, True):
+        page.get_by_label("Format answers as Markdown").set_checked(markdown)
+        if markdown:
+            expect(answers.locator("form")).not_to_have_count(0)  # so there is something to try
         page.evaluate(TRY)
-        page.wait_for_timeout(200)
-        assert (page.title(), page.url) == (title, url)
+        page.wait_for_timeout(500)
+        assert (asked, met) == ([], [])
+        assert page.title() not in ("ran", "1")
+        assert page.url == url
         assert page.evaluate(COVERED) == []
-    assert (asked, met, opened) == ([], [], [])
+    box.fill("0")
+    box.press("Enter")
+    expect(answers).to_have_count(GROUPS + 1)  # and the page goes on working
