@@ -7,6 +7,7 @@ import hashlib
 import re
 
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # Scripts are the files of Gradio, and those in the page by their hashes. Answers may contain styles and images, but
@@ -49,7 +50,12 @@ class PagePolicy:
         if scope["type"] == "http" and scope["path"] == "/":  # a compressed page could not be read here
             headers = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
             scope = {**scope, "headers": headers, "query_string": b""}
-        await self.app(scope, receive, send_with_policy)
+        try:
+            await self.app(scope, receive, send_with_policy)
+        except RuntimeError as error:  # Gradio has no such session, for example after a restart, and says so too late
+            if not isinstance(error.__cause__, HTTPException):
+                raise
+            await send({"type": "http.response.body", "body": b""})
 
 
 def policy(html: str) -> str:
