@@ -159,8 +159,6 @@ async def read_request(request: Request) -> ChatRequest:
         body = await request.body()
     except ClientDisconnect as error:
         raise ApiError(499, "The client has gone.") from error  # nobody reads this
-    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
-        raise ApiError(415, f"The body is compressed ({coding}): send it without the header Content-Encoding.")
     fields = parsed(body, request.headers.get("content-type", ""))
     if not isinstance(fields, dict):
         raise ApiError(400, "The body is JSON, but not an object with the fields model and messages.")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import secrets
 import sys
 import tempfile
 from pathlib import Path
@@ -22,9 +21,6 @@ from model_process import ModelProcess
 
 if TYPE_CHECKING:
     from request_queue import RequestQueue
-
-# The browser loads nothing from other sites, not even an image in an answer.
-POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,9 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="PATH",
         help="where a proxy shows this: a path, or the whole address, which needs no header of the proxy's",
     )
-    parser.add_argument(
-        "--proxy-headers", action="store_true", help="trust the proxy's X-Forwarded-Host (default: only Host)"
-    )
+    parser.add_argument("--proxy-headers", action="store_true", help="trust the proxy's X-Forwarded-Host and -For")
     parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     options = parser.parse_args(arguments)
     try:
@@ -111,7 +105,7 @@ def serve(options: argparse.Namespace) -> None:
 
     app = create_app(
         prepare,
-        lambda queue: open_page(queue, options.api_key, root_path),
+        lambda queue: open_page(queue, root_path),
         is_ready,
         fail,
         options.host,
@@ -125,7 +119,7 @@ def serve(options: argparse.Namespace) -> None:
         raise failures[0]
 
 
-def open_page(queue: RequestQueue, key: str, root_path: str = "") -> Any:
+def open_page(queue: RequestQueue, root_path: str = "") -> Any:
     """Return the page as an application that records nothing and loads nothing from other sites.
 
     A proxy shows it at `root_path`, a path or a whole address.
@@ -134,20 +128,17 @@ def open_page(queue: RequestQueue, key: str, root_path: str = "") -> Any:
     from fastapi import FastAPI
 
     from page import STYLE, THEME, build_page
+    from page_policy import PagePolicy
 
-    def is_key(_: str, password: str) -> bool:
-        return secrets.compare_digest(password.encode(), key.encode())
-
+    page = FastAPI(openapi_url=None)
+    page.add_middleware(PagePolicy)
     return gr.mount_gradio_app(
-        FastAPI(openapi_url=None),
+        page,
         build_page(queue).queue(),
         "/",
         root_path=root_path or None,
-        auth=is_key if key else None,
-        auth_message="The password is the API key; the user name may be any.",
         theme=THEME,
         css=STYLE,
-        head=f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         run_history=False,
         footer_links=[],
         ssr_mode=False,

@@ -17,6 +17,8 @@ from az import AzureError
 from azure_settings import INFRA
 from provisioned import Provisioned
 
+SHORTEST = 16  # characters of the app's key, which everybody on the internet could guess
+
 
 def set_secret(name: str, purpose: str) -> None:
     """Set a secret of the job or the app, and a variable that refers to it; ask for the value. Raises AzureError."""
@@ -33,6 +35,9 @@ def ask(name: str) -> str:
     if not value.strip():
         how = f"type it when asked, or set the variable (`read -rs {name}; export {name}`)"
         raise AzureError(f"{name} is empty: {how}.")
+    if name == "CHAT_API_KEY" and len(value.strip()) < SHORTEST:
+        how = """python -c "import secrets; print(secrets.token_urlsafe())\""""
+        raise AzureError(f"{name} is too short: take one of at least {SHORTEST} characters, for example from `{how}`.")
     return value.strip()
 
 

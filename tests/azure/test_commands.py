@@ -110,3 +110,13 @@ def test_help_is_fast_and_names_every_command(workspace: Path) -> None:
 
 def test_a_local_workspace_has_no_azure_files() -> None:
     assert not (RENDERED / "infra").exists()
+
+
+@pytest.mark.parametrize("key", ["a", "fifteen letters"])
+def test_a_short_key_of_the_app_is_refused(workspace: Path, key: str) -> None:
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import secret; secret.ask('CHAT_API_KEY')"
+    command = [sys.executable, "-c", program, workspace / "infra"]
+    env = os.environ | {"CHAT_API_KEY": key}
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env, check=False)
+    assert done.returncode == 1
+    assert "CHAT_API_KEY is too short: take one of at least 16 characters" in done.stderr

@@ -41,7 +41,7 @@ def served(
     import gradio_chat
 
     def open_page(queue: Any) -> Any:
-        return gradio_chat.open_page(queue, key, root_path)
+        return gradio_chat.open_page(queue, root_path)
 
     with serving(prepare, open_page, key, root_path, proxy_headers) as (address, app, ready):
         assert ready.wait(60)

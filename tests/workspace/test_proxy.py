@@ -106,8 +106,7 @@ def test_the_password_is_required_behind_a_proxy(browser: Browser) -> None:
     with behind(location, KEY, **options) as address:
         page = browser.new_page()
         page.goto(address)
-        page.get_by_label("username").fill("me")
-        page.get_by_label("password").fill(KEY)
+        page.get_by_label("API key").fill(KEY)
         page.get_by_role("button", name="Login").click()
         page.get_by_label("Your message").fill("Hello there")
         page.get_by_label("Your message").press("Enter")
