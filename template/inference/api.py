@@ -17,8 +17,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.sse import EventSourceResponse, format_sse_event
 
-from api_error import ApiError
-from chat_request import ChatRequest, read_request
+from api_error import ERRORS, ApiError
+from chat_request import DESCRIPTION, ChatRequest, read_request
 from engine import BrokenError, ChatError, TooLongError, Usage
 from request_queue import RequestQueue, Ticket
 
@@ -28,7 +28,7 @@ AT_ONCE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx woul
 logger = logging.getLogger("uvicorn.error")
 
 
-router = APIRouter()
+router = APIRouter(responses=ERRORS)
 
 
 async def open_queue(request: Request) -> RequestQueue:
@@ -72,7 +72,7 @@ def check_name(name: str, queue: RequestQueue) -> None:
         raise ApiError(404, message, "model_not_found", "model")
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", openapi_extra=DESCRIPTION)
 async def complete(
     wanted: Annotated[ChatRequest, Depends(read_request)],
     request: Request,

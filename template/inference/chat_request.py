@@ -147,6 +147,12 @@ class ChatRequest(Fields):
         )
 
 
+# The body for the description of the API, which FastAPI does not see: `read_request` reads it.
+PLACE = "#/paths/~1v1~1chat~1completions/post/requestBody/content/application~1json/schema/$defs/{model}"
+SCHEMA = ChatRequest.model_json_schema(ref_template=PLACE)
+DESCRIPTION = {"requestBody": {"required": True, "content": {"application/json": {"schema": SCHEMA}}}}
+
+
 # ---- reading it
 
 
