@@ -115,6 +115,12 @@ $(WORKSPACE)/.venv-promptflow/ready: template/inference/flow/requirements.txt | 
 	rm -rf .cache/gemma3-270m
 	PYTHONPATH=.cache/gguf-models $(WORKSPACE)/.venv/bin/python $< gemma .cache/gemma3-270m
 
+# Draws requests from the description of the API; in a separate environment, for its many packages.
+.cache/schemathesis/ready: .venv/ready
+	$(PYTHON) -m venv --clear .cache/schemathesis
+	.cache/schemathesis/bin/python -m $(INSTALL) schemathesis==4.32.5
+	@touch $@
+
 # The real az, in a separate environment: it has 150 packages. trustme makes the emulator's certificates.
 .cache/azure-cli/ready: .venv/ready
 	$(PYTHON) -m venv --clear .cache/azure-cli
@@ -145,7 +151,7 @@ test: .venv/ready
 	@$(MAKE) $(IN_PAIRS) test-workspace test-real test-runs test-walk test-azure test-hub
 
 environments: workspace .cache/azure-cli/ready .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready \
-  .cache/fastjsonschema/ready .cache/playwright/ready .cache/rattler/ready .cache/bicep-tools/ready \
+  .cache/fastjsonschema/ready .cache/playwright/ready .cache/schemathesis/ready .cache/rattler/ready .cache/bicep-tools/ready \
   $(WORKSPACE)/.venv-promptflow/ready .cache/smollm2/ready
 
 # The tests of tests/workspace that take longest, so that two processes share the folder.

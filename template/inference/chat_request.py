@@ -115,7 +115,7 @@ class StreamOptions(Fields):
 class ChatRequest(Fields):
     """A conversation, and how to answer it. Defaults are those of the page and the terminal."""
 
-    model: str
+    model: Annotated[str, Field(examples=["tuned", "base"])]
     messages: Annotated[list[ChatMessage], Field(min_length=1), BeforeValidator(not_too_many)]
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
