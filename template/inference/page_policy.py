@@ -7,8 +7,9 @@ import hashlib
 import re
 
 from starlette.datastructures import MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api_error import ApiError
 
 # Scripts are the files of Gradio, and those in the page by their hashes. Answers may contain styles and images, but
 # nothing of theirs is loaded, and no form is sent: the page itself sends none.
@@ -27,10 +28,18 @@ class PagePolicy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request; the page is held until its scripts are known."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
         start: Message = {}
         html = bytearray()
+        status = 0
 
         async def send_with_policy(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            if status >= 400:
+                return
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name in [name for name in headers if name.startswith(("access-control-", "set-cookie"))]:
@@ -47,15 +56,23 @@ class PagePolicy:
                 message = {"type": "http.response.body", "body": bytes(html)}
             await send(message)
 
-        if scope["type"] == "http" and scope["path"] == "/":  # a compressed page could not be read here
+        if scope["path"] == "/":  # a compressed page could not be read here
             headers = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
             scope = {**scope, "headers": headers, "query_string": b""}
         try:
             await self.app(scope, receive, send_with_policy)
-        except RuntimeError as error:  # Gradio has no such session, for example after a restart, and says so too late
-            if not isinstance(error.__cause__, HTTPException):
-                raise
-            await send({"type": "http.response.body", "body": b""})
+        except Exception:
+            # Gradio fails at what its page never sends, and at sessions that it had before a restart. The response has
+            # begun if those were found too late.
+            if 0 < status < 400:
+                await send({"type": "http.response.body", "body": b""})
+                return
+            status = 400
+        if status >= 400:
+            refusal = ApiError(
+                status if status < 500 else 400, "This is no request of the page, or of an earlier one: open it again."
+            )
+            await refusal.response()(scope, receive, send)
 
 
 def policy(html: str) -> str:

@@ -86,13 +86,14 @@ def hostile(draw: random.Random) -> tuple[bytes, str]:
         fields["messages"] = [
             {"role": ("user", "assistant")[i % 2], "content": "a"} for i in range(draw.randrange(4000))
         ]
-    body = json.dumps(fields).encode(draw.choice(["utf-8", "utf-16", "latin-1"]))
+    body = json.dumps(fields).encode(draw.choice(["utf-8"] * 4 + ["utf-16"]))
     if draw.random() < 0.3:
         body = draw.choice([b"", b"[" * 50_000, b"\xff" * 9, b"x" * 2**20, b"1" * 9999, body[: len(body) // 2], b"a=b"])
-    method = draw.choice(["POST", "POST", "POST", "GET", "PUT", "HEAD", "OPTIONS", "BREW"])
-    lines = [f"{method} {draw.choice(PATHS)} HTTP/1.1", *draw.sample(HEADERS, draw.randrange(3))]
+    method = draw.choice([*["POST"] * 9, "GET", "PUT", "HEAD", "OPTIONS", "BREW"])
+    path = COMPLETIONS if draw.random() < 0.5 else draw.choice(PATHS)
+    lines = [f"{method} {path} HTTP/1.1", "Connection: close", *draw.sample(HEADERS, draw.choice([0, 0, 0, 1, 2]))]
     lines += ["Host: localhost"] * (draw.random() < 0.9) + [f"Content-Length: {len(body)}"] * (draw.random() < 0.9)
-    lines += [f"Authorization: Bearer {KEY}"] * (draw.random() < 0.6)
+    lines += [f"Authorization: Bearer {KEY}"] * (draw.random() < 0.9)
     request = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
     if draw.random() < 0.1:
         request = draw.randbytes(draw.randrange(1, 999))
@@ -102,7 +103,7 @@ def hostile(draw: random.Random) -> tuple[bytes, str]:
 def send(port: int, request: bytes, ending: str) -> bytes:
     """Send a request in its way; return what came back, as far as it was waited for."""
     answer = b""
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
         if ending == "half":
             connection.sendall(request[: len(request) // 2])
             return b""
@@ -112,7 +113,6 @@ def send(port: int, request: bytes, ending: str) -> bytes:
             time.sleep(0.02 * (ending == "slow"))
         if ending == "go":
             return b""
-        connection.shutdown(socket.SHUT_WR)
         while piece := connection.recv(65536):
             answer += piece
     return answer
@@ -160,6 +160,9 @@ def test_hostile_requests_leave_the_server_quick_small_and_quiet(
             explained = not body or b'{"error":{"message":"' in body.replace(b'": ', b'":') or b"Login" in body
             assert explained, (request[:200], answer[:300])
             assert not head.startswith(b"HTTP/1.1 500"), (request[:300], answer[:300])
+    answered = sum(answer.startswith(b"HTTP/1.1 200") for answer in answers)
+    assert answered > COUNT / 50
+    print(f"{answered} of {len(answers)} were answered; /health took {max(took) * 1000:.0f} ms at most")
     assert [record.getMessage() for record in caplog.records if record.exc_info] == []
     assert process.memory_info().rss - before < 64 * 2**20
     assert sorted(took)[len(took) // 2] < 0.05
