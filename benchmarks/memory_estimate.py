@@ -18,6 +18,7 @@ from typing import Any
 
 BENCHMARKS = Path(__file__).resolve().parent
 ROWS, SHORTEST, LONGEST = 8, 30, 600
+MIXED_ROWS = 32  # of rows so different, the largest of four batches would be a matter of chance
 REAL = {"SmolLM2": ("smollm2", "chatml"), "Gemma 3": ("gemma3-270m", "gemma")}  # folders of .cache, and their template
 LENGTHS = {"short": (20, 80), "long": (400, 900), "mixed": (30, 900)}  # of the real models' rows
 MODELS: dict[str, dict[str, Any]] = {
@@ -157,7 +158,8 @@ def build(workspace: Path, name: str) -> None:
         tokenizer = build_tokenizer(facts, [[{"role": "user", "content": " ".join(words)}]])
     shortest, longest = LENGTHS.get(kind, (SHORTEST, LONGEST))
     held_out = (8, longest, (0.02, 0.06)) if kind else (2, 60, (0.2, 0.6))  # answering takes long
-    for file, (count, limit, shares) in {"train": (ROWS, longest, (0.2, 0.6)), "held-out": held_out}.items():
+    train = (MIXED_ROWS if kind == "mixed" else ROWS, longest, (0.2, 0.6))
+    for file, (count, limit, shares) in {"train": train, "held-out": held_out}.items():
         lines = []
         for _ in range(count):
             row = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
