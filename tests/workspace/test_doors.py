@@ -287,7 +287,7 @@ def test_300_half_requests_leave_a_server_with_256_descriptors_answering(small: 
                 while piece := connection.recv(4096):
                     last = piece
     assert time.monotonic() - begun < 20
-    assert json.loads(last.partition(b"\r\n\r\n")[2])["error"]["code"] == "too_slow"
+    assert json.loads(last.rpartition(b"\r\n\r\n")[2])["error"]["code"] == "too_slow"
 
 
 def test_a_trickle_does_not_prolong_the_time_of_a_request(small: tuple[str, int]) -> None:

@@ -776,19 +776,22 @@ def test_the_page_offers_to_compare_if_it_can_and_says_how_if_it_cannot(adapter:
 
 
 @pytest.mark.usefixtures("modules")
-def test_the_page_keeps_every_space_of_a_conversation() -> None:
+@pytest.mark.parametrize("markdown", [False, True])
+def test_the_page_keeps_every_space_of_a_conversation(markdown: bool) -> None:
     import gradio
 
     from page import Chat
 
-    chat = Chat(["  first\n    second"], {True: [TUNED_SAYS["poem"]], False: []})
+    chat = Chat(["  first\n    second"], {True: [TUNED_SAYS["poem"]], False: []}, markdown)
     column = gradio.Chatbot(render=False)
-    assert Chat.shown(*(column.preprocess(column.postprocess(turns)) for turns in chat.columns())) == chat
+    tuned, base = (column.preprocess(column.postprocess(turns)) for turns in chat.columns())
+    assert Chat.shown(tuned, base, markdown) == chat
 
 
 def test_the_page_lets_the_browser_load_nothing_from_elsewhere(url: str) -> None:
-    html = fetch(url)
-    assert "default-src 'self'" in json.loads(fetch(f"{url}config"))["head"]
+    with urllib.request.urlopen(url) as response:
+        html, policy = response.read().decode(), response.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; ")
     loaded = re.findall(r"""<(?:script|link|img|iframe)[^>]+(?:src|href)=["']?(https?:[^"' >]+)""", html)
     assert [address for address in loaded if not address.startswith(url)] == []
 
