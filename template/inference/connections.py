@@ -17,13 +17,13 @@ INVALID = "This is no valid HTTP/1.1 request: check its headers, Host and Conten
 
 
 def most_connections() -> int:
-    """Return how many connections may be open: half of the descriptors, the rest is for files."""
+    """Return how many connections may be open: a quarter of the descriptors, as more are on their way in and out."""
     with contextlib.suppress(ImportError):  # Windows
         import resource
 
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if descriptors > 0:
-            return min(512, descriptors // 2)
+            return min(512, descriptors // 4)
     return 512
 
 
