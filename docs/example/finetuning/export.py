@@ -79,6 +79,7 @@ def export(kind: str, provider: str | None, agreement: float, debug: bool) -> No
     from exporting.int4 import build_int4, choose_provider
     from exporting.merged import merge
     from exporting.tuned_model import base_folder, check_adapter, read_run
+    from reporting.run_record import published
 
     run = read_run()
     if kind == "onnx":
@@ -87,7 +88,7 @@ def export(kind: str, provider: str | None, agreement: float, debug: bool) -> No
     with FileLock(MODELS / ".lock", timeout=0):  # a run would change the adapter meanwhile
         made_from: MadeFrom = {
             "adapter_sha256": check_adapter(run),
-            "base_model": run["base_model"],
+            "base_model": published(run["base_model"]),
             "revision": run["revision"],
         }
         base = base_folder(run)

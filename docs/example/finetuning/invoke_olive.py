@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
+from preparing.problems import visible
 from preparing.workspace import MODELS, ROOT
 from settings.startup import explain, hide_gpus, leave_out, quiet
 from training.processes import PROCESSES, RANK
@@ -123,7 +124,7 @@ def check_only(settings: Settings, as_json: bool) -> int:
     if as_json:
         print(json.dumps(report))
     if report["problem"]:
-        print(f"error: {report['problem']}", file=sys.stderr)
+        print(f"error: {visible(report['problem'])}", file=sys.stderr)
         return 1
     if not as_json:
         show_plan.verdict(report)

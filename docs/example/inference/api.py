@@ -17,8 +17,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.sse import EventSourceResponse, format_sse_event
 
-from api_error import ApiError
-from chat_request import ChatRequest, read_request
+from api_error import ERRORS, ApiError
+from chat_request import DESCRIPTION, ChatRequest, read_request
 from engine import BrokenError, ChatError, TooLongError, Usage
 from request_queue import RequestQueue, Ticket
 
@@ -28,15 +28,13 @@ AT_ONCE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx woul
 logger = logging.getLogger("uvicorn.error")
 
 
-router = APIRouter()
+router = APIRouter(responses=ERRORS)
 
 
 async def open_queue(request: Request) -> RequestQueue:
-    """Return the model's request queue. Raises ApiError while the model is being loaded, and when it is broken."""
+    """Return the model's request queue. Raises ApiError while the model is being loaded."""
     if request.app.state.queue is None:
         raise ApiError(503, "The model is still being loaded.", "loading")
-    if request.app.state.queue.broken:
-        raise ApiError(503, request.app.state.queue.broken, "broken")
     return request.app.state.queue
 
 
@@ -48,9 +46,9 @@ async def take_ticket(queue: Annotated[RequestQueue, Depends(open_queue)]) -> As
 
 @router.api_route("/health", methods=READ)
 async def health(queue: Annotated[RequestQueue, Depends(open_queue)]) -> dict[str, Any]:
-    """Return that the model is ready, and the number of its requests."""
-    running = int(queue.engine.lock.locked())
-    return {"status": "ok", "running": running, "waiting": max(0, queue.tickets - running)}
+    """Return that the model is ready, or is loaded again while requests wait, and the number of its requests."""
+    status = "loading" if queue.restarting else "ok"
+    return {"status": status, "running": int(queue.running is not None), "waiting": len(queue.waiting)}
 
 
 @router.api_route("/v1/models", methods=READ)
@@ -74,7 +72,7 @@ def check_name(name: str, queue: RequestQueue) -> None:
         raise ApiError(404, message, "model_not_found", "model")
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", openapi_extra=DESCRIPTION)
 async def complete(
     wanted: Annotated[ChatRequest, Depends(read_request)],
     request: Request,
@@ -84,15 +82,11 @@ async def complete(
     queue = ticket.queue
     check_name(wanted.model, queue)
     messages, generation, usage = wanted.conversation(), wanted.generation(), Usage()
-    try:
-        fitted = await asyncio.to_thread(queue.engine.fit, messages, generation.max_new_tokens, ignore, may_drop=False)
-    except ChatError as error:
-        code = "context_length_exceeded" if isinstance(error, TooLongError) else None
-        raise ApiError(400, str(error), code, "messages") from error
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": wanted.model}
-    pieces = ticket.stream(messages, generation, ignore, usage, fitted)
+    pieces = ticket.stream(messages, generation, ignore, usage, may_drop=False)
     if wanted.stream:
-        stream = events(head, pieces, usage, wanted.stream_options.include_usage)
+        first = await unless_gone(request, begun(pieces))  # an error before it has a status of its own
+        stream = events(head, first, pieces, usage, wanted.stream_options.include_usage)
         return EventSourceResponse(stream, headers=AT_ONCE)
     text = await unless_gone(request, whole(pieces))
     choice = {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None}
@@ -102,6 +96,14 @@ async def complete(
 
 def ignore(_: str) -> None:
     """Take a notice: finish_reason says that the answer was cut."""
+
+
+async def begun(pieces: AsyncIterator[str]) -> str:
+    """Return the first piece, when the turn has come and the model reads the conversation. Raises ApiError."""
+    try:
+        return await anext(pieces, "")
+    except Exception as error:
+        raise failure(error) from error
 
 
 async def whole(pieces: AsyncIterator[str]) -> str:
@@ -131,7 +133,7 @@ async def unless_gone(request: Request, answer: Coroutine[Any, Any, str]) -> str
 
 
 async def events(
-    head: dict[str, Any], pieces: AsyncIterator[str], usage: Usage, include_usage: bool
+    head: dict[str, Any], first: str, pieces: AsyncIterator[str], usage: Usage, include_usage: bool
 ) -> AsyncIterator[bytes]:
     """Yield the answer as server-sent events: the role, the pieces, the finish reason, and the usage."""
 
@@ -141,9 +143,12 @@ async def events(
 
     no_usage = {"usage": None} if include_usage else {}
     yield chunk({"role": "assistant", "content": ""})
+    if first:
+        yield chunk({"content": first})
     try:
         async for piece in pieces:
-            yield chunk({"content": piece})
+            if piece:
+                yield chunk({"content": piece})
     except Exception as error:  # the status is already sent, so the error goes into the stream
         yield event(failure(error).body())
         return
@@ -170,7 +175,11 @@ def counts(usage: Usage) -> dict[str, int]:
 
 def failure(error: Exception) -> ApiError:
     """Return the client's error for a failed answer; unexpected errors are logged."""
+    if isinstance(error, BrokenError):
+        return ApiError(503, str(error))
+    if isinstance(error, TooLongError):
+        return ApiError(400, str(error), "context_length_exceeded", "messages")
     if isinstance(error, ChatError):  # not 500: clients would try again, with the same request
-        return ApiError(503 if isinstance(error, BrokenError) else 400, str(error))
+        return ApiError(400, str(error))
     logger.error("An answer failed.", exc_info=error)
     return ApiError(500, f"The answer failed ({type(error).__name__}); the server's log says more.")

@@ -9,6 +9,15 @@ from fastapi.responses import JSONResponse, Response
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 COME_AGAIN = {"Retry-After": "2"}  # seconds
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: COME_AGAIN, 503: COME_AGAIN}
+TEXT, NOTHING = {"type": "string"}, {"type": ["string", "null"]}
+FIELDS = {"message": TEXT, "type": TEXT, "param": NOTHING, "code": NOTHING}
+ERROR = {"type": "object", "properties": FIELDS, "required": [*FIELDS]}
+BODY = {"type": "object", "properties": {"error": ERROR}, "required": ["error"]}
+# for the description of the API
+ERRORS: dict[int | str, dict[str, Any]] = {
+    statuses: {"description": "An error.", "content": {"application/json": {"schema": BODY}}}
+    for statuses in ("4XX", "5XX")
+}
 
 
 class ApiError(Exception):

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
 
 from api_error import ApiError
-from engine import COLDEST, LIMITS, Generation, Message
+from engine import COLDEST, LIMITS, LONGEST_STOP, MOST_MESSAGES, MOST_STOPS, Generation, Message, too_many
 
 # Fields that do not affect the answer, and neutral values of other fields.
 IGNORED = {"metadata", "name", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store"}
@@ -81,6 +81,16 @@ def listed(stop: Any) -> Any:
     return (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else stop
 
 
+def not_too_many(messages: Any) -> Any:
+    """Refuse conversations whose rendering would take long, before their messages are read."""
+    if isinstance(messages, list) and len(messages) > MOST_MESSAGES:
+        raise PydanticCustomError("too_many", "{why}", {"why": too_many(len(messages)).rstrip(".")})
+    return messages
+
+
+StopText = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+
+
 class ChatMessage(Fields):
     """One turn of a conversation."""
 
@@ -105,18 +115,18 @@ class StreamOptions(Fields):
 class ChatRequest(Fields):
     """A conversation, and how to answer it. Defaults are those of the page and the terminal."""
 
-    model: str
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    model: Annotated[str, Field(examples=["tuned", "base"])]
+    messages: Annotated[list[ChatMessage], Field(min_length=1), BeforeValidator(not_too_many)]
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_tokens: Annotated[int | None, within("max_new_tokens")] = None
+    max_completion_tokens: Annotated[int | None, within("max_new_tokens")] = None
     temperature: Annotated[float, within("temperature"), AfterValidator(not_too_cold)] = Generation.temperature
     top_p: Annotated[float, within("top_p")] = Generation.top_p
-    top_k: Annotated[int, Field(ge=0)] = Generation.top_k
+    top_k: Annotated[int, within("top_k")] = Generation.top_k
     repetition_penalty: Annotated[float, within("repetition_penalty")] = Generation.repetition_penalty
-    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=4), BeforeValidator(listed)] = ()
+    seed: Annotated[int | None, within("seed")] = None
+    stop: Annotated[tuple[StopText, ...], Field(max_length=MOST_STOPS), BeforeValidator(listed)] = ()
 
     def conversation(self) -> list[Message]:
         """Return the messages for the engine; the role `developer` is the newer name of `system`."""
@@ -137,6 +147,12 @@ class ChatRequest(Fields):
         )
 
 
+# The body for the description of the API, which FastAPI does not see: `read_request` reads it.
+PLACE = "#/paths/~1v1~1chat~1completions/post/requestBody/content/application~1json/schema/$defs/{model}"
+SCHEMA = ChatRequest.model_json_schema(ref_template=PLACE)
+DESCRIPTION = {"requestBody": {"required": True, "content": {"application/json": {"schema": SCHEMA}}}}
+
+
 # ---- reading it
 
 
@@ -149,8 +165,6 @@ async def read_request(request: Request) -> ChatRequest:
         body = await request.body()
     except ClientDisconnect as error:
         raise ApiError(499, "The client has gone.") from error  # nobody reads this
-    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
-        raise ApiError(415, f"The body is compressed ({coding}): send it without the header Content-Encoding.")
     fields = parsed(body, request.headers.get("content-type", ""))
     if not isinstance(fields, dict):
         raise ApiError(400, "The body is JSON, but not an object with the fields model and messages.")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
-from engine import ENGINES, ChatError, Engine, Generation, Message
+from engine import ENGINES, ChatError, Engine, Generation, Message, visible
 from load_engine import load
 
 END_KEY = "Ctrl-Z Enter" if os.name == "nt" else "Ctrl-D"
@@ -114,10 +114,11 @@ def chat(engine: Engine, generation: Generation, lines: Iterable[str], in_termin
     """Answer each line of a chat, or run its command, until `#end`. Raises ChatError, but not in a terminal."""
     if in_terminal:
         source = engine.source
-        print(f"\nModel    {source.base} · {engine.backend.description}")
-        print(f"Adapter  {f'{source.adapter} · {source.method}' if source.adapter else 'none: the base model alone'}")
+        print(f"\nModel    {visible(source.base)} · {engine.backend.description}")
+        adapter = f"{source.adapter} · {source.method}" if source.adapter else "none: the base model alone"
+        print(f"Adapter  {visible(adapter)}")
         if source.system_prompt:
-            print(f"System   {' '.join(source.system_prompt.split())[:200]}")
+            print(f"System   {visible(' '.join(source.system_prompt.split())[:200])}")
         print("#end ends the chat, /help shows all commands\n")
     system: list[Message] = []
     turns: list[Message] = []
@@ -163,11 +164,14 @@ def converse(
 
 
 def answer(engine: Engine, messages: list[Message], generation: Generation, said: list[str]) -> None:
-    """Print the answer piece by piece, with a line break at its end, and add the pieces to `said`."""
+    """Print the answer piece by piece, with a line break at its end, and add the pieces to `said`.
+
+    A pipe and a file get it to the letter; in a terminal, control characters are visible.
+    """
     notices: list[str] = []
     with contextlib.closing(engine.stream(messages, generation, notices.append)) as pieces:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
             said.append(piece)
     print()
     for notice in notices:
@@ -176,7 +180,7 @@ def answer(engine: Engine, messages: list[Message], generation: Generation, said
 
 def print_stderr(text: str) -> None:
     """Print to stderr: stdout is for the answers only."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def at_least_one(text: str) -> int:

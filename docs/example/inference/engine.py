@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import threading
 from bisect import bisect_left
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
@@ -26,16 +25,41 @@ for variable, value in {
 ENGINES = ("auto", "torch", "onnx")
 COLDEST = 0.01  # temperature above 0: a lower one divides by almost nothing, which ends the ONNX Runtime's process
 LIKELIEST = 1000  # the most tokens that one is sampled from: ONNX Runtime needs up to 70 ms to sort a whole vocabulary
-LIMITS = {"temperature": (0, 2), "top_p": (1e-6, 1), "repetition_penalty": (0.1, 10)}
+LIMITS: dict[str, tuple[float, float]] = {
+    "max_new_tokens": (1, 10_000_000),
+    "temperature": (0, 2),
+    "top_p": (1e-6, 1),
+    "top_k": (0, 1_000_000),
+    "repetition_penalty": (0.1, 10),
+    "seed": (-(2**63), 2**63 - 1),
+}
+MOST_STOPS, LONGEST_STOP = 4, 1000  # texts, and characters of each
+MOST_MESSAGES = 1000  # in a conversation: rendering many thousands of them takes minutes
 NO_MEMORY = re.compile(r"out.?of.?memory|not enough memory|allocate memory|bad.?alloc|MemoryError", re.IGNORECASE)
 BROKEN = re.compile(r"AcceleratorError|CUDA error|device-side assert")  # after it, the GPU answers this process no more
+AGAIN = "start this program again."
 COMPARE = "the int4 model has the adapter merged in: to compare with the base model, start with --engine torch"
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
+# characters that move the cursor, end a line or turn the direction of writing
+CONTROLS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Return a text that others have written as a terminal may show it: control characters as escapes like \\u001b.
+
+    In a terminal they could forge or hide lines, or write to the clipboard.
+    """
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text.replace("\r\n", "\n"))
+
+
 class ChatError(Exception):
     """An error for the user: what is wrong, where, and what to do."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(visible(text))
 
 
 class TooLongError(ChatError):
@@ -62,8 +86,11 @@ class Generation:
     def check(self) -> None:
         """Raise ChatError for a value that no backend can compute with."""
         for name, (low, high) in LIMITS.items():
-            if not low <= (value := getattr(self, name)) <= high:  # also what is not a number
-                raise ChatError(f"{name} is {value:g}: choose {low:g} to {high:g}.")
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:  # also what is not a number
+                raise ChatError(f"{name} is {value!r:.20}: choose {low:,} to {high:,}.")
+        if len(self.stop) > MOST_STOPS or any(not 0 < len(text) <= LONGEST_STOP for text in self.stop):
+            raise ChatError(f"Choose at most {MOST_STOPS} stop texts, each of 1 to {LONGEST_STOP:,} characters.")
         if 0 < self.temperature < COLDEST:
             raise ChatError(f"temperature is {self.temperature:g}: choose 0 (greedy), or {COLDEST:g} or more.")
 
@@ -115,17 +142,19 @@ class Backend(Protocol):
     def decode(self, tokens: list[int]) -> str:
         """Decode tokens to text, without special tokens."""
 
-    def generate(self, prompt: list[int], generation: Generation) -> Generator[int, None, None]:
-        """Yield the answer's tokens without the end token. Closing the generator stops the computation."""
+    def generate(self, prompt: list[int], generation: Generation) -> Generator[int | None, None, None]:
+        """Yield the answer's tokens without the end token, and before them None after each piece of the prompt.
+
+        Closing the generator stops the computation.
+        """
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A loaded model. It answers one conversation at a time; others wait."""
+    """A loaded model. It answers one conversation at a time."""
 
     source: Source
     backend: Backend
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def stream(
         self,
@@ -133,28 +162,31 @@ class Engine:
         generation: Generation,
         notify: Callable[[str], None],
         usage: Usage | None = None,
-        fitted: tuple[list[int], int] | None = None,
+        may_drop: bool = True,
     ) -> Generator[str, None, None]:
         """Yield the answer in pieces, one per token; closing the iterator stops the computation. Raises ChatError.
 
-        A piece is empty while the text may be the beginning of a character or a stop text. A conversation without a
-        system message gets the training's system prompt; an empty one means no system prompt. `notify` is called with
-        a sentence if old messages are left out or the answer is cut, and `usage` is filled meanwhile. `fitted` is what
-        `fit` returned for these messages, if it was called already.
+        A piece is empty while the prompt is read, and while the text may be the beginning of a character or a stop
+        text. A conversation without a system message gets the training's system prompt; an empty one means no system
+        prompt. `notify` is called with a sentence if old messages are left out or the answer is cut, and `usage` is
+        filled meanwhile. A conversation that is too long loses its oldest turns if it `may_drop` them.
         """
         if self.source.adapter and not (generation.adapter or self.backend.switchable):
             raise ChatError(f"The base model cannot answer here, as {COMPARE}.")
         generation.check()
         usage = usage or Usage()
-        prompt, room = fitted or self.fit(messages, generation.max_new_tokens, notify)
+        prompt, room = self.fit(messages, generation.max_new_tokens, notify, may_drop)
         usage.prompt_tokens = len(prompt)
         tokens: list[int] = []
         text, sent, ended = "", 0, False
         top_k = min(generation.top_k or LIKELIEST, LIKELIEST)
         computing = self.backend.generate(prompt, replace(generation, max_new_tokens=room, top_k=top_k))
         try:
-            with self.lock, contextlib.closing(computing):
+            with contextlib.closing(computing):
                 for token in computing:
+                    if token is None:
+                        yield ""
+                        continue
                     tokens.append(token)
                     usage.completion_tokens = len(tokens)
                     # All tokens together, since some tokenizers change the space at the start of decoded text.
@@ -181,6 +213,8 @@ class Engine:
 
         A conversation that is too long loses its oldest turns if it may, and otherwise raises TooLongError.
         """
+        if len(messages) > MOST_MESSAGES:
+            raise TooLongError(too_many(len(messages)))
         # console and API input may contain bytes that are not text, which tokenizers refuse
         messages = [turn | {"content": turn["content"].encode(errors="replace").decode()} for turn in messages]
         given = [turn for turn in messages[:1] if turn["role"] == "system"]
@@ -238,13 +272,12 @@ def explain(error: Exception) -> None:
         raise ChatError("The memory is full: ask for a shorter answer, or clear the chat.") from error
     if BROKEN.search(reason):
         first = str(error).strip().partition("\n")[0].rstrip(".")
-        raise BrokenError(f"The GPU has failed ({first}): start this program again.") from error
+        raise BrokenError(f"The GPU has failed ({first}): {AGAIN}") from error
 
 
-def same_start(one: list[int], other: list[int]) -> int:
-    """Return how many tokens both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (left, right) in pairs if left != right), min(len(one), len(other)))
+def too_many(messages: int) -> str:
+    """Return what to do about a conversation of so many messages."""
+    return f"A conversation has at most {MOST_MESSAGES:,} messages, and this has {messages:,}: leave out its oldest."
 
 
 def half_said(text: str, stops: tuple[str, ...]) -> int:

@@ -7,21 +7,20 @@ CHAT_API_KEY, the API requires it as bearer token and the page as password, and 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
-import secrets
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
-from engine import ENGINES, ChatError, Engine
+from engine import ENGINES, ChatError
 from load_engine import load, not_installed
+from model_process import ModelProcess
 
 if TYPE_CHECKING:
     from request_queue import RequestQueue
-
-# The browser loads nothing from other sites, not even an image in an answer.
-POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,9 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="PATH",
         help="where a proxy shows this: a path, or the whole address, which needs no header of the proxy's",
     )
-    parser.add_argument(
-        "--proxy-headers", action="store_true", help="trust the proxy's X-Forwarded-Host (default: only Host)"
-    )
+    parser.add_argument("--proxy-headers", action="store_true", help="trust the proxy's X-Forwarded-Host and -For")
     parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     options = parser.parse_args(arguments)
     try:
@@ -80,17 +77,20 @@ def serve(options: argparse.Namespace) -> None:
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)  # all addresses include this machine's
     address = f"http://{f'[{name}]' if ':' in name else name}:{port}/"
     failures: list[Exception] = []
+    if "GRADIO_TEMP_DIR" not in os.environ:  # the library's own, /tmp/gradio, may be another user's
+        own = tempfile.TemporaryDirectory(prefix="chat-page-", ignore_cleanup_errors=True)
+        os.environ["GRADIO_TEMP_DIR"] = own.name
 
-    def prepare() -> Engine:
+    def prepare() -> ModelProcess:
         print("Loading the model …", flush=True)
-        engine = load(options.baseonly, options.engine)
-        for notice in engine.backend.notices:
-            print(notice)
+        model = ModelProcess(functools.partial(load, options.baseonly, options.engine))
         try:
             import gradio  # noqa: F401  (here, since it takes seconds and /health already responds)
         except ModuleNotFoundError as error:
             raise not_installed(error) from error
-        return engine
+        for notice in model.loaded().backend.notices:
+            print(notice)
+        return model
 
     def is_ready() -> None:
         print(f"Chat at {address} (Ctrl-C ends it); an API for OpenAI's clients at {address}v1", flush=True)
@@ -105,7 +105,7 @@ def serve(options: argparse.Namespace) -> None:
 
     app = create_app(
         prepare,
-        lambda queue: open_page(queue, options.api_key, root_path),
+        lambda queue: open_page(queue, root_path),
         is_ready,
         fail,
         options.host,
@@ -119,7 +119,7 @@ def serve(options: argparse.Namespace) -> None:
         raise failures[0]
 
 
-def open_page(queue: RequestQueue, key: str, root_path: str = "") -> Any:
+def open_page(queue: RequestQueue, root_path: str = "") -> Any:
     """Return the page as an application that records nothing and loads nothing from other sites.
 
     A proxy shows it at `root_path`, a path or a whole address.
@@ -128,20 +128,17 @@ def open_page(queue: RequestQueue, key: str, root_path: str = "") -> Any:
     from fastapi import FastAPI
 
     from page import STYLE, THEME, build_page
+    from page_policy import PagePolicy
 
-    def is_key(_: str, password: str) -> bool:
-        return secrets.compare_digest(password.encode(), key.encode())
-
+    page = FastAPI(openapi_url=None)
+    page.add_middleware(PagePolicy)
     return gr.mount_gradio_app(
-        FastAPI(openapi_url=None),
+        page,
         build_page(queue).queue(),
         "/",
         root_path=root_path or None,
-        auth=is_key if key else None,
-        auth_message="The password is the API key; the user name may be any.",
         theme=THEME,
         css=STYLE,
-        head=f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         run_history=False,
         footer_links=[],
         ssr_mode=False,

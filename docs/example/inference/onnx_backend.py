@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ import onnxruntime_genai
 from tokenizers import Tokenizer
 
 from chat_template import ChatTemplate
-from engine import ChatError, Generation, Source, same_start
+from engine import ChatError, Generation, Source
+from prompt_cost import Pieces, free_memory, refuse_too_large, same_start
 from sources import read_yaml
 
 # attributes of the tokenizer that a chat template may use
@@ -55,7 +57,11 @@ class OnnxBackend:
             self.context, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
             ends = settings["eos_token_id"]
             self.same_rotation = SAME_ROTATION.get(settings["type"], self.context)
-            providers = [name for one in settings["decoder"]["session_options"]["provider_options"] for name in one]
+            decoder = settings["decoder"]
+            # keys and values: float32 on a CPU
+            numbers = 2 * decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"]
+            self.token_bytes = 4 * int(numbers)
+            providers = [name for one in decoder["session_options"]["provider_options"] for name in one]
             provider = providers[0] if providers else "cpu"
             config = onnxruntime_genai.Config(str(folder))
             config.overlay(json.dumps({"model": {"decoder": {"session_options": waiting()}}}))
@@ -72,12 +78,17 @@ class OnnxBackend:
         self.stops = {*source.stops, *(ends if isinstance(ends, list) else [ends])}
         self.render, self.encode, self.decode = self.tokenizer.render, self.tokenizer.encode, self.tokenizer.decode
         self.description = f"ONNX Runtime, int4 weights on {provider}"
+        self.on_cpu = provider == "cpu"
         self.can_keep = provider in ("cpu", "cuda")  # the others cannot rewind
         self.kept: Kept | None = None
+        self.pieces = Pieces(least=32)
         self.notices: list[str] = []
 
-    def generate(self, prompt: list[int], generation: Generation) -> Generator[int, None, None]:
-        """Yield the answer's tokens as they are generated. Closing the generator stops the computation."""
+    def generate(self, prompt: list[int], generation: Generation) -> Generator[int | None, None, None]:
+        """Yield the answer's tokens as they are generated, and before them None after each piece of the prompt.
+
+        Closing the generator stops the computation; what was read until then is kept.
+        """
         # set all options: the model's own may sample or penalise repetition, which the evaluation did not do
         seeded = generation.temperature > 0 and generation.seed is not None
         options: dict[str, Any] = {
@@ -90,7 +101,17 @@ class OnnxBackend:
             "random_seed": (generation.seed or 0) % 2**31 if seeded else -1,  # the most bits it accepts
         }
         try:
-            generator = self.generator_for(prompt, generation.max_new_tokens, options)
+            begun = self.begin(prompt, generation.max_new_tokens, options)
+            known, generator = len(begun.prompt), begun.generator
+            # in one piece where positions change with the length, or where the provider may take no second piece
+            in_one = not self.can_keep or len(prompt) > self.same_rotation
+            for piece in [prompt[known:]] if in_one else self.pieces.of(prompt[known:]):
+                generator.append_tokens(piece)
+                known += len(piece)
+                if self.can_keep:
+                    self.kept = begun._replace(prompt=prompt[:known])
+                if known < len(prompt):
+                    yield None
             for _ in range(generation.max_new_tokens):
                 generator.generate_next_token()
                 token = int(generator.get_next_tokens()[0])
@@ -101,8 +122,11 @@ class OnnxBackend:
             self.kept = None
             raise
 
-    def generator_for(self, prompt: list[int], max_new_tokens: int, options: dict[str, Any]) -> Any:
-        """Return a generator that has read the prompt: the last conversation's, if that began with the same tokens."""
+    def begin(self, prompt: list[int], max_new_tokens: int, options: dict[str, Any]) -> Kept:
+        """Return the last conversation's generator if that began with the same tokens, or a new one. Raises ChatError.
+
+        A new one takes the memory for all tokens of prompt and answer at once.
+        """
         needed = len(prompt) + max_new_tokens
         kept, self.kept = self.kept, None
         if (
@@ -112,21 +136,18 @@ class OnnxBackend:
             and needed <= kept.room
             and len(prompt) <= self.same_rotation >= kept.generator.token_count()
         ):
-            same = min(same_start(kept.prompt, prompt), len(prompt) - 2)
+            same = max(0, min(same_start(kept.prompt, prompt), len(prompt) - 2))
             with contextlib.suppress(RuntimeError):  # some kinds of models cannot rewind
-                kept.generator.rewind_to(max(same, 0))
-                kept.generator.append_tokens(prompt[max(same, 0) :])
-                self.kept = kept._replace(prompt=prompt)
-                return kept.generator
+                kept.generator.rewind_to(same)
+                return kept._replace(prompt=prompt[:same])
         del kept  # its memory is needed
-        room = min(needed + min(needed, AHEAD), self.context) if self.can_keep else needed
+        room, free = needed, free_memory() if self.on_cpu else sys.maxsize  # the runtime itself knows a GPU's memory
+        refuse_too_large(needed, self.token_bytes, free)
+        if self.can_keep:
+            room = min(needed + min(needed, AHEAD), self.context, max(needed, free // max(1, 2 * self.token_bytes)))
         settings = onnxruntime_genai.GeneratorParams(self.model)
         settings.set_search_options(max_length=room, **options)
-        generator = onnxruntime_genai.Generator(self.model, settings)
-        generator.append_tokens(prompt)
-        if self.can_keep:
-            self.kept = Kept(generator, prompt, options, room)
-        return generator
+        return Kept(onnxruntime_genai.Generator(self.model, settings), [], options, room)
 
 
 class ChatTokenizer:

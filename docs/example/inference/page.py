@@ -5,6 +5,7 @@ gradio_chat.py imports this file when the model is loaded; only this file builds
 
 from __future__ import annotations
 
+import html
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,17 +17,26 @@ from engine import COMPARE, Generation, Message
 from request_queue import RequestQueue
 
 # The columns are side by side if there is room, share the remaining height, and scroll separately below their names.
-# Gradio's own clear buttons would clear only one column, and its slider knobs are white on white.
+# Nothing in an answer is drawn outside its column. Gradio's own clear buttons would clear only one column, and its
+# slider knobs are white on white.
 STYLE = """
 .columns { flex: 1 1 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));
   grid-auto-rows: minmax(16rem, 1fr); align-items: stretch; }
-.columns > .block { contain: size; }
+.columns > .block { contain: strict; }
+.columns .message-markdown-disabled .md { white-space: pre-wrap; }
 .columns label { position: static; align-self: start; }
 .columns .top-panel { display: none; }
 input[type=range]::-webkit-slider-thumb { background: var(--primary-600); }
 input[type=range]::-moz-range-thumb { background: var(--primary-600); }
 .prose :is(th, td) { padding: 0.3rem 0.6rem; word-break: normal; overflow-wrap: normal; }
 """
+# How a column shows its texts, without Markdown and with it. The button copies what Gradio has, which is HTML without
+# Markdown: there, users select the text.
+FORMULA = {"left": "$$", "right": "$$", "display": True}
+SHOWN: dict[bool, dict[str, Any]] = {
+    False: {"render_markdown": False, "latex_delimiters": [], "buttons": []},
+    True: {"render_markdown": True, "latex_delimiters": [FORMULA], "buttons": ["copy"]},
+}
 # The system font, since no other is loaded; a blue on which white text is readable in light and dark mode.
 THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]).set(
     button_primary_background_fill="*primary_600",
@@ -48,15 +58,17 @@ class Chat:
 
     questions: list[str]
     answers: dict[bool, list[str]]  # with and without the adapter
+    markdown: bool = False  # whether the columns show Markdown; otherwise, they show each text as it is
 
     @classmethod
-    def shown(cls, tuned: list[Any], base: list[Any]) -> Chat:
+    def shown(cls, tuned: list[Any], base: list[Any], markdown: bool) -> Chat:
         """Return the chat shown in the page's two columns."""
 
         def said(turns: list[Any], role: str) -> list[str]:
-            return ["".join(part["text"] for part in turn["content"]) for turn in turns if turn["role"] == role]
+            texts = ("".join(part["text"] for part in turn["content"]) for turn in turns if turn["role"] == role)
+            return [text if markdown else html.unescape(text) for text in texts]
 
-        return cls(said(tuned, "user"), {True: said(tuned, "assistant"), False: said(base, "assistant")})
+        return cls(said(tuned, "user"), {True: said(tuned, "assistant"), False: said(base, "assistant")}, markdown)
 
     def ask(self, question: str) -> None:
         """Add a question; it replaces one that was stopped before its answer began."""
@@ -76,9 +88,10 @@ class Chat:
         return turns
 
     def columns(self) -> list[list[Any]]:
-        """Return both columns in Gradio's format. Plain text would lose its indentation there."""
+        """Return both columns in Gradio's format, which is HTML without Markdown. A str would lose its indentation."""
+        escape = str if self.markdown else html.escape
         return [
-            [turn | {"content": {"type": "text", "text": turn["content"]}} for turn in self.turns(adapter)]
+            [turn | {"content": {"type": "text", "text": escape(turn["content"])}} for turn in self.turns(adapter)]
             for adapter in (True, False)
         ]
 
@@ -98,7 +111,8 @@ class Chat:
                 with queue.ticket() as ticket:
                     async for piece in ticket.stream(messages, replace(generation, adapter=adapter), notify):
                         answers[-1] += piece
-                        yield
+                        if piece:
+                            yield
                 yield  # an empty answer counts too
 
 
@@ -107,7 +121,7 @@ def build_page(queue: RequestQueue) -> gr.Blocks:
     engine = queue.engine
     source, most = engine.source, min(4096, engine.backend.context)
     adapter = f"adapter **{source.adapter}** ({source.method})" if source.adapter else "**the base model alone**"
-    column: dict[str, Any] = {"height": None, "buttons": ["copy"]}
+    column: dict[str, Any] = {"height": None, **SHOWN[False]}
     button: dict[str, Any] = {"min_width": 60}
 
     with gr.Blocks(title=f"Chat with {source.base}", fill_height=True, analytics_enabled=False) as page:
@@ -126,16 +140,18 @@ def build_page(queue: RequestQueue) -> gr.Blocks:
             gr.Markdown(f"{COMPARE[0].upper()}{COMPARE[1:]}.")
         with gr.Accordion("Settings", open=False):
             settings = draw_settings(source.system_prompt, most)
+            markdown = gr.Checkbox(label="Format answers as Markdown", info="Off: exactly what the model said.")
         if table := metrics_table(source.run):
             with gr.Accordion("Before and after fine-tuning", open=False):
                 gr.Markdown(table)
 
-        controls = [send, stop, retry, compare]
+        controls = [send, stop, retry, compare, markdown]
 
         async def answer(
-            event: gr.EventData, typed: str, left: Any, right: Any, comparing: bool, system: str, *how: Any
+            event: gr.EventData, typed: str, left: Any, right: Any, comparing: bool, formats: bool, *how: Any
         ) -> AsyncIterator[list[Any]]:
-            chat, taken = Chat.shown(left, right), gr.skip()
+            chat, taken = Chat.shown(left, right, formats), gr.skip()
+            system, *settings = how
             trigger = event.target.elem_id  # the target is a copy
             if trigger == "retry":
                 chat.ask_again()
@@ -144,7 +160,7 @@ def build_page(queue: RequestQueue) -> gr.Blocks:
                 taken = ""
             yield [taken, *chat.columns(), *usable(answering=True)]
             try:
-                async for _ in chat.answer(queue, comparing, system, generation(*how), gr.Info):
+                async for _ in chat.answer(queue, comparing, system, generation(*settings), gr.Info):
                     yield [gr.skip(), *chat.columns(), *[gr.skip()] * len(controls)]
             except Exception as error:  # gr.Error would write "Error" over both columns
                 gr.Warning(str(failure(error)), duration=None)
@@ -152,7 +168,7 @@ def build_page(queue: RequestQueue) -> gr.Blocks:
         answering = gr.on(
             [question.submit, send.click, retry.click, compare.input],
             answer,
-            [question, tuned, base, compare, *settings],
+            [question, tuned, base, compare, markdown, *settings],
             [question, tuned, base, *controls],
             trigger_mode="once",
             concurrency_limit=None,  # the request queue, shared with the API, limits concurrency
@@ -164,6 +180,7 @@ def build_page(queue: RequestQueue) -> gr.Blocks:
         stop.click(None, cancels=[answering])
         clear.click(None, cancels=[answering]).then(lambda: ([], []), None, [tuned, base], **quick)
         compare.change(lambda comparing: gr.Chatbot(visible=comparing), compare, base, **quick)
+        markdown.input(show_again, [tuned, base, markdown], [tuned, base], **quick)
 
         async def ask(
             question: str,
@@ -201,10 +218,17 @@ def draw_settings(system_prompt: str, most: int) -> list[Any]:
     ]
 
 
+def show_again(tuned: list[Any], base: list[Any], markdown: bool) -> list[Any]:
+    """Return both columns with Markdown after they were shown without it, or the other way round."""
+    chat = Chat.shown(tuned, base, not markdown)
+    chat.markdown = markdown
+    return [gr.Chatbot(column, **SHOWN[markdown]) for column in chat.columns()]
+
+
 def usable(answering: bool = False) -> list[Any]:
-    """Return the state of Send, Stop, Retry and the switch while an answer is generated, or otherwise."""
+    """Return the state of Send, Stop, Retry and the switches while an answer is generated, or otherwise."""
     resting = not answering
-    return [gr.update(interactive=interactive) for interactive in (resting, answering, resting, resting)]
+    return [gr.update(interactive=interactive) for interactive in (resting, answering, resting, resting, resting)]
 
 
 def generation(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import logging
 import socket
-import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -17,18 +15,17 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from api import router
 from api_error import ApiError
-from engine import ChatError, Engine
-from guard import LARGEST, Guard, is_loopback, too_large
-from request_queue import QueueFullError, RequestQueue
+from connections import BACKLOG, Protocol
+from engine import ChatError
+from guard import Guard, is_loopback
+from login import SHORTEST
+from request_queue import Model, QueueFullError, RequestQueue, in_thread
 
 IN_USE = {errno.EADDRINUSE, errno.EACCES}  # on Windows, EACCES means that another program uses the port
 PORTS = 100  # how many ports are tried, from the requested one on
-ADDRESSES = ("/v1/models", "/v1/chat/completions")
-WITHOUT_V1 = {"chat", "completions", "embeddings", "models", "responses"}  # how OpenAI's addresses begin after /v1
 LOADING = '<!doctype html><title>Loading</title><meta http-equiv="refresh" content="2">Loading the model …'
 
 
@@ -38,6 +35,11 @@ def listen(host: str, port: int, key: str) -> socket.socket:
         raise ChatError(
             f"Binding to anything but loopback ({host}) would let others on the network use the model: give a key in "
             "the variable CHAT_API_KEY, or use 127.0.0.1 and a tunnel (ssh -L 7860:localhost:7860 THIS-MACHINE)."
+        )
+    if not is_loopback(host) and len(key) < SHORTEST:
+        raise ChatError(
+            f"The key is too short for a network ({host}): others could guess it. Take one of at least {SHORTEST} "
+            """characters, for example `python -c "import secrets; print(secrets.token_urlsafe())"`."""
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for candidate in range(port, port + PORTS):
@@ -55,7 +57,7 @@ def listen(host: str, port: int, key: str) -> socket.socket:
 
 
 def create_app(
-    prepare: Callable[[], Engine],
+    prepare: Callable[[], Model],
     open_page: Callable[[RequestQueue], FastAPI],
     is_ready: Callable[[], None],
     fail: Callable[[Exception], None],
@@ -74,7 +76,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async def open_when_prepared() -> None:
             try:
-                app.state.queue = RequestQueue(await in_thread(prepare))
+                app.state.queue = RequestQueue(await in_thread(prepare), fail)
                 page = open_page(app.state.queue)
                 async with page.router.lifespan_context(page):
                     app.state.page = page
@@ -93,10 +95,9 @@ def create_app(
     app.state.queue, app.state.page = None, HTMLResponse(LOADING, 503, {"Retry-After": "2"})
 
     async def page(scope: Scope, receive: Receive, send: Send) -> None:
-        response = misdirected(scope["method"], scope["path"]) if scope["type"] == "http" else None
-        await (response or app.state.page)(scope, receive, send)
+        await app.state.page(scope, receive, send)
 
-    app.include_router(router, max_body_size=LARGEST)
+    app.include_router(router)
     app.mount("/", page)
     app.add_middleware(Guard, host=host, key=key, root_path=root_path, proxy_headers=proxy_headers)
     for kind, explain in EXPLAIN.items():
@@ -107,63 +108,21 @@ def create_app(
 def create_server(app: FastAPI) -> uvicorn.Server:
     """Return the server. It logs only errors, and does not report open pages when it ends."""
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, ws="none", http=Protocol, timeout_graceful_shutdown=1
+        app,
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        http=Protocol,
+        backlog=BACKLOG,
+        proxy_headers=False,  # the Guard decides whom to believe
+        timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
     logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
     return server
 
 
-class Protocol(AutoHTTPProtocol):
-    """The protocol of HTTP, which answers what is no HTTP in the API's format."""
-
-    def send_400_response(self, _: str) -> None:
-        """Answer, and close the connection."""
-        refusal = ApiError(400, "This is no valid HTTP/1.1 request: check its headers, Host and Content-Length first.")
-        body = json.dumps(refusal.body()).encode()
-        headers = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        self.transport.write(f"HTTP/1.1 400 Bad Request\r\n{headers}".encode() + body)
-        self.transport.close()
-
-
-async def in_thread(work: Callable[[], Any]) -> Any:
-    """Await work in a thread. Unlike asyncio's, the thread does not delay the end of the program."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Any] = loop.create_future()
-
-    def run() -> None:
-        try:
-            result, settle = work(), done.set_result
-        except Exception as error:
-            result, settle = error, done.set_exception
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the program is ending
-            loop.call_soon_threadsafe(lambda: done.cancelled() or settle(result))
-
-    threading.Thread(target=run, daemon=True).start()
-    return await done
-
-
 # ---- errors in OpenAI's format
-
-
-def misdirected(method: str, path: str) -> Response | None:
-    """Return the response to a request that meets neither the API nor the page, or None."""
-    allowed = sorted({known for route in router.routes if route.path_regex.match(path) for known in route.methods})
-    if allowed and method == "OPTIONS":
-        return Response(status_code=204, headers={"Allow": ", ".join(["OPTIONS", *allowed])})
-    if allowed:
-        refusal = ApiError(405, f"{path} takes {' or '.join(allowed)}, not {method}.", "method_not_allowed")
-        refusal.headers["Allow"] = ", ".join(allowed)
-        return refusal.response()
-    nothing = f"There is nothing at {method} {path}"
-    first = path.strip("/").partition("/")[0]
-    if first == "v1":
-        return ApiError(404, f"{nothing}: the API has {' and '.join(ADDRESSES)}.", "not_found").response()
-    if first in WITHOUT_V1:
-        return ApiError(
-            404, f"{nothing}: the API is at /v1, so a client's base_url ends in /v1.", "not_found"
-        ).response()
-    return None
 
 
 async def refused(_: Request, error: Any) -> Response:
@@ -178,8 +137,6 @@ async def full(_: Request, error: Any) -> Response:
 
 async def http_error(request: Request, error: Any) -> Response:
     """Answer requests that FastAPI itself refuses."""
-    if error.status_code == 413:
-        return too_large().response()
     nothing = f"There is nothing at {request.method} {request.scope['path']}."
     message = nothing if error.status_code == 404 else f"{error.detail}."
     return ApiError(error.status_code, message).response()

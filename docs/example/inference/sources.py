@@ -14,6 +14,7 @@ from engine import ChatError, Source
 
 TUNE = "run `python finetuning/invoke_olive.py`"
 BASE = "or chat with the base model: --baseonly."
+OWN_CODE = "runs only with code of its own, which is never run"
 
 
 def tuned_source(root: Path) -> Source:
@@ -65,6 +66,11 @@ def base_source(root: Path) -> Source:
         ) from error
 
 
+def needs_code(error: Exception) -> bool:
+    """Return whether transformers refuses files because they work only with code that comes with them."""
+    return "custom code" in str(error)
+
+
 def quantization_of(settings: dict[str, Any]) -> dict[str, Any]:
     """Return how QLoRA quantises the base model, from the settings of Olive's pass."""
     return {name: settings[name] for name in ("quant_type", "double_quant", "compute_dtype") if name in settings}
@@ -99,11 +105,19 @@ def check_adapter(source: Source, root: Path) -> None:
         ) from error
     # The workspace may have moved, and a downloaded model is in the hub's cache: compare the ends of the paths.
     path = f"/{trained_on or source.base}".replace("\\", "/")
-    if not path.endswith("/" + source.base.lstrip("./")) and "/models--" + source.base.replace("/", "--") not in path:
+    if (
+        not path.endswith("/" + published(source.base).lstrip("./"))
+        and "/models--" + source.base.replace("/", "--") not in path
+    ):
         raise ChatError(
             f"The adapter in {source.adapter} was trained on {trained_on}, but models/run.json names {source.base}: "
             f"{TUNE} again, {BASE}"
         )
+
+
+def published(path: str) -> str:
+    """Return a model's name as finetuning/ writes it into what may be published: of an absolute path the last part."""
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def choose(engine: str, source: Source, root: Path) -> tuple[Path | None, list[str]]:
@@ -137,7 +151,7 @@ def problem_of_export(folder: Path, source: Source, root: Path) -> str:
         for file, size in mark["files"].items():
             if (folder / file).stat().st_size != size:
                 return f"The ONNX model in {name} is damaged ({file}): {make} again"
-        if mark["base_model"] != source.base:
+        if mark["base_model"] not in (source.base, published(source.base)):
             return f"The ONNX model in {name} was made from {mark['base_model']}, not from {source.base}: {make} again"
         if source.adapter and mark["adapter_sha256"] != sha256_of_adapter(root / source.adapter):
             return f"The ONNX model in {name} was made from another adapter than {source.adapter}: {make} again"

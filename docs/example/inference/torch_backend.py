@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import queue
-import sys
 import threading
 import warnings
 from collections.abc import Generator
@@ -16,18 +15,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.utils import logging
 
 from chat_template import ChatTemplate
-from engine import ChatError, Generation, Source, same_start
-from sources import BASE, TUNE, read_yaml
+from engine import ChatError, Generation, Source
+from prompt_cost import Pieces, free_memory, refuse_too_large, same_start
+from sources import BASE, OWN_CODE, TUNE, needs_code, read_yaml
+from torch_loading import (
+    bytes_per_token,
+    can_be_cut,
+    computable,
+    damaged,
+    end_of_turn,
+    quantization_of_training,
+    same_rotation,
+    with_adapter,
+)
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # deprecation warnings of the libraries
 DAMAGED = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what transformers raises for damaged files
+
+
+END = object()  # of an answer
 
 
 class Kept(NamedTuple):
@@ -65,16 +76,19 @@ class TorchBackend:
                 device_map="auto" if torch.cuda.device_count() > 1 else device,
                 quantization_config=quantization,
                 local_files_only=True,
+                trust_remote_code=False,  # otherwise transformers asks in a terminal whether to run the model's code
             )
         except torch.OutOfMemoryError as error:
             raise ChatError(f"The GPU's memory is too small for {source.base}: close what else uses it.") from error
         except DAMAGED as error:
             raise damaged(source, error) from error
         try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
         except DAMAGED as error:
             if not source.adapter:
                 raise damaged(source, error) from error
+            if needs_code(error):
+                raise ChatError(f"The tokenizer in {source.adapter} {OWN_CODE}: {TUNE} again, {BASE}") from error
             raise ChatError(f"The tokenizer in {source.adapter} is missing or damaged: {TUNE} again, {BASE}") from error
         if not tokenizer.chat_template:  # a base model's tokenizer
             tokenizer.chat_template = read_yaml(root, "setup/model.yaml")["chat_template"]
@@ -94,7 +108,9 @@ class TorchBackend:
                 "little from those of the run."
             )
         self.kept: Kept | None = None
+        self.pieces = Pieces(least=384)  # on a CPU, 128 take 14 % longer in all
         self.same_rotation = same_rotation(model.config.get_text_config())
+        self.token_bytes = bytes_per_token(model.config.get_text_config(), getattr(torch, dtype).itemsize)
         self.switchable = bool(source.adapter)
         self.model = (with_adapter(model, source, root) if source.adapter else model).eval()
 
@@ -124,8 +140,8 @@ class TorchBackend:
         """Decode tokens to text, without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def generate(self, prompt: list[int], generation: Generation) -> Generator[int, None, None]:
-        """Yield the answer's tokens from a thread; closing the generator stops it after at most one more token."""
+    def generate(self, prompt: list[int], generation: Generation) -> Generator[int | None, None, None]:
+        """Yield the answer's tokens from a thread; closing the generator stops it after one more token or piece."""
         streamer = TokenStreamer()
         ids = torch.tensor([prompt], device=self.model.device)
         settings: dict[str, Any] = {
@@ -138,6 +154,8 @@ class TorchBackend:
 
         without = self.switchable and not generation.adapter
         cache = self.kept_cache(prompt, generation.adapter)
+        known = cache.get_seq_length() if cache else 0
+        refuse_too_large(len(prompt) - known + generation.max_new_tokens, self.token_bytes, self.free_memory())
 
         def compute() -> None:
             nonlocal cache
@@ -148,6 +166,9 @@ class TorchBackend:
                     if generation.seed is not None:  # what is drawn for other answers stays as it would be without this
                         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
                         torch.manual_seed(generation.seed)
+                    cache = self.read(prompt, generation.adapter, cache, streamer)
+                    if streamer.cancelled.is_set():
+                        return
                     made = self.model.generate(
                         input_ids=ids,
                         attention_mask=torch.ones_like(ids),
@@ -166,7 +187,7 @@ class TorchBackend:
         thread = threading.Thread(target=compute, daemon=True)
         thread.start()
         try:
-            while (made := streamer.made.get()) is not None:
+            while (made := streamer.made.get()) is not END:
                 if isinstance(made, Exception):
                     raise made
                 if made not in self.stops:
@@ -174,6 +195,40 @@ class TorchBackend:
         finally:
             streamer.cancelled.set()
             thread.join()
+
+    def read(
+        self, prompt: list[int], adapter: bool, cache: DynamicCache | None, streamer: TokenStreamer
+    ) -> DynamicCache | None:
+        """Read the prompt in pieces, but the last one, after which the answer begins; return its cache.
+
+        What was read when the answer is cancelled is kept for the next one.
+        """
+        known = cache.get_seq_length() if cache else 0
+        made = cache or DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        if len(prompt) > self.same_rotation or not can_be_cut(made):
+            return cache  # in one piece: such a model would rotate the positions of the first pieces otherwise
+        only_last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        for piece in self.pieces.of(prompt[known:]):
+            if known + len(piece) == len(prompt):
+                break
+            ids = torch.tensor([piece], device=self.model.device)
+            mask = torch.ones((1, known + len(piece)), dtype=ids.dtype, device=ids.device)
+            with torch.no_grad():
+                self.model(input_ids=ids, attention_mask=mask, past_key_values=made, use_cache=True, **only_last)
+            known += len(piece)
+            streamer.made.put(None)
+            if streamer.cancelled.is_set():
+                self.keep(adapter, prompt[:known], made)
+                break
+        return made if known else None
+
+    def free_memory(self) -> int:
+        """Return the bytes that a cache can take: of the GPUs, also those that PyTorch holds for later, or here."""
+        if self.model.device.type != "cuda":
+            return free_memory()
+        gpus = range(torch.cuda.device_count())
+        held = sum(torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu) for gpu in gpus)
+        return held + sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
 
     def kept_cache(self, prompt: list[int], adapter: bool) -> DynamicCache | None:
         """Return the last conversation's cache, cut to the tokens that this prompt begins with too, or None."""
@@ -190,15 +245,13 @@ class TorchBackend:
 
     def keep(self, adapter: bool, tokens: list[int], cache: Any) -> None:
         """Keep a conversation's cache for its next turn, if it is of a kind that can be continued and cut."""
-        known = type(cache) is DynamicCache and all(
-            type(one) in (DynamicLayer, DynamicSlidingWindowLayer) and one.is_initialized for one in cache.layers
-        )
-        if known and (length := cache.get_seq_length()) <= self.same_rotation:
+        read = can_be_cut(cache) and all(one.is_initialized for one in cache.layers)
+        if read and (length := cache.get_seq_length()) <= self.same_rotation:
             self.kept = Kept(adapter, tokens[:length], cache)
 
 
 class TokenStreamer:
-    """Passes tokens from the generating thread to the waiting one; None is the end.
+    """Passes tokens from the generating thread to the waiting one, None after each piece of the prompt, and END.
 
     Not transformers' TextIteratorStreamer: it decodes each line separately, so tokenizers that drop the space at the
     start of a text (Llama 2, Mistral, Phi-3) lose a space of each line's indentation. It cannot pass errors on either.
@@ -206,7 +259,7 @@ class TokenStreamer:
 
     def __init__(self) -> None:
         """Expect the prompt first: transformers puts it before the answer."""
-        self.made: queue.Queue[int | Exception | None] = queue.Queue()
+        self.made: queue.Queue[Any] = queue.Queue()
         self.cancelled = threading.Event()
         self.prompt_seen = False
 
@@ -218,76 +271,8 @@ class TokenStreamer:
 
     def end(self) -> None:
         """Mark the end; called by transformers."""
-        self.made.put(None)
+        self.made.put(END)
 
     def is_cancelled(self, ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
         """Return whether transformers should stop; called after each token."""
         return torch.full((ids.shape[0],), self.cancelled.is_set(), device=ids.device)
-
-
-def end_of_turn(tokenizer: Any) -> int | None:
-    """Return the token that the chat template writes after an answer, by the rule of the training.
-
-    Added tokens of blank text are none: Gemma has some for line breaks, and Phi-2 for spaces.
-    """
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "THE-ANSWER"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False).rpartition("THE-ANSWER")[2]
-    added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return next((token for token in tokens if token in added and tokenizer.decode(token).strip()), None)
-
-
-def computable(dtype: str, device: str) -> str:
-    """Return the precision to compute with: on a CPU that lacks the training's, float32 is up to 500 times faster."""
-    if device == "cpu" and (dtype == "float16" or (dtype == "bfloat16" and not has_bfloat16())):
-        return "float32"
-    return dtype
-
-
-def has_bfloat16() -> bool:
-    """Return whether PyTorch multiplies matrices in bfloat16 with instructions of this CPU, through oneDNN."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def same_rotation(config: Any) -> int:
-    """Return up to how many tokens a model rotates positions the same: some (longrope) rotate all otherwise beyond."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]
-    changing = [one for one in kinds if one.get("rope_type") in ("longrope", "dynamic")]
-    own = getattr(config, "max_position_embeddings", sys.maxsize)
-    return min((one.get("original_max_position_embeddings") or own for one in changing), default=sys.maxsize)
-
-
-def damaged(source: Source, error: Exception) -> ChatError:
-    """Return the error for base model files that cannot be read."""
-    reason = str(error).strip().partition("\n")[0][:200].rstrip(".!:")
-    return ChatError(
-        f"The base model {source.base} cannot be loaded ({reason}): run `python setup/get_model.py`, or for a folder "
-        "of yours copy the model there again."
-    )
-
-
-def with_adapter(model: Any, source: Source, root: Path) -> Any:
-    """Load the adapter into the model. Raises ChatError unless every weight fits."""
-    try:
-        with warnings.catch_warnings():
-            # peft only warns about missing weights, and those layers would act as in the base model
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(root / str(source.adapter)))
-    except (RuntimeError, ValueError, KeyError, UserWarning) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ChatError(
-            f"The adapter in {source.adapter} does not fit the base model {source.base} ({reason}): run `python "
-            "finetuning/invoke_olive.py --fresh`, or chat with the base model: --baseonly."
-        ) from error
-
-
-def quantization_of_training(source: Source, device: str) -> BitsAndBytesConfig:
-    """Return the quantisation of the base model that QLoRA trained on."""
-    chosen = source.quantization
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=chosen.get("quant_type") or "nf4",
-        bnb_4bit_use_double_quant=chosen.get("double_quant") or False,
-        bnb_4bit_compute_dtype=getattr(torch, computable(chosen.get("compute_dtype") or source.dtype, device)),
-    )

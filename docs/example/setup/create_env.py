@@ -16,12 +16,13 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
@@ -119,15 +120,33 @@ def create(manager: str, purpose: str, dry_run: bool) -> None:
 @contextmanager
 def alone(what: str) -> Iterator[None]:
     """Hold a lock on the environment: wait for other runs that create the same one, and make others wait."""
-    # Not next to the environment, which may not exist yet; not deleted, since another run may wait for it.
-    home = os.path.expanduser("~")  # noqa: PTH111 - Path's fails for an account without one
-    name = hashlib.sha256(f"{home} {what}".encode()).hexdigest()[:16]
-    with Path(tempfile.gettempdir(), f"create_env-{name}.lock").open("a") as file:
+    with lock_file(what).open("a") as file:
         if not locked(file.fileno(), wait=False):
             print("Another run is creating this environment: waiting for it. Ctrl-C ends the wait.", flush=True)
             while not locked(file.fileno(), wait=True):
                 pass
         yield
+
+
+def lock_file(what: str) -> Path:
+    """Return the lock's file, in a folder for temporary files that is this user's: others must not hold the lock.
+
+    Not next to the environment, which may not exist yet; not deleted, since another run may wait for it. If somebody
+    else has made that folder, the lock is in setup/.
+    """
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path's fails for an account without one
+    name = f"create_env-{hashlib.sha256(f'{home} {what}'.encode()).hexdigest()[:16]}.lock"
+    if sys.platform == "win32":
+        return Path(tempfile.gettempdir(), name)  # each user has a folder of their own
+    own = Path(tempfile.gettempdir(), f"create_env-{os.geteuid()}")
+    is_own = False
+    with suppress(OSError):
+        own.mkdir(mode=0o700, exist_ok=True)
+        about = own.lstat()
+        is_own = stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & 0o077
+    file = (own if is_own else SETUP) / name
+    file.touch(mode=0o600)  # nobody else can open it
+    return file
 
 
 def locked(file: int, wait: bool) -> bool:

@@ -15,6 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # -P and PYTHONSAFEPATH leave it out
+from visible import visible
+
 WORKSPACE = Path(__file__).resolve().parents[1]
 ANSWERS = ".copier-answers.yml"
 
@@ -82,13 +85,13 @@ def main() -> int:
             else:
                 print("No file differs from the template's release.")
             for name, how in found.items():
-                print(f"  {how}  {name}")
+                print(f"  {how}  {visible(name)}")
                 if args.diff and how == "changed":
                     theirs, mine = lines(template / name), lines(WORKSPACE / name)
                     shown = difflib.unified_diff(theirs, mine, f"template/{name}", f"workspace/{name}")
-                    print("".join(line if line.endswith("\n") else f"{line}\n" for line in shown))
+                    print(visible("".join(line if line.endswith("\n") else f"{line}\n" for line in shown)))
     except DriftError as error:
-        print(f"drift: {error}", file=sys.stderr)
+        print(f"drift: {visible(error)}", file=sys.stderr)
         return int(args.strict)
     return int(args.strict and bool(found))
 

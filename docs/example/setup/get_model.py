@@ -25,6 +25,7 @@ sys.path.append(str(ROOT / "setup"))
 import no_telemetry  # noqa: E402, F401 - before any library
 from hub_download import CONFIG, WAIT, check_disk, download, explain, size  # noqa: E402
 from model_folder import DEMO, Found, ModelError, ModelMissingError, find_model  # noqa: E402
+from visible import visible  # noqa: E402
 
 ONNX = ROOT / "models" / "onnx-base"
 PLATFORMS = {"linux": "linux", "win32": "windows", "darwin": "macos"}
@@ -217,7 +218,7 @@ def main() -> int:
     except ModelError as error:
         if args.debug:
             raise
-        print(f"get_model: {error}", file=sys.stderr)
+        print(f"get_model: {visible(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from model_folder import Found, ModelError, faults, find_model, needed, snapshot_of
+from visible import visible
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "finetuning" / "olive-config.yaml"
@@ -38,9 +39,9 @@ def download(model: str, revision: str | None, here: Found | None) -> Found:
     except Exception as error:  # the library passes on HTTP client errors
         if here is None:
             raise ModelError(explain(error, model, revision)) from error
-        print(f"{explain(error, model, revision)} The commit that is here is used: {here.commit}.")
+        print(f"{visible(explain(error, model, revision))} The commit that is here is used: {here.commit}.")
         return here
-    commit, sizes = str(about.sha), {file.rfilename: file.size or 0 for file in about.siblings or []}
+    commit, sizes = visible(about.sha), {file.rfilename: file.size or 0 for file in about.siblings or []}
     names = needed(sizes, model)
     if revision != commit:
         moved = f" (here it was {here.commit})" if here and here.commit != commit else ""

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from installed import ROOT, canonical, conda_distributions, project, python_in, site_packages, torch_versions
+from visible import visible
 
 LOG = ROOT / "setup" / "create_env.log"
 TORCH_INDEX = {"cpu": "https://download.pytorch.org/whl/cpu", "gpu": "https://download.pytorch.org/whl/cu130"}
@@ -32,11 +33,16 @@ COMPILED = (
     "accelerate|datasets|gradio|huggingface_hub|matplotlib|numpy|olive|onnxscript|optuna|pandas|peft|pydantic|scipy"
     "|sympy|torch|transformers"
 )
+# What uv and pip say of a file that does not have the hash of the lock.
+CHANGED = r"Hash mismatch for `([^`]+)`|MATCH THE HASHES(?:.|\n)*?\n *([\w.-]+==\S+) from "
 NOT_COMPILED = rf"site-packages[\\/](?!({COMPILED})[\\/])|[\\/](tests?|testing|models)[\\/]"
 
 
 class SetupError(Exception):
     """An error that the user can fix: what is wrong, where, and what to do."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(visible(text))
 
 
 def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
@@ -62,10 +68,10 @@ def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
         if pins[name] != by_conda[name]:
             print(f"  {name} {by_conda[name]} is conda's and stays; the lock has {pins[name]}.")
     options = ["--no-index"] if env.get("PIP_NO_INDEX") else []
-    file, count = requirements(prefix, lock, set(by_conda), dry_run)
-    step(f"{count} locked packages", [*command, *options, "-r", str(file)], env, dry_run)
-    if not dry_run:
-        check_arrived(prefix, file)
+    for title, more, file in requirements(prefix, lock, set(by_conda), dry_run):
+        step(title, [*command, *options, *more, "-r", str(file)], env, dry_run)
+        if not dry_run:
+            check_arrived(prefix, file)
 
 
 def install_more(prefix: Path, packages: list[str], dry_run: bool) -> None:
@@ -95,7 +101,7 @@ def check_arrived(prefix: Path, file: Path) -> None:
     """Raise SetupError if packages are not in the environment, although the installer said that it succeeded."""
     site = site_packages(prefix)
     here = {project(path.name)[0] for path in site.glob("*-info")} if site else set()
-    pins = re.findall(r"^([\w.-]+)==[^;]*$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    pins = re.findall(r"^([\w.-]+)==[^;\n]*$", file.read_text(encoding="utf-8"), re.MULTILINE)
     if missing := sorted({canonical(name) for name in pins} - here):
         settings = quoted([str(python_in(prefix)), "-m", "pip", "config", "list"])
         raise SetupError(
@@ -104,23 +110,31 @@ def check_arrived(prefix: Path, file: Path) -> None:
         )
 
 
-def requirements(prefix: Path, lock: Path, by_conda: set[str], dry_run: bool) -> tuple[Path, int]:
-    """Return a file with what is to be installed, and the number of packages: the lock, or what fits of it."""
-    lines = re.findall(r"^[\w.-]+==.*", lock.read_text(encoding="utf-8"), re.MULTILINE)
+def requirements(prefix: Path, lock: Path, by_conda: set[str], dry_run: bool) -> Iterator[tuple[str, list[str], Path]]:
+    """Yield title, options and file of what is to be installed of the lock: what has hashes, then what has none.
+
+    pip refuses a file in which only some lines have hashes. Lines without one were added by the user.
+    """
+    every = lines = re.findall(r"^[\w.-]+==.*", lock.read_text(encoding="utf-8"), re.MULTILINE)
     locked = TORCH_INDEX["gpu"].rpartition("/")[2]
     if any("+cu" in found and not found.endswith(f"+{locked}") for found in torch_versions(prefix)):
         # The lock's libraries are for another CUDA than this torch, which itself names its own, with their versions.
         lines = [line for line in lines if not line.startswith(("nvidia-", "cuda-"))]
-    elif prefix.parent == ROOT:
-        return lock, len(lines)
-    # pip would replace the files of conda's packages, conda would forget that it has them, and then mix the two.
-    lines = [line for line in lines if canonical(line.partition("==")[0]) not in by_conda]
-    file = prefix / lock.name
-    if not dry_run:
-        file.write_text(
-            "\n".join([f"# {lock}, without what conda and torch bring along", *lines, ""]), encoding="utf-8"
-        )
-    return file, len(lines)
+        lines = [line.partition(" --hash")[0] if line.startswith("torch==") else line for line in lines]
+    if prefix.parent != ROOT:
+        # pip would replace the files of conda's packages, conda would forget that it has them, and then mix the two.
+        lines = [line for line in lines if canonical(line.partition("==")[0]) not in by_conda]
+    hashed = [line for line in lines if " --hash=" in line]
+    others = [line for line in lines if line not in hashed]
+    # The hashes are of all packages, so nothing else may be installed with them.
+    for part, more in ((hashed, ["--no-deps"]), (others, [])):
+        first = part is hashed or not hashed
+        file = lock if part == every and prefix.parent == ROOT else prefix / f"{'' if first else 'more-'}{lock.name}"
+        if part and file != lock and not dry_run:
+            text = "\n".join([f"# {lock}, without what conda and torch bring along", *part, ""])
+            file.write_text(text, encoding="utf-8")
+        if part:
+            yield f"{len(part)} {'locked packages' if first else 'packages without a hash'}", more, file
 
 
 def installer(python: Path) -> tuple[list[str], dict[str, str]]:
@@ -203,6 +217,12 @@ def step(title: str, command: list[str], env: dict[str, str], dry_run: bool, may
     failed = process.returncode != 0
     print(f"{'failed after ' if failed else ''}{time.monotonic() - started:.1f} s", flush=True)
     if failed and not may_fail:
+        if changed := re.search(CHANGED, "\n".join(last)):
+            raise SetupError(
+                f"{changed.group(1) or changed.group(2)} is not the file whose hash is in the lock, and was not "
+                f"installed: it was changed on your index or mirror after it was locked; ask who runs that, or use "
+                f"another one, in PIP_INDEX_URL. All of it: {LOG}{again()}"
+            )
         lines = "\n    ".join(last or [f"status {process.returncode}, no output"])
         raise SetupError(f"{title}: it failed with\n    {lines}\n  All of it: {LOG}{again()}")
     return not failed
@@ -223,7 +243,7 @@ def quoted(command: list[str]) -> str:
 def log(text: str) -> None:
     """Append text to the log."""
     with LOG.open("a", encoding="utf-8") as file:
-        file.write(hide_passwords(text))
+        file.write(visible(hide_passwords(text)))
 
 
 def works(command: list[str | Path]) -> bool:

@@ -129,7 +129,9 @@ def main() -> int:
     try:
         undo(workspace)
     except UndoError as error:
-        print(f"undo_update: {error}", file=sys.stderr)
+        # git's own words may have names of files; the script is copied alone, so it imports no other
+        text = "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in str(error))
+        print(f"undo_update: {text}", file=sys.stderr)
         return 1
     return 0
 

@@ -24,7 +24,7 @@ def merge(run: RunRecord, base: Path, made_from: MadeFrom, reference: Reference,
 
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        base, dtype="auto", device_map="cpu", local_files_only=True
+        base, dtype="auto", device_map="cpu", local_files_only=True, trust_remote_code=False
     )
     model = with_adapter(model, run)
     untie(model.get_base_model())

@@ -11,7 +11,7 @@ from preparing.dataset import chat_rows, spread
 from preparing.problems import DataError
 from preparing.tokens import with_system
 from preparing.workspace import MODELS, ROOT, find_model
-from reporting.run_record import RunRecord
+from reporting.run_record import RunRecord, published
 from settings.config_file import ConfigError
 
 COMPARED_ROWS = 64  # more takes longer and barely changes the figures
@@ -50,7 +50,7 @@ def check_adapter(run: RunRecord) -> str:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         again = "run `python finetuning/invoke_olive.py` again"
         raise ConfigError(f"The adapter in {run['adapter']} is missing or damaged ({error}): {again}.") from error
-    if trained_on != run["base_model"]:
+    if trained_on not in (run["base_model"], published(run["base_model"])):  # older releases write the whole path
         raise ConfigError(
             f"The adapter in {run['adapter']} was trained on {trained_on}, but models/run.json names "
             f"{run['base_model']}: run `python finetuning/invoke_olive.py` again."

@@ -9,10 +9,10 @@ import shutil
 import subprocess
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from planning.architecture import Shape
+from preparing.memory_room import container_limit
 from preparing.workspace import ROOT
 from settings.config_file import ConfigError
 from settings.run_settings import Settings
@@ -61,14 +61,6 @@ def look() -> Machine:
         facts |= {"gpu": torch.cuda.get_device_name(index), "gpus": torch.cuda.device_count(), "driver": driver()}
         facts |= {"vram": vram, "vram_free": free, "bf16": torch.cuda.is_bf16_supported(including_emulation=False)}
     return Machine(**facts)
-
-
-def container_limit() -> int:
-    """Return the container's memory limit in bytes; without one, more than any machine has."""
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if Path(name).is_file() and (limit := Path(name).read_text().strip()).isdigit():
-            return int(limit)
-    return 2**62
 
 
 def driver() -> str | None:

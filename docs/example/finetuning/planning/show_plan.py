@@ -15,6 +15,7 @@ from planning.facts import (
     RunFacts,
 )
 from planning.memory import GIB
+from preparing.problems import visible
 
 Lines = list[tuple[str, str]]  # label and text
 
@@ -46,6 +47,7 @@ def show(part: str, facts: Any) -> None:
         "estimate": estimate_lines,
         "azure": azure_lines,
     }[part](facts)
+    lines = [(label, visible(text)) for label, text in lines]
     console = Console(highlight=False)
     if not console.is_terminal:
         for label, text in lines:

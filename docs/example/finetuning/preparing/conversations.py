@@ -9,6 +9,7 @@ from pathlib import Path
 
 from preparing.data_files import data_files
 from preparing.formats import bad_example, to_messages, unused
+from preparing.memory_room import ROWS, MemoryRoom
 from preparing.problems import DataError, one_line, short
 from preparing.rejected import Rejected, write_rejected
 from preparing.rows import Row, file_rows, hub_rows
@@ -58,9 +59,11 @@ def read(
     good: list[Conversation] = []
     bad: list[Rejected] = []
     not_used: dict[str, set[str]] = {source: set() for source in sources}
-    counted = Counter[str]()
+    counted, room = Counter[str](), MemoryRoom()
     for source, row in all_rows(sources, dataset_split, encoding, is_from_hub):
         counted[source] += 1
+        if counted[source] % ROWS == 0:
+            room.check_rows(f"{source}, {unit(source, is_from_hub)} {row.number}")
         if column := bad_example(row.value, dataset_format, prompt_template):
             raise DataError(
                 f"{source}, {unit(source, is_from_hub)} {row.number}: the column {column} marks the answer as a bad "

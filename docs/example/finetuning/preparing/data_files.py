@@ -7,6 +7,7 @@ import gzip
 import zlib
 from pathlib import Path
 
+from preparing.memory_room import MemoryRoom
 from preparing.problems import DataError, short
 
 ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
@@ -58,11 +59,12 @@ def is_saved(folder: Path) -> bool:
 
 def file_text(file: str, encoding: str | None) -> str:
     """Return the text of a file, unpacked and decoded; `encoding` None: UTF-8, or UTF-16 with its mark."""
-    raw = bytearray()
+    raw, room = bytearray(), MemoryRoom()
     try:
         with gzip.open(file) if file.lower().endswith(".gz") else Path(file).open("rb") as stream:
             while piece := stream.read1(2**20):
                 raw += piece
+                room.check_text(raw, file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         line = raw.count(b"\n") + 1
         raise DataError(f"{file}, line {line}: the gzip file is damaged or not gzip ({error}). Replace it.") from error

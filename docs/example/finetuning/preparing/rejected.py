@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from preparing.data_files import REJECTED
-from preparing.problems import DataError
+from preparing.problems import DataError, visible
 from preparing.workspace import ROOT
 
 
@@ -80,4 +80,4 @@ def to_line(rejected: Rejected) -> bytes:
         text = json.dumps(rejected, ensure_ascii=False, default=str)
     except RecursionError:
         text = json.dumps({**rejected, "row": None}, ensure_ascii=False)
-    return (text + "\n").encode("utf-8", "backslashreplace")
+    return (visible(text) + "\n").encode()  # visible writes escapes as JSON does

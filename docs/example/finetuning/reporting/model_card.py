@@ -11,8 +11,8 @@ from pathlib import Path
 import yaml
 
 from preparing.workspace import MODEL_FACTS
-from reporting.report import metrics, published
-from reporting.run_record import RunRecord
+from reporting.report import metrics, plain
+from reporting.run_record import RunRecord, published
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 LICENCES = {  # the licences of the catalogue, as the hub names them
@@ -30,7 +30,7 @@ def write_model_card(run: RunRecord, folder: Path) -> Path:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=plain
     )
     environment.filters["python"] = repr  # a value as written in Python code
     card = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(

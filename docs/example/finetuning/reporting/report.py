@@ -9,7 +9,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from reporting.run_record import RunRecord, interval_in_words
+from preparing.problems import visible
+from reporting.run_record import RunRecord, interval_in_words, published
 
 TEMPLATE = Path(__file__).with_name("report.html")
 # background, text, training, held out: colour-blind readers can tell the curves apart
@@ -34,6 +35,7 @@ NAMES = {  # readable names for the keys of run.json
     "before": "evaluation before",
     "after": "evaluation after",
 }
+PATHS = ("base_model", "model_path", "train_file", "held_out_file", "source", "held_out_source")
 SHOWN_ELSEWHERE = ("config", "data", "metrics", "timings")
 
 
@@ -46,7 +48,9 @@ def write_report(run: RunRecord, history: list[dict[str, float]], folder: Path) 
 
     training, held_out = curve(history, "loss"), curve(history, "eval_loss")
     plots = [loss_plot(training, held_out, colours) for colours in (LIGHT, DARK)]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=plain
+    )
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         run=run,
         base_model=published(run["base_model"]),
@@ -65,9 +69,9 @@ def write_report(run: RunRecord, history: list[dict[str, float]], folder: Path) 
     return folder / "index.html"
 
 
-def published(path: str) -> str:
-    """Return only the last part of an absolute path, which would reveal this machine; other values unchanged."""
-    return Path(path).name if Path(path).is_absolute() else path
+def plain(value: Any) -> Any:
+    """Return a value of the page or the card without control characters; what is escaped already as it is."""
+    return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def metrics(run: RunRecord) -> list[dict[str, str]]:
@@ -104,16 +108,26 @@ def facts(run: RunRecord) -> dict[str, dict[str, str]]:
 def settings(run: RunRecord) -> dict[str, dict[str, str]]:
     """Return the settings by group, named as in olive-config.yaml."""
     return {
-        title: {name: in_text(value) for name, value in group.items()} for title, group in run.get("config", {}).items()
+        title: {name: in_text(bare(name, value)) for name, value in group.items()}
+        for title, group in run.get("config", {}).items()
     }
 
 
 def table(group: dict[str, Any]) -> dict[str, str]:
     """Return the names and values of a group in readable form."""
     return {
-        NAMES.get(name, name.replace("_", " ")): f"{value:.1%}" if name.endswith("_share") else in_text(value)
+        NAMES.get(name, name.replace("_", " ")): f"{value:.1%}"
+        if name.endswith("_share")
+        else in_text(bare(name, value))
         for name, value in group.items()
     }
+
+
+def bare(name: str, value: Any) -> Any:
+    """Return a value without folders of this machine, if its name is that of a path, or of several."""
+    if name not in PATHS or not value:
+        return value
+    return [published(path) for path in value] if isinstance(value, list) else published(value)
 
 
 def duration(seconds: float) -> str:

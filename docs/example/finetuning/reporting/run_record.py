@@ -221,21 +221,29 @@ def refuse_worse(run_json: RunRecord, adapter: Path, results: Path) -> None:
     )
 
 
+def published(path: str) -> str:
+    """Return only the last part of an absolute path, which names folders of this machine; other values unchanged."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
 def publish(run_json: RunRecord, adapter: Path, folder: str, results: Path) -> None:
     """Publish the adapter and run.json. The previous ones are removed when the new ones are complete."""
     config_file = adapter / "adapter_config.json"
     adapter_config = json.loads(config_file.read_text(encoding="utf-8"))
     # the base model's name instead of the folder it was loaded from; PEFT's card also names that folder
-    adapter_config |= {"base_model_name_or_path": run_json["base_model"], "revision": run_json["revision"]}
+    adapter_config |= {
+        "base_model_name_or_path": published(run_json["base_model"]),
+        "revision": run_json["revision"],
+    }
     write_json(config_file, adapter_config)
     (adapter / "README.md").unlink(missing_ok=True)
     tokenizer = load_tokenizer(folder)
     tokenizer.save_pretrained(adapter)  # with the chat template of the training
     run_json["stops"] = ends_of_answer(tokenizer)
     run_json["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-    published = new_folder(results / "adapter")
-    shutil.copytree(adapter, published, dirs_exist_ok=True)
-    replace_folder(published, results / "adapter")
+    new = new_folder(results / "adapter")
+    shutil.copytree(adapter, new, dirs_exist_ok=True)
+    replace_folder(new, results / "adapter")
     write_json(results / "run.json", run_json)
 
 

@@ -5,20 +5,31 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import sys
+import traceback
 import warnings
 from unittest.mock import MagicMock
 
-import preparing.workspace  # noqa: F401 - turns off the telemetry
+from preparing.problems import visible
+from preparing.workspace import ROOT  # also turns off the telemetry
 
 
 def explain(error: Exception) -> str:
-    """Return what is wrong and what to do, in one sentence."""
+    """Return what is wrong and what to do, in one sentence that a terminal may show."""
+    return visible(meaning(error))
+
+
+def meaning(error: Exception) -> str:
+    """Return the sentence for an error; libraries put what they read into theirs."""
     kinds = {kind.__name__ for kind in type(error).__mro__}  # by name, since importing their modules is slow
     if kinds & {"ConfigError", "DataError", "ModelError"}:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed in {sys.prefix}: run `python setup/create_env.py`, then use its Python."
+    if of := re.search(r"The repository (.+) (?:contains|references) custom code", str(error)):
+        name = of[1].removeprefix(f"{ROOT}{os.sep}")
+        return f"{name} runs only with code of its own, which is never run: choose a model that transformers knows."
     if "Timeout" in kinds:
         return "Another run is in progress in this workspace: wait for it or stop it, then run this again."
     reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".: ")
@@ -26,7 +37,8 @@ def explain(error: Exception) -> str:
 
 
 def quiet() -> None:
-    """Disable the output of the libraries."""
+    """Disable the output of the libraries, and make the texts in a traceback visible."""
+    sys.excepthook = lambda _, error, __: print(visible("".join(traceback.format_exception(error))), file=sys.stderr)
     for name, value in (
         ("TOKENIZERS_PARALLELISM", "false"),
         ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),

@@ -8,11 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from preparing.problems import visible
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file. What JSON has no number for (NaN, infinity) becomes null."""
     unfinished = path.with_name(f".{path.name}.new")
-    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    # visible writes escapes as JSON does
+    text = visible(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
     unfinished.write_text(text + "\n", encoding="utf-8")
     unfinished.replace(path)
 
