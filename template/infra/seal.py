@@ -6,6 +6,7 @@ the share can neither change a sealed environment unseen, nor seal another. Only
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import hmac
 import os
@@ -36,10 +37,14 @@ def seal_of(folder: Path, name: str, key: str) -> str:
 
 
 def main() -> int:
-    """`seal.py FOLDER` checks; `seal.py FOLDER NAME` seals the folder, which is renamed to NAME next."""
-    folder, key = Path(sys.argv[1]), os.environ["ENVIRONMENT_KEY"]
-    if len(sys.argv) > 2:
-        (folder / SEAL).write_text(seal_of(folder, sys.argv[2], key), encoding="ascii")
+    """Seal, or check a seal."""
+    parser = argparse.ArgumentParser(description="Check the seal of an environment, or seal one.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("name", nargs="?", help="seal the folder, which is renamed to this next")
+    options = parser.parse_args()
+    folder, key = options.folder, os.environ["ENVIRONMENT_KEY"]
+    if options.name:
+        (folder / SEAL).write_text(seal_of(folder, options.name, key), encoding="ascii")
         return 0
     seal = (folder / SEAL).read_bytes() if (folder / SEAL).is_file() else b""
     return 0 if hmac.compare_digest(seal, seal_of(folder, folder.name, key).encode()) else 1

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from installed import ROOT, canonical, conda_distributions, project, python_in, site_packages, torch_versions
@@ -59,6 +59,8 @@ def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
         options = ["--no-deps", "--reinstall" if "uv" in command else "--force-reinstall", f"torch=={version}"]
         for place, more, env_torch in torch_sources(env, device):
             done = step(f"torch {version} from {place}", [*command, *more, *options], env_torch, dry_run, may_fail=True)
+            if done and not dry_run:
+                check_arrived(prefix, ["torch"])
             if done and (dry_run or right_torch(prefix, version, device)):
                 break
         else:
@@ -71,7 +73,8 @@ def install(prefix: Path, device: str, lock: Path, dry_run: bool) -> None:
     for title, more, file in requirements(prefix, lock, set(by_conda), dry_run):
         step(title, [*command, *options, *more, "-r", str(file)], env, dry_run)
         if not dry_run:
-            check_arrived(prefix, file)
+            text = file.read_text(encoding="utf-8")
+            check_arrived(prefix, re.findall(r"^([\w.-]+)==[^;\n]*$", text, re.MULTILINE))
 
 
 def install_more(prefix: Path, packages: list[str], dry_run: bool) -> None:
@@ -97,12 +100,11 @@ def remove_torn(prefix: Path) -> None:
             shutil.rmtree(folder)
 
 
-def check_arrived(prefix: Path, file: Path) -> None:
+def check_arrived(prefix: Path, names: Iterable[str]) -> None:
     """Raise SetupError if packages are not in the environment, although the installer said that it succeeded."""
     site = site_packages(prefix)
     here = {project(path.name)[0] for path in site.glob("*-info")} if site else set()
-    pins = re.findall(r"^([\w.-]+)==[^;\n]*$", file.read_text(encoding="utf-8"), re.MULTILINE)
-    if missing := sorted({canonical(name) for name in pins} - here):
+    if missing := sorted({canonical(name) for name in names} - here):
         settings = quoted([str(python_in(prefix)), "-m", "pip", "config", "list"])
         raise SetupError(
             f"{missing[0]} was installed, but not into {prefix}: remove `target`, `prefix`, `root` or `dry-run` from "

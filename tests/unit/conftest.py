@@ -47,6 +47,7 @@ class SmallWorkspace:
     """A workspace's setup/ with a lock of two tiny packages, and the variables of a machine that has only `wheels`."""
 
     make_wheel = staticmethod(make_wheel)
+    with_hash = staticmethod(with_hash)
 
     def __init__(self, root: Path, machine: Path, with_uv: bool) -> None:
         self.root, self.wheels = root, machine / "wheels"
@@ -132,6 +133,12 @@ class SmallWorkspace:
         """The text of setup/create_env.log, "" when there is none."""
         file = self.root / "setup" / "create_env.log"
         return file.read_text() if file.exists() else ""
+
+
+@pytest.fixture
+def small_workspace() -> type[SmallWorkspace]:
+    """The class, for tests that choose the folders."""
+    return SmallWorkspace
 
 
 @pytest.fixture

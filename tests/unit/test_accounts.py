@@ -110,7 +110,7 @@ def test_a_pip_conf_that_sends_packages_elsewhere_is_one_sentence_and_no_complet
     workspace.env |= settings
     done = workspace.run()
     assert done.returncode == 1
-    assert "small was installed, but not into" in done.stderr and "pip config list` shows." in done.stderr
+    assert "torch was installed, but not into" in done.stderr and "pip config list` shows." in done.stderr
     workspace.env["PIP_CONFIG_FILE"] = os.devnull
     assert workspace.run().returncode == 0
     assert workspace.version("small") == "1.0"

@@ -22,7 +22,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import with_hash
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = "https://download.pytorch.org/whl/cpu"
@@ -477,7 +476,7 @@ def test_an_index_that_does_not_answer_is_replaced_by_the_callers_own_with_a_wor
     workspace = make_workspace()
     address, folder = index
     next(workspace.wheels.glob("torch-*")).unlink()
-    usual = with_hash(workspace.make_wheel(workspace.wheels, "torch", "2.13.0"), "torch==2.13.0")
+    usual = workspace.with_hash(workspace.make_wheel(workspace.wheels, "torch", "2.13.0"), "torch==2.13.0")
     lock = workspace.root / "setup" / "requirements-cpu.txt"
     lock.write_text(re.sub("torch==.*\n", usual, lock.read_text()))
     for wheel in workspace.wheels.iterdir():

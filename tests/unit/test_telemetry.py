@@ -17,7 +17,7 @@ import pytest
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "template"
 # These import the standard library alone, and start git, copier, uv, pip, conda or az. az has its own, in infra/az.py.
-WITHOUT_LIBRARIES = {"infra/azure.py", "setup/create_env.py", "setup/drift.py", "setup/undo_update.py"}
+WITHOUT_LIBRARIES = {"infra/azure.py", "infra/seal.py", "setup/create_env.py", "setup/drift.py", "setup/undo_update.py"}
 # At the end of the process: what it would have passed to a library, and to a process that it starts.
 SITECUSTOMIZE = """
 import atexit, json, os

@@ -10,9 +10,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import SmallWorkspace
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -84,12 +84,14 @@ def open_to_all() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("taken", [False, True])
-def test_another_user_cannot_hold_the_lock_of_an_environment(open_to_all: Path, taken: bool) -> None:
+def test_another_user_cannot_hold_the_lock_of_an_environment(
+    open_to_all: Path, small_workspace: Any, taken: bool
+) -> None:
     import fcntl
 
     if os.geteuid() != 0:
         pytest.skip("only root can act as another user")
-    workspace = SmallWorkspace(open_to_all / "workspace", open_to_all / "machine", shutil.which("uv") is not None)
+    workspace = small_workspace(open_to_all / "workspace", open_to_all / "machine", shutil.which("uv") is not None)
     if taken:  # the name of the folder is no secret
         folder = open_to_all / "machine" / "create_env-0"
         folder.mkdir(mode=0o777)
