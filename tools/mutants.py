@@ -40,19 +40,18 @@ GROUPS: dict[str, tuple[str, str, bool]] = {
     ),
     "training": (
         "template/finetuning/training/{batches,gradients,train,sessions,checkpoints,processes}.py",
-        "tests/workspace/test_packing.py tests/workspace/test_gradients.py tests/workspace/test_run_end.py "
-        "tests/workspace/test_plan.py tests/workspace/test_finetuning.py",
+        "tests/workspace/test_packing.py tests/workspace/test_run_end.py tests/workspace/test_finetuning.py",
         True,
     ),
     "planning": (
         "template/finetuning/planning/*.py",
-        "tests/workspace/test_needs.py tests/workspace/test_check.py tests/workspace/test_plan.py",
+        "tests/workspace/test_needs.py tests/workspace/test_check.py",
         True,
     ),
     "serving": (
-        "template/inference/{engine,request_queue}.py",
-        "tests/workspace/test_inference.py tests/workspace/test_kept_cache.py tests/workspace/test_api.py "
-        "tests/workspace/test_waiting.py",
+        "template/inference/{engine,request_queue,model_process,prompt_cost}.py",
+        "tests/workspace/test_as_trained.py tests/workspace/test_request_cost.py tests/workspace/test_kept_cache.py "
+        "tests/workspace/test_model_process.py tests/workspace/test_inference.py",
         True,
     ),
     "migrate": (
