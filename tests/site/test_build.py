@@ -21,7 +21,7 @@ def repository(tmp_path: Path) -> Path:
     """The sources of the site."""
     for name in ("docs", "catalog", "benchmarks"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("README.md", "CHANGELOG.md", "LICENSE", "copier.yml"):
+    for name in ("README.md", "CHANGELOG.md", "SECURITY.md", "LICENSE", "copier.yml"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
