@@ -72,6 +72,14 @@ def test_held_out_rows_are_not_trained_on_and_stay_when_rows_are_added(
     assert dataset.held_out_positions([TONE], 0.5, 1) in (set(), {0})
 
 
+def test_without_a_share_all_rows_are_trained_on(dataset: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"p{i}", "completion": "c"}) for i in range(9)))
+    assert len(dataset.chat_rows("train", train_file=str(path), eval_split=0, data_seed=1)) == 9
+    with pytest.raises(Exception, match="leaves no rows for held_out: add rows or change eval_split"):
+        dataset.chat_rows("held_out", train_file=str(path), eval_split=0, data_seed=1)
+
+
 @pytest.fixture(scope="module")
 def sample(dataset: Any, workspace: Path) -> Any:
     return dataset.chat_rows("train", str(workspace / "dataset" / "sample-train.jsonl"), "unused")
