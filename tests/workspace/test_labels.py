@@ -137,6 +137,22 @@ def test_with_train_on_all_every_token_is_learned_including_the_ends_of_turns(
     assert example["labels"].count(end) >= 2
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_train_on_all_an_answer_that_is_marked_as_not_to_be_learnt_is_read_only(
+    tokens: Any, tokenizers: dict[str, Any], family: str
+) -> None:
+    tokenizer = tokenizers[family]
+    marked: list[Any] = [TURNS[0], TURNS[1] | {"learn": False}, *TURNS[2:]]
+    example = only(tokens.tokenise(tokenizer, marked, "all"))
+    whole = only(tokens.tokenise(tokenizer, TURNS, "all"))
+    assert example["input_ids"] == whole["input_ids"]
+    pairs = zip(example["input_ids"], example["labels"], strict=True)
+    left_out = [i for i, (token, label) in enumerate(pairs) if token != label]
+    assert left_out == list(range(left_out[0], left_out[-1] + 1))
+    said = tokenizer.decode([example["input_ids"][i] for i in left_out])
+    assert said.replace(FAMILIES[family]["end_of_turn"], "").strip() == "I am glad."
+
+
 def test_a_turn_that_a_template_refuses_is_one_sentence_in_training_and_in_a_chat(
     tokens: Any, tokenizers: dict[str, Any], serving: Any
 ) -> None:
