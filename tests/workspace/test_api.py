@@ -739,7 +739,7 @@ def test_the_page_requires_the_key(locked: str) -> None:
     for path in ("/config", "/gradio_api/info"):
         assert fetch(locked, path)[0] == 401
     call = b'{"data": ["hello", "", 8, 0, 1]}'
-    assert fetch(locked, "/gradio_api/call/chat", call, Content_Type="application/json")[0] == 404
+    assert fetch(locked, "/gradio_api/call/chat", call, Content_Type="application/json")[0] == 401
     join = b'{"data": ["hello", "", 8, 0, 1], "fn_index": 0, "session_hash": "x"}'
     assert fetch(locked, "/gradio_api/queue/join", join, Content_Type="application/json")[0] == 401
     with pytest.raises((AuthenticationError, ValueError)):

@@ -20,8 +20,8 @@ PAGE = {
     LOGIN: ("POST",),
     r"/(config|theme\.css|favicon\.ico|gradio_api/info)": ("GET",),
     r"/(assets|static)(/[\w-][\w.-]*)+": ("GET",),
-    r"/gradio_api/(queue/join|run/predict|cancel|reset)": ("POST",),
-    r"/gradio_api/(queue/data|heartbeat/\w+)": ("GET",),
+    r"/gradio_api/(queue/join|run/predict|call/chat|cancel|reset)": ("POST",),
+    r"/gradio_api/(queue/data|call/chat/\w+|heartbeat/\w+)": ("GET",),
 }
 
 
