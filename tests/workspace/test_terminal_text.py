@@ -131,7 +131,7 @@ def test_what_azure_says_writes_nothing_but_text_and_no_signature(workspace: Pat
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 1 and "Azure cannot be reached" in done.stderr
         assert signature not in done.stderr + done.stdout
-        assert ("Traceback" in done.stderr and "sig=***" in done.stderr) == bool(option)
+        assert ("Traceback" in done.stderr) == bool(option)
     az.write_text(f"#!/bin/sh\nprintf '%s' '{FORGED}' >&2; exit 1\n")
     shown = in_terminal("-c", f"import os; os.environ |= {env!r}; os.execv({sys.executable!r}, {command!r})")
     assert "\\u001b]52;c;aGk=" in shown and foreign(shown) == set()
