@@ -186,6 +186,8 @@ test-all: test .cache/gemma3-270m/ready
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/walk/test_every_walk.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/real/test_gemma.py $(TIED)
 	PLAUSIBLE_ROWS=5000 $(WORKSPACE)/.venv/bin/python -m pytest tests/workspace/test_plausible_rows.py
+	HOSTILE=10000 DESCRIPTION_SECONDS=120 $(WORKSPACE)/.venv/bin/python -m pytest \
+	  tests/workspace/test_hostile_requests.py tests/workspace/test_api_description.py
 
 release: .venv/ready
 	python tools/release.py --check $(VERSION)
