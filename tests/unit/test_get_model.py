@@ -57,7 +57,7 @@ class Workspace:
         self.root = root
         (root / "setup").mkdir(parents=True)
         (root / "finetuning" / "training").mkdir(parents=True)
-        for script in ("get_model.py", "hub_download.py", "model_folder.py", "no_telemetry.py"):
+        for script in ("get_model.py", "hub_download.py", "model_folder.py", "no_telemetry.py", "visible.py"):
             shutil.copy(SETUP / script, root / "setup")
         self.env = {"PATH": os.defpath, "HF_HOME": str(root / "hub"), "HOME": str(root), "CI": "1"}
         self.before: list[str] = []  # options of setpriv
