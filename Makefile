@@ -4,6 +4,7 @@
 # make environments   install what the tests need; then parts can be run separately: make test-workspace, test-real …
 # make lint    ruff, with its rules for security, mypy, and zizmor for the workflows
 # make test-all   the same, with updates for every valid combination of answers, every way to a model, and a second model
+# make mutants   change the code in small ways, and show the changes that no test notices; takes hours
 # make release VERSION=1.2.0   check, test, date the changelog, tag
 # make bench   measure speed and memory, also of comparable tools
 # make workspace   render and install the workspace that the tests use
@@ -29,7 +30,7 @@ INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 export PATH := $(BIN):$(PATH)
 
 .PHONY: demo test test-all release lint environments workspace test-runs test-workspace test-real test-azure test-walk test-hub
-.PHONY: bench docs site lock newest clean
+.PHONY: mutants bench docs site lock newest clean
 
 .venv/ready: locks/repository.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
@@ -188,6 +189,16 @@ test-all: test .cache/gemma3-270m/ready
 	PLAUSIBLE_ROWS=5000 $(WORKSPACE)/.venv/bin/python -m pytest tests/workspace/test_plausible_rows.py
 	HOSTILE=10000 DESCRIPTION_SECONDS=120 $(WORKSPACE)/.venv/bin/python -m pytest \
 	  tests/workspace/test_hostile_requests.py tests/workspace/test_api_description.py
+
+.cache/cosmic-ray/ready: .venv/ready
+	$(PYTHON) -m venv --clear .cache/cosmic-ray
+	.cache/cosmic-ray/bin/python -m $(INSTALL) cosmic-ray==8.7.0
+	@touch $@
+
+mutants: environments .cache/cosmic-ray/ready
+	.cache/cosmic-ray/bin/python tools/mutants.py draw
+	for group in rows release migrate; do python tools/mutants.py $$group; done
+	for group in preparing training planning serving sync; do $(WORKSPACE)/.venv/bin/python tools/mutants.py $$group; done
 
 release: .venv/ready
 	python tools/release.py --check $(VERSION)
