@@ -11,14 +11,9 @@ must not continue.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import os
-import re
 import shutil
-import stat
 import sys
-import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -33,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from merging import Entry, ended_as, follow, lf, merge, read  # noqa: E402 - Copier runs this file with -I
 from refusals import Refusal, first_line, refuse, try_git  # noqa: E402
 from renames import RENAMED_FILES, RENAMED_SETTINGS, SPLIT_FILES  # noqa: E402
+from rendering import files, left_by_copier, recorded, render  # noqa: E402
 from repository import TAB, Repository, visible  # noqa: E402
 
 OWNED = ("dataset/*.jsonl",)  # the user's from the first day, as `_skip_if_exists` of copier.yml says
@@ -125,25 +121,9 @@ class Update:
         return {name.removesuffix(".jinja") for name in sources if "{" not in name}
 
     def old_render(self) -> Path:
-        """Return the workspace as rendered by the old release. Raises Refusal if that is impossible.
-
-        Copier renders it before this runs, into the folder for temporary files, but does not pass the path: it is the
-        folder with the same answers that is not a repository yet. If there are several, one may be what a killed update
-        left, incomplete: the old release is rendered again then.
-        """
-        answers, found = self.answers(), []
-        for folder in Path(tempfile.gettempdir()).glob("*old_copy.*"):
-            with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-                rendered = folder / self.repository.prefix
-                if (
-                    not is_own(folder) or not (rendered / self.answers_file).is_file()
-                ):  # a pipe would hold this for ever
-                    continue
-                text = (rendered / self.answers_file).read_text(encoding="utf-8")
-                if yaml.safe_load(text) == answers and not (folder / ".git").exists():
-                    found.append(rendered)
-        if len(found) == 1:
-            return found[0]
+        """Return the workspace as rendered by the old release. Raises Refusal if that is impossible."""
+        if found := left_by_copier(self.workspace, self.answers_file, self.repository.prefix):
+            return found
         self.render_old()
         return self.copies / "old"
 
@@ -212,30 +192,13 @@ class Update:
 
     def answers(self) -> dict[str, Any]:
         """Return the recorded answers of the workspace."""
-        answers: dict[str, Any] = yaml.safe_load((self.workspace / self.answers_file).read_text(encoding="utf-8"))
-        return answers
+        return recorded(self.workspace / self.answers_file)
 
     def render(self, template: str, release: str, folder: Path, without: Collection[str] = ()) -> dict[str, Any]:
         """Render a release into a folder, with the workspace's answers except some; return all answers."""
-        from copier import run_copy
-        from plumbum import local
-
-        shutil.rmtree(folder, ignore_errors=True)
-        file = folder / self.answers_file
-        file.parent.mkdir(parents=True)
-        recorded = entries((self.workspace / self.answers_file).read_text(encoding="utf-8"))
-        kept = "".join(text for name, text in recorded.items() if name not in without)
-        file.write_text(kept, encoding="utf-8", newline="\n")
-        options: dict[str, Any] = {"defaults": True, "overwrite": True, "quiet": True, "skip_tasks": True}
-        # Copier's clone is local: the user's git settings and hooks must not apply
-        plain = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"} if template == str(self.template) else {}
-        with contextlib.redirect_stderr(io.StringIO()), local.env(**plain):
-            worker = run_copy(template, folder, answers_file=self.answers_file, vcs_ref=release, **options)
-        # the workspace's file has the template's address; this one has its current folder
-        rendered = entries(file.read_text(encoding="utf-8"))
-        rendered |= {name: text for name, text in recorded.items() if name.startswith("_")}
-        file.write_text("".join(rendered.values()), encoding="utf-8", newline="\n")
-        return dict(worker.answers.combined)
+        answers = self.workspace / self.answers_file
+        is_local = template == str(self.template)
+        return render(template, release, folder, answers, self.answers_file, without, is_local)
 
     def merge_files(self, folder: Path, state: dict[str, Any], new: Path) -> tuple[list[str], list[str]]:
         """Write every file of the update; return the notes to print, and the names with conflicts."""
@@ -323,28 +286,6 @@ class Update:
             mode = (path if path.is_file() else unfinished).stat().st_mode & 0o666
             unfinished.chmod(mode | (mode >> 2 & 0o111 if entry.executable else 0))
         unfinished.replace(path)
-
-
-def is_own(folder: Path) -> bool:
-    """Return whether this user made a folder, in which then nobody else can put anything. On Windows, each has one."""
-    about = folder.lstat()
-    return stat.S_ISDIR(about.st_mode) and (sys.platform == "win32" or about.st_uid == os.geteuid())
-
-
-def entries(answers: str) -> dict[str, str]:
-    """Return the text of each answer by its name; the text above them counts as one, too."""
-    return {text.partition(":")[0]: text for text in re.split(r"(?m)^(?=\S)", answers)}
-
-
-def files(folder: Path) -> set[str]:
-    """Return the names of all files and links below a folder, without those of a repository."""
-    found = set()
-    for parent, folders, names in os.walk(folder):
-        if ".git" in folders:
-            folders.remove(".git")
-        links = [name for name in folders if (Path(parent) / name).is_symlink()]
-        found |= {(Path(parent) / name).relative_to(folder).as_posix() for name in [*names, *links]}
-    return found
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ GROUPS: dict[str, tuple[str, str, bool]] = {
         True,
     ),
     "migrate": (
-        "hooks/migrate.py",
+        "hooks/{migrate,rendering}.py",
         "tests/unit/test_merging.py tests/update/test_migrations.py tests/update/test_edits.py",
         False,
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import runpy
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -171,7 +172,7 @@ def test_the_old_release_is_rendered_again_if_copiers_copy_cannot_be_found(
 ) -> None:
     migrate = hook()
     update = migrate.Update(workspace, ".copier-answers.yml", ROOT)
-    monkeypatch.setattr(migrate.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     rendered = contents(update.old_render())
     assert {name: rendered[name] for name in contents(workspace)} == contents(workspace)
 
@@ -180,7 +181,7 @@ def test_the_copy_of_another_update_is_never_used(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     migrate = hook()
-    monkeypatch.setattr(migrate.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     answers = (workspace / ".copier-answers.yml").read_text(encoding="utf-8")
     quoted = answers.replace("platform: linux", 'platform: "linux"').replace(
         "\n", "\r\n"
@@ -199,7 +200,7 @@ def test_an_incomplete_copy_left_by_a_killed_update_is_never_used(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     migrate = hook()
-    monkeypatch.setattr(migrate.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     for name in ("left", "mine"):
         (tmp_path / f"old_copy.{name}").mkdir()
         shutil.copy2(workspace / ".copier-answers.yml", tmp_path / f"old_copy.{name}")

@@ -70,7 +70,8 @@ class PagePolicy:
             status = 400
         if status >= 400:
             refusal = ApiError(
-                status if status < 500 else 400, "This is no request of the page, or of an earlier one: open it again."
+                status if status < 500 else 400,
+                "The page sends no such request, or the server was started again since: reload the page.",
             )
             await refusal.response()(scope, receive, send)
 
