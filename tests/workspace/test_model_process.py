@@ -159,8 +159,7 @@ def test_a_model_that_ends_while_it_is_loaded_is_a_sentence() -> None:
 def test_a_model_that_was_ended_while_it_had_nothing_to_do_is_loaded_again(address: str) -> None:
     _, pid = ask(address, "pid")
     os.kill(int(pid), signal.SIGKILL)
-    while psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.01)
+    os.waitid(os.P_PID, int(pid), os.WEXITED | os.WNOWAIT)  # until the last of its threads has ended
     assert ask(address, "hello") == (200, "well")
 
 
