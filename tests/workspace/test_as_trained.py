@@ -159,6 +159,57 @@ for dtype in sys.argv[2:]:
 """
 
 
+@pytest.mark.parametrize(("dtype", "weights"), [("float16", "float32"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize(("gpus", "device"), [(1, "cuda"), (2, "auto")])
+def test_a_gpu_computes_as_the_training_did_and_several_share_a_model(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, weights: str, gpus: int, device: str
+) -> None:
+    import torch
+
+    import torch_backend
+    from engine import ChatError, Source
+    from reporting import evaluate
+    from torch_loading import computing_in
+
+    seen: list[dict[str, Any]] = []
+
+    def load(*_: Any, **options: Any) -> None:
+        seen.append(options)
+        raise OSError("no GPU is here")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for cls in (torch_backend.AutoModelForCausalLM, __import__("transformers").AutoModelForCausalLM):
+        monkeypatch.setattr(cls, "from_pretrained", load)
+    with pytest.raises(ChatError, match="no GPU is here"):
+        torch_backend.TorchBackend(Source("demo", None, None, "lora", dtype, ""), workspace / "models/demo", workspace)
+    with pytest.raises(OSError, match="no GPU is here"):
+        evaluate.load_base(str(workspace / "models/demo"), dtype)
+    for options in seen:
+        assert (options["dtype"], options["device_map"]) == (getattr(torch, weights), device)
+    for context in (computing_in(dtype), evaluate.computing_in(dtype)):
+        assert isinstance(context, torch.autocast) == (dtype == "float16")
+
+
+@pytest.mark.parametrize("own", ["", "Be brief."])
+def test_the_base_model_gets_the_system_prompt_of_all_rows_too(tmp_path: Path, own: str) -> None:
+    from sources import base_source
+
+    (tmp_path / "finetuning").mkdir()
+    (tmp_path / "models").mkdir()
+    config = {
+        "input_model": {"model_path": "models/demo"},
+        "data_configs": [{"pre_process_data_config": {"system_prompt": own} if own else None}],
+        "passes": {"lora": {"type": "LoRA", "torch_dtype": "float32"}},
+    }
+    (tmp_path / "finetuning/olive-config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert base_source(tmp_path).system_prompt == own
+    run = dict.fromkeys(("base_model", "adapter", "dtype"), "models/demo") | {"revision": None, "method": "lora"}
+    run["system_prompt"] = "You sort feelings."
+    (tmp_path / "models/run.json").write_text(json.dumps(run), encoding="utf-8")
+    assert base_source(tmp_path).system_prompt == (own or "You sort feelings.")
+
+
 @pytest.mark.parametrize("isa", ["AVX2", ""], ids=["AVX2", "this processor"])
 def test_what_the_processor_lacks_is_computed_in_float32_and_said(workspace: Path, isa: str) -> None:
     import torch

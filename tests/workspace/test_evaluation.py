@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Run
 
 LABELS = ("fear", "joy", "sadness")
 
@@ -285,3 +286,14 @@ invoke_olive.main()
         [sys.executable, "-c", program], cwd=workspace, env=environment, capture_output=True, text=True, check=False
     )
     assert done.stderr.splitlines()[-1] == "False ''", done.stderr
+
+
+@pytest.mark.parametrize("arguments", ["--check", "--fresh"])
+def test_a_model_that_exceeds_float16_is_refused_by_check_and_run(
+    invoke: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, arguments: str
+) -> None:
+    from planning import fit
+
+    monkeypatch.setattr(fit, "OVERFLOW_IN_FLOAT16", ("llama",))  # as the demo
+    run = invoke(arguments, settings={"torch_dtype": "float16"})
+    assert run.status == 1 and "torch_dtype: float16 is too small for the numbers in llama" in run.err

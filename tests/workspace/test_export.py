@@ -455,8 +455,26 @@ def test_the_chat_asks_the_exported_model_what_the_comparison_asked_it(exported:
 
     run, chat = read_run(), ChatTokenizer(exported, models.parent, tuned_source(models.parent))
     rows = compared_rows(run)
+    places = [held_out(models).index(row) for row in rows]
+    assert places == sorted(places) and places[0] < 10 and places[-1] >= len(held_out(models)) - 10  # spread
     prompts, _ = questions(load_tokenizer(str(models / "adapter"), run["date"]), rows, thinking=False)
     assert [chat.encode(chat.render(row[:-1])) for row in rows] == prompts
+
+
+def test_an_int4_model_that_reads_other_tokens_is_refused(exported: Path, models: Path, tmp_path: Path) -> None:
+    from exporting.agreement import Answers, Reference
+    from exporting.int4 import refuse_other_tokens
+    from preparing.tokens import load_tokenizer
+    from settings.config_file import ConfigError
+
+    tokenizer = load_tokenizer(str(models / "adapter"))
+    asked = Reference(tokenizer, [tokenizer("who am i")["input_ids"]], 8, Answers())
+    refuse_other_tokens(asked, exported)
+    facts = json.loads((exported / "tokenizer.json").read_text(encoding="utf-8"))
+    facts["normalizer"] = {"type": "Replace", "pattern": {"String": "am"}, "content": "was"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(ConfigError, match="would read 'am i' as other tokens than the training did"):
+        refuse_other_tokens(asked, tmp_path)
 
 
 def test_the_merged_folder_is_all_that_transformers_needs(exported: Path, models: Path) -> None:

@@ -107,6 +107,23 @@ def tokens(generated: Any) -> list[int]:
     return [token for token in generated if token is not None]
 
 
+def stop_before_a_layer(backend: Any, generated: Any, number: int) -> None:
+    """Stop an answer before the given layer of all that it computes; none is computed after that."""
+    computed: list[Any] = []
+
+    def stop(layer: Any, _: Any) -> None:
+        if len(computed) == number:
+            backend.stopped.set()
+
+    layers = backend.model.get_base_model().get_decoder().layers
+    hooks = [layer.register_forward_pre_hook(stop, prepend=True) for layer in layers]
+    hooks += [layer.register_forward_hook(lambda *_: computed.append(None)) for layer in layers]
+    tokens(generated)
+    for hook in hooks:
+        hook.remove()
+    assert len(computed) <= number
+
+
 def talk(backend: Any, fresh: Any, seed: int, adapters: tuple[bool, ...], longest: int) -> None:
     """Ask as people do, and compare each answer with that of a backend that knows nothing of the ones before."""
     from engine import Generation
@@ -131,7 +148,7 @@ def talk(backend: Any, fresh: Any, seed: int, adapters: tuple[bool, ...], longes
         expected = tokens(fresh.generate(prompt, how))
         given = tokens(backend.generate(prompt, how))
         assert given == expected, (seed, prompt, how)
-        what = draw.choice(["next", "next", "next", "again", "edit", "system", "adapter", "stop", "other"])
+        what = draw.choice(["next", "next", "next", "again", "edit", "system", "adapter", "stop", "stop", "other"])
         if what == "next":
             turns += [given, words()]
         elif what == "edit":
@@ -143,8 +160,11 @@ def talk(backend: Any, fresh: Any, seed: int, adapters: tuple[bool, ...], longes
             adapter = draw.choice(adapters)
         elif what == "stop":
             stopped = backend.generate(prompt, replace(how, max_new_tokens=20))
-            next(stopped, None)
-            stopped.close()
+            if hasattr(backend, "stopped") and draw.random() < 0.7:
+                stop_before_a_layer(backend, stopped, draw.randint(0, 40))
+            else:
+                next(stopped, None)
+                stopped.close()
         elif what == "other":
             turns = [words()]
 

@@ -328,7 +328,9 @@ def test_the_last_turn_of_a_conversation_is_in_the_table(workspace: Path, monkey
     assert shown.endswith("user:Itis42.")
 
 
-def test_an_evaluation_shows_its_progress_in_a_terminal_only(workspace: Path) -> None:
+def test_an_evaluation_shows_its_progress_in_a_terminal_only(
+    invoke: Invoke, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(workspace / 'finetuning')!r})\n"
         "import time\nfrom training.progress import shown\n"
@@ -344,6 +346,18 @@ def test_an_evaluation_shows_its_progress_in_a_terminal_only(workspace: Path) ->
 
         assert [*shown(range(0, 20, 10), "answers")] == [0, 10]
     assert not out.getvalue().strip()
+
+    from reporting import evaluate
+
+    seen: list[str] = []
+    monkeypatch.setattr(evaluate, "shown", lambda steps, what: seen.append(what) or shown(steps, what))
+    run = invoke("--fresh", settings={"max_steps": 1, "warmup_steps": 0})
+    assert seen == ["loss", "answers"] * 2
+    # the examples that are kept are spread over the questions, and these over the held-out rows
+    rows = (workspace / "dataset/sample-heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = [json.loads(row)["messages"][0]["content"] for row in rows]
+    places = [asked.index(example["question"]) for example in run.json["examples"]]
+    assert places[0] < len(rows) / 8 and places[-1] > len(rows) * 7 / 8
 
 
 @pytest.mark.parametrize("dropout", [0.05, 0.5])

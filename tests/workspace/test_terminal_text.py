@@ -137,6 +137,28 @@ def test_what_azure_says_writes_nothing_but_text_and_no_signature(workspace: Pat
     assert "\\u001b]52;c;aGk=" in shown and foreign(shown) == set()
 
 
+LOGS = """
+import sys
+from types import SimpleNamespace
+sys.path.insert(0, sys.argv[1])
+import logs
+answer = {"properties": {"appLogsConfiguration": {"logAnalyticsConfiguration": {"customerId": "mine"}}}}
+logs.az = lambda *_, **__: answer | {"tables": [{"rows": [[FORGED]]}]}
+logs.lines, logs.replica = lambda *_, **__: iter([FORGED]), lambda *_: "stream"
+for state, follow in (("Succeeded", False), ("Running", False), ("Running", True)):
+    run = {"name": "one", "properties": {"status": state}}
+    ended = {"properties": {"status": "Succeeded", "environmentId": "its"}}
+    logs.Provisioned = lambda _: SimpleNamespace(executions=lambda: [run], az=lambda *_, **__: ended)
+    logs.logs(follow)
+"""
+
+
+def test_a_log_writes_nothing_but_text_to_the_terminal() -> None:
+    infra = Path(__file__).resolve().parents[2] / "template" / "infra"
+    shown = in_terminal("-B", "-c", f"FORGED = {FORGED!r}\n{LOGS}", str(infra))
+    assert shown.count("error: all is well") == 3 and foreign(shown) == set()
+
+
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl"])
 def test_reading_stops_before_the_rows_fill_the_memory(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
