@@ -54,8 +54,8 @@ def installed(folder: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     (folder / "locks/site.txt").touch()
-    caches = ["azure-cli", "bicep-tools", "bitsandbytes", "fastjsonschema", "openai", "playwright", "rattler", "schemathesis"]
-    caches += ["site", "smollm2", "tensorboard"]
+    caches = ["azure-cli", "bicep-tools", "bitsandbytes", "fastjsonschema", "openai", "playwright", "rattler", "site"]
+    caches += ["schemathesis", "smollm2", "tensorboard"]
     for name in ("workspace/.venv", "workspace/.venv-promptflow", *caches):
         (folder / ".cache" / name).mkdir(parents=True)
         (folder / ".cache" / name / "ready").touch()

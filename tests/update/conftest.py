@@ -10,8 +10,10 @@ import io
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from functools import cache, cached_property
 from pathlib import Path
@@ -21,6 +23,7 @@ import copier._user_data
 import plumbum
 import pytest
 import yaml
+from copier._cli import CopierApp
 from copier._main import Worker
 from copier._settings import SettingsModel
 from copier._subproject import Subproject
@@ -101,6 +104,39 @@ def commit(folder: Path, message: str) -> None:
         git(folder, "init", "--quiet")
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--allow-empty", "--message", message)
+
+
+def run_copier(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run the program `copier` in a folder, as a user does; in a fork, since importing it takes as long as an update.
+
+    It does not ask git for core.fileMode before each of 300 files, which would take a second more.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if not child:
+            status: Any = 1
+            try:
+                plumbum.local.cwd.chdir(folder)
+                plumbum.local.env.clear()
+                plumbum.local.env.update(os.environ)
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+                Worker._sync_git_index_executable_bit = lambda *_: None  # type: ignore[method-assign]
+                CopierApp.run(["copier", *words])
+            except SystemExit as end:
+                status = end.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status or 0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(["copier", *words], status, out.read(), err.read())
 
 
 def release(template: Path, tag: str) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .conftest import NOW, RELEASES, commit, contents, git, known
+from .conftest import NOW, RELEASES, commit, contents, git, known, run_copier
 
 Copy = Callable[..., Path]
 # those that give the most files
@@ -70,8 +68,7 @@ def test_every_file_keeps_its_edit_and_is_otherwise_as_in_this_release(
             (workspace / name).write_bytes(edits[name].text.encode())
     commit(workspace, "My edits")
 
-    command = [sys.executable, "-m", "copier", "update", "--trust", "--defaults", "--skip-tasks", "--vcs-ref", NOW]
-    done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
+    done = run_copier(workspace, "update", "--trust", "--defaults", "--skip-tasks", "--vcs-ref", NOW)
 
     assert done.returncode == 0, done.stderr
     conflicts = git(workspace, "diff", "--name-only", "--diff-filter=U").split()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from copier import run_copy, run_update
 
-from .conftest import OPTIONS, ROOT, commit, contents, git, release, working_tree
+from .conftest import OPTIONS, ROOT, commit, contents, git, release, run_copier, working_tree
 
 CONFIG = "finetuning/olive-config.yaml"
 FILES = '{"finetuning/training/smoke.py": "finetuning/training/rehearse.py"}'
@@ -149,8 +149,7 @@ def test_a_deprecated_model_is_kept_and_its_successor_is_named(template: Path, t
 
 def copier_update(workspace: Path, tag: str, *options: str) -> str:
     """Update as a user does, and return what is said."""
-    command = [sys.executable, "-m", "copier", "update", "--trust", "--defaults", "--vcs-ref", tag, *options]
-    done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
+    done = run_copier(workspace, "update", "--trust", "--defaults", "--vcs-ref", tag, *options)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

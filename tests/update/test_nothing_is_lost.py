@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from copier import run_copy
 
-from .conftest import NEXT, NOW, OPTIONS, ROOT, commit, contents, git, known
+from .conftest import NEXT, NOW, OPTIONS, ROOT, commit, contents, git, known, run_copier
 
 Copy = Callable[..., Path]
 CONFIG = "finetuning/olive-config.yaml"
@@ -45,8 +45,7 @@ def replace(file: Path, old: str, new: str) -> None:
 
 def copier_update(folder: Path, *options: str, tag: str = NEXT[0]) -> subprocess.CompletedProcess[str]:
     """Update as a user does."""
-    command = [sys.executable, "-m", "copier", "update", "--trust", "--defaults", "--skip-tasks", "--vcs-ref", tag]
-    return subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True, check=False)
+    return run_copier(folder, "update", "--trust", "--defaults", "--skip-tasks", "--vcs-ref", tag, *options)
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -13,7 +13,7 @@ from conftest import REPOSITORY, inference_of
 from served import Here, served
 
 PROGRAM = REPOSITORY / ".cache" / "schemathesis" / "bin" / "st"
-SECONDS = os.environ.get("DESCRIPTION_SECONDS", "20")
+SECONDS = os.environ.get("DESCRIPTION_SECONDS", "8")
 # A template may refuse an order of turns that the description allows; a field that is null counts as missing; and pages
 # of other sites are told from programs by headers that the description does not have.
 UNFIT = "positive_data_acceptance,negative_data_rejection,missing_required_header"

@@ -16,7 +16,7 @@ import pytest
 from conftest import RENDERED, Run
 
 Invoke = Callable[..., Run]
-KILLS = int(os.environ.get("KILLS", "8"))
+KILLS = int(os.environ.get("KILLS", "5"))
 SAME = 3e-4  # nats: a twentieth of what these short runs learn, and far below one per cent
 
 
