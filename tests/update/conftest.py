@@ -109,7 +109,7 @@ def commit(folder: Path, message: str) -> None:
 def run_copier(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run the program `copier` in a folder, as a user does; in a fork, since importing it takes as long as an update.
 
-    It does not ask git for core.fileMode before each of 300 files, which would take a second more.
+    Where a test uses `worker`, it knows what that one has cloned and compiled.
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         child = os.fork()
@@ -123,7 +123,6 @@ def run_copier(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
                 sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
-                Worker._sync_git_index_executable_bit = lambda *_: None  # type: ignore[method-assign]
                 CopierApp.run(["copier", *words])
             except SystemExit as end:
                 status = end.code
@@ -286,6 +285,7 @@ def worker(releases: Path) -> Iterator[type[Worker]]:
             return dict(self.known)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("copier._main.Worker", QuickWorker)
         patch.setattr("copier._user_data.parse_yaml_string", cache(copier._user_data.parse_yaml_string))
         yield QuickWorker
         for clone in clones:
