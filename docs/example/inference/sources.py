@@ -54,7 +54,7 @@ def base_source(root: Path) -> Source:
             adapter=None,
             method=chosen["type"].lower(),
             dtype=chosen["torch_dtype"],
-            system_prompt=next((settings["system_prompt"] for settings in data if settings.get("system_prompt")), ""),
+            system_prompt=next(filter(None, (settings.get("system_prompt") for settings in data)), of_the_rows(root)),
             quantization=quantization_of(chosen),
             # auto depends on the rows, which are not read here
             thinking=any(settings.get("thinking") in ("on", True) for settings in data),  # YAML 1.1 reads on as true
@@ -64,6 +64,13 @@ def base_source(root: Path) -> Source:
             "finetuning/olive-config.yaml does not name the model as it should: restore it with git or "
             "`copier recopy --trust --vcs-ref :current:`."
         ) from error
+
+
+def of_the_rows(root: Path) -> str:
+    """Return the system prompt with which the last run trained: that of the settings, or the one of all rows."""
+    with contextlib.suppress(ChatError):
+        return tuned_source(root).system_prompt
+    return ""
 
 
 def needs_code(error: Exception) -> bool:

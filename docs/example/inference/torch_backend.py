@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from chat_template import ChatTemplate
@@ -27,6 +28,8 @@ from torch_loading import (
     bytes_per_token,
     can_be_cut,
     computable,
+    computing_in,
+    cut,
     damaged,
     end_of_turn,
     quantization_of_training,
@@ -39,6 +42,10 @@ DAMAGED = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what
 
 
 END = object()  # of an answer
+
+
+class StoppedError(Exception):
+    """The answer is not wanted any more."""
 
 
 class Kept(NamedTuple):
@@ -71,7 +78,8 @@ class TorchBackend:
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 base,
-                dtype=getattr(torch, dtype),
+                # as in the training: float16 has weights in float32
+                dtype=getattr(torch, "float32" if dtype == "float16" else dtype),
                 # as in the evaluation: over all GPUs if there are several, as the model may not fit on one
                 device_map="auto" if torch.cuda.device_count() > 1 else device,
                 quantization_config=quantization,
@@ -110,9 +118,19 @@ class TorchBackend:
         self.kept: Kept | None = None
         self.pieces = Pieces(least=384)  # on a CPU, 128 take 14 % longer in all
         self.same_rotation = same_rotation(model.config.get_text_config())
+        self.dtype = dtype
         self.token_bytes = bytes_per_token(model.config.get_text_config(), getattr(torch, dtype).itemsize)
         self.switchable = bool(source.adapter)
         self.model = (with_adapter(model, source, root) if source.adapter else model).eval()
+        self.stopped = threading.Event()
+        for module in self.model.modules():  # a piece of a prompt, or a token, can take seconds; a layer of it does not
+            if isinstance(module, GradientCheckpointingLayer | torch.nn.Embedding):
+                module.register_forward_pre_hook(self.end_if_stopped)
+
+    def end_if_stopped(self, *_: Any) -> None:
+        """Raise StoppedError if the answer is not wanted any more; called before each layer."""
+        if self.stopped.is_set():
+            raise StoppedError
 
     def end_of_answer(self, end_of_text: int | list[int] | None) -> list[int]:
         """Return the tokens that end an answer.
@@ -141,8 +159,9 @@ class TorchBackend:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def generate(self, prompt: list[int], generation: Generation) -> Generator[int | None, None, None]:
-        """Yield the answer's tokens from a thread; closing the generator stops it after one more token or piece."""
+        """Yield the answer's tokens from a thread; closing the generator stops it after one more layer."""
         streamer = TokenStreamer()
+        self.stopped.clear()
         ids = torch.tensor([prompt], device=self.model.device)
         settings: dict[str, Any] = {
             "max_new_tokens": generation.max_new_tokens,
@@ -161,14 +180,14 @@ class TorchBackend:
             nonlocal cache
             try:
                 with contextlib.ExitStack() as stack:
+                    stack.enter_context(computing_in(self.dtype))
                     if without:
                         stack.enter_context(self.model.disable_adapter())
                     if generation.seed is not None:  # what is drawn for other answers stays as it would be without this
                         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
                         torch.manual_seed(generation.seed)
-                    cache = self.read(prompt, generation.adapter, cache, streamer)
-                    if streamer.cancelled.is_set():
-                        return
+                    cache = self.prepared(prompt, cache)
+                    self.read(prompt, cache, streamer)
                     made = self.model.generate(
                         input_ids=ids,
                         attention_mask=torch.ones_like(ids),
@@ -176,10 +195,12 @@ class TorchBackend:
                         use_cache=True,
                         return_dict_in_generate=True,
                         streamer=streamer,
-                        stopping_criteria=[streamer.is_cancelled],
                         **settings,
                     )
                 self.keep(generation.adapter, made.sequences[0].tolist(), made.past_key_values)
+            except StoppedError:
+                self.keep(generation.adapter, prompt + streamer.tokens, cache)
+                streamer.end()
             except Exception as error:
                 cache = None
                 streamer.made.put(error)
@@ -193,20 +214,20 @@ class TorchBackend:
                 if made not in self.stops:
                     yield made
         finally:
-            streamer.cancelled.set()
+            self.stopped.set()
             thread.join()
 
-    def read(
-        self, prompt: list[int], adapter: bool, cache: DynamicCache | None, streamer: TokenStreamer
-    ) -> DynamicCache | None:
-        """Read the prompt in pieces, but the last one, after which the answer begins; return its cache.
-
-        What was read when the answer is cancelled is kept for the next one.
-        """
-        known = cache.get_seq_length() if cache else 0
+    def prepared(self, prompt: list[int], cache: DynamicCache | None) -> DynamicCache | None:
+        """Return the cache to read a prompt into, or None if it has to be read in one piece."""
         made = cache or DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        if len(prompt) > self.same_rotation or not can_be_cut(made):
-            return cache  # in one piece: such a model would rotate the positions of the first pieces otherwise
+        # some models would rotate the positions of the first pieces otherwise than those of the whole prompt
+        return made if len(prompt) <= self.same_rotation and can_be_cut(made) else cache
+
+    def read(self, prompt: list[int], cache: DynamicCache | None, streamer: TokenStreamer) -> None:
+        """Read the prompt in pieces, but the last one, after which the answer begins."""
+        if cache is None:
+            return
+        known = cache.get_seq_length()
         only_last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
         for piece in self.pieces.of(prompt[known:]):
             if known + len(piece) == len(prompt):
@@ -214,13 +235,9 @@ class TorchBackend:
             ids = torch.tensor([piece], device=self.model.device)
             mask = torch.ones((1, known + len(piece)), dtype=ids.dtype, device=ids.device)
             with torch.no_grad():
-                self.model(input_ids=ids, attention_mask=mask, past_key_values=made, use_cache=True, **only_last)
+                self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **only_last)
             known += len(piece)
             streamer.made.put(None)
-            if streamer.cancelled.is_set():
-                self.keep(adapter, prompt[:known], made)
-                break
-        return made if known else None
 
     def free_memory(self) -> int:
         """Return the bytes that a cache can take: of the GPUs, also those that PyTorch holds for later, or here."""
@@ -236,18 +253,17 @@ class TorchBackend:
         if not kept or kept.adapter != adapter or len(prompt) > self.same_rotation:
             return None
         same = min(same_start(kept.tokens, prompt), len(prompt) - 1)  # the last token's output is needed
-        if surplus := kept.cache.get_seq_length() - same:
-            # a full window has no longer what came before it
-            if any(one.is_sliding and one.get_seq_length() >= one.sliding_window for one in kept.cache.layers):
-                return None
-            kept.cache.crop(-surplus)
-        return kept.cache if same else None
+        return kept.cache if same and cut(kept.cache, same) else None
 
     def keep(self, adapter: bool, tokens: list[int], cache: Any) -> None:
-        """Keep a conversation's cache for its next turn, if it is of a kind that can be continued and cut."""
-        read = can_be_cut(cache) and all(one.is_initialized for one in cache.layers)
-        if read and (length := cache.get_seq_length()) <= self.same_rotation:
-            self.kept = Kept(adapter, tokens[:length], cache)
+        """Keep a conversation's cache for its next turn, if it is of a kind that can be continued and cut.
+
+        Where the answer was stopped within a piece, the first layers have read more than the last.
+        """
+        if can_be_cut(cache) and all(one.is_initialized for one in cache.layers):
+            length = min(one.get_seq_length() for one in cache.layers)
+            if length <= self.same_rotation and cut(cache, length):
+                self.kept = Kept(adapter, tokens[:length], cache)
 
 
 class TokenStreamer:
@@ -260,19 +276,16 @@ class TokenStreamer:
     def __init__(self) -> None:
         """Expect the prompt first: transformers puts it before the answer."""
         self.made: queue.Queue[Any] = queue.Queue()
-        self.cancelled = threading.Event()
+        self.tokens: list[int] = []
         self.prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
         """Receive one new token; called by transformers."""
         if self.prompt_seen:
-            self.made.put(int(value.item()))
+            self.tokens.append(int(value.item()))
+            self.made.put(self.tokens[-1])
         self.prompt_seen = True
 
     def end(self) -> None:
         """Mark the end; called by transformers."""
         self.made.put(END)
-
-    def is_cancelled(self, ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        """Return whether transformers should stop; called after each token."""
-        return torch.full((ids.shape[0],), self.cancelled.is_set(), device=ids.device)

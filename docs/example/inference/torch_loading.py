@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from pathlib import Path
@@ -29,10 +30,15 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def computable(dtype: str, device: str) -> str:
-    """Return the precision to compute with: on a CPU that lacks the training's, float32 is up to 500 times faster."""
+    """Return the precision to compute in: on a CPU that lacks the training's, float32 is up to 500 times faster."""
     if device == "cpu" and (dtype == "float16" or (dtype == "bfloat16" and not has_bfloat16())):
         return "float32"
     return dtype
+
+
+def computing_in(dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Return the context for a model's forward pass: in float16, the products alone, as the training computes them."""
+    return torch.autocast("cuda", torch.float16) if dtype == "float16" else contextlib.nullcontext()
 
 
 def has_bfloat16() -> bool:
@@ -90,6 +96,16 @@ def can_be_cut(cache: Any) -> bool:
     """Return whether a cache is of a kind to which prompts can be added in pieces, and that can be shortened."""
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return type(cache) is DynamicCache and all(type(one) in kinds for one in cache.layers)
+
+
+def cut(cache: DynamicCache, tokens: int) -> bool:
+    """Shorten a cache to so many tokens; return whether it can be: a full window lacks what came before it."""
+    for layer in cache.layers:
+        if (surplus := layer.get_seq_length() - tokens) > 0:
+            if layer.is_sliding and layer.get_seq_length() >= layer.sliding_window:
+                return False
+            layer.crop(-surplus)
+    return True
 
 
 def bytes_per_token(config: Any, size: int) -> int:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy
+from tokenizers import Tokenizer
 
 from exporting.agreement import Answers, Reference, check
 from exporting.exported_folder import MERGED, ONNX, MadeFrom, put_in_place, shown
+from preparing.problems import short
 from settings.config_file import ConfigError
 from training.whole_files import new_folder
 
@@ -110,6 +113,7 @@ def build_int4(reference: Reference, agreement: float, debug: bool, made_for: Ma
         ) from error
     print("Comparing its answers with those of base and adapter", flush=True)
     try:
+        refuse_other_tokens(reference, unfinished)
         answers = ask_onnx(reference, unfinished)
         figures = check("int4", reference, answers, agreement, f"four bits lose too much of it; use {shown(MERGED)}")
     except ConfigError:
@@ -117,6 +121,23 @@ def build_int4(reference: Reference, agreement: float, debug: bool, made_for: Ma
         raise
     put_in_place(unfinished, ONNX, made_for)
     return figures
+
+
+def refuse_other_tokens(reference: Reference, folder: Path) -> None:
+    """Raise ConfigError if the tokenizer of a folder reads the questions otherwise than the training did.
+
+    The chat reads tokenizer.json with the library tokenizers; transformers changes what some files say.
+    """
+    written = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in map(reference.tokenizer.decode, reference.prompts):
+        trained = reference.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if (read := written.encode(text, add_special_tokens=False).ids) != trained:
+            place = len(os.path.commonprefix([read, trained]))  # noqa: RUF071 (of two lists)
+            differs = short(reference.tokenizer.decode(trained[place:]) or text, 40)
+            raise ConfigError(
+                f"The int4 model would read {differs!r} as other tokens than the training did, and is not published: "
+                f"chat with torch, or use {shown(MERGED)}."
+            )
 
 
 def load_onnx(folder: Path) -> Any:

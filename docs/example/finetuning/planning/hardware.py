@@ -116,7 +116,7 @@ def lacking(settings: Settings, machine: Machine) -> str | None:
     if settings.gpu and settings.torch_dtype == "bfloat16" and not machine.bf16:
         return (
             f"The {machine.gpu} does not compute in bfloat16: set torch_dtype and compute_dtype, if present, to "
-            "float16 in olive-config.yaml."
+            "float16 in olive-config.yaml (float32 for Gemma, whose numbers are too large)."
         )
     return None
 
