@@ -15,6 +15,7 @@ class Walk:
     """A workspace, its user's variables, and what was seen on the way."""
 
     def __init__(self, root: Path, environment: dict[str, str], figures: dict[str, str], name: str) -> None:
+        self.estimate: dict[str, Any] = {}  # of the check
         self.root, self.environment, self.figures, self.name = root, environment, figures, name
 
     def start(self, *command: str, **more: str) -> subprocess.Popen[str]:

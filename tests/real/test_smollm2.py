@@ -80,6 +80,7 @@ def test_the_check_counts_parameters_and_tokens_exactly(walk: Walk) -> None:
     assert not report["data"]["tokens_estimated"]
     share = sum(answer_tokens(row) for row in walk.rows("sample-train.jsonl")) / sum(counted)
     assert report["data"]["answer_share"] == pytest.approx(share, abs=1e-4)
+    walk.estimate = report["estimate"]
     walk.figures["memory, estimated"] = f"{report['estimate']['memory']['total'] / 2**30:.2f} GiB"
     walk.figures["time, estimated"] = f"{report['estimate']['seconds']} s"
 
@@ -126,6 +127,7 @@ def test_a_killed_run_is_resumed_and_learns_the_task(walk: Walk) -> None:
     assert after["accuracy"] >= 0.9
     assert after["eval_loss"] < 0.1 * before["eval_loss"]
     assert (walk.run["base_model"], walk.run["revision"]) == (CATALOGUED, PINNED)
+    assert walk.estimate["memory"]["total"] == pytest.approx(used.ru_maxrss * 2**10, rel=0.2)
     timings = walk.run["timings"]
     walk.figures |= {
         "accuracy, before and after": f"{before['accuracy']:.1%}, {after['accuracy']:.1%} of {HELD_OUT}",

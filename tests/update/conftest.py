@@ -19,6 +19,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import copier._main
 import copier._user_data
 import plumbum
 import pytest
@@ -62,6 +63,7 @@ auto = 0
 fsync = none
 compression = 0
 """
+FORKED = {"worker": Worker}  # with which run_copier works
 OPTIONS = {"defaults": True, "overwrite": True, "quiet": True, "unsafe": True, "skip_tasks": True}
 
 
@@ -123,6 +125,7 @@ def run_copier(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
                 sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+                copier._main.Worker = FORKED["worker"]  # type: ignore[misc]
                 CopierApp.run(["copier", *words])
             except SystemExit as end:
                 status = end.code
@@ -285,7 +288,7 @@ def worker(releases: Path) -> Iterator[type[Worker]]:
             return dict(self.known)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("copier._main.Worker", QuickWorker)
+        patch.setitem(FORKED, "worker", QuickWorker)
         patch.setattr("copier._user_data.parse_yaml_string", cache(copier._user_data.parse_yaml_string))
         yield QuickWorker
         for clone in clones:

@@ -14,7 +14,7 @@ import pytest
 from copier import run_copy
 from copier._main import Worker
 
-from .conftest import NEXT, NOW, OPTIONS, ROOT, commit, contents, git, known, run_copier
+from .conftest import FORKED, NEXT, NOW, OPTIONS, ROOT, commit, contents, git, known, run_copier
 
 Copy = Callable[..., Path]
 CONFIG = "finetuning/olive-config.yaml"
@@ -157,7 +157,7 @@ def test_no_git_setting_loses_an_edit(
 def test_another_answers_file_is_used_if_it_is_given(
     releases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("copier._main.Worker", Worker)  # the other has an answers file of its own
+    monkeypatch.setitem(FORKED, "worker", Worker)  # the other has an answers file of its own
     workspace, answers = tmp_path / "tone", ".copier-answers.tone.yml"
     run_copy(str(releases), workspace, data=ANSWERS, vcs_ref=NOW, answers_file=answers, **OPTIONS)
     (workspace / "finetuning/reporting/model_card.md").write_bytes("Meine Karte\n".encode("utf-16"))
@@ -281,7 +281,7 @@ def test_a_template_in_a_folder_that_git_may_not_clone_changes_nothing_and_the_p
     workspace: Path, settings: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Copier clones the template before it runs anything of it."""
-    monkeypatch.setattr("copier._main.Worker", Worker)  # the one that knows no clone
+    monkeypatch.setitem(FORKED, "worker", Worker)  # the one that knows no clone
     before = whole(workspace)
     settings('[protocol "file"]\nallow = never')
     said = copier_update(workspace).stderr

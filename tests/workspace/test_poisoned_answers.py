@@ -109,10 +109,12 @@ class Poison:
         return "\0".join(turn["content"] for turn in messages)
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+        """Return tokens of 16 bytes, so that the page is not drawn anew for each byte."""
+        data = text.encode()
+        return [int.from_bytes(b"\1" + data[start : start + 16]) for start in range(0, len(data), 16)]
 
     def decode(self, tokens: list[int]) -> str:
-        return bytes(tokens).decode(errors="replace")
+        return b"".join(token.to_bytes(17).lstrip(b"\0")[1:] for token in tokens).decode(errors="replace")
 
     def generate(self, prompt: list[int], generation: Any) -> Iterator[int]:
         yield from self.encode(poisons(int(self.decode(prompt).rpartition("\0")[2]), self.evil))
