@@ -147,9 +147,7 @@ test: .venv/ready
 	@$(MAKE) $(IN_PAIRS) lint environments site
 	pytest -n 2 --dist worksteal tests/unit tests/render tests/update tests/azure/test_bicep.py \
 	  tests/azure/test_environment.py --ignore tests/unit/test_get_model.py --ignore tests/unit/test_hub.py
-	pytest -n 2 tests/site
-	AUTOCRLF=true pytest -n 2 --dist worksteal tests/update/test_edits.py
-	@$(MAKE) $(IN_PAIRS) test-workspace test-azure test-real test-runs test-walk test-hub
+	@$(MAKE) $(IN_PAIRS) test-workspace test-azure test-real test-runs test-walk test-site test-line-ends test-hub
 
 environments: workspace .cache/azure-cli/ready .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready \
   .cache/fastjsonschema/ready .cache/playwright/ready .cache/schemathesis/ready .cache/rattler/ready .cache/bicep-tools/ready \
@@ -170,6 +168,12 @@ SLOW := $(addprefix tests/real/test_smollm2.py::,test_qlora_trains_it_in_four_bi
 
 test-real:
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/real --ignore tests/real/test_gemma.py $(addprefix --deselect ,$(SLOW))
+
+test-site:
+	pytest tests/site
+
+test-line-ends:
+	AUTOCRLF=true pytest tests/update/test_edits.py
 
 test-azure:
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/azure --ignore tests/azure/test_bicep.py --ignore tests/azure/test_environment.py

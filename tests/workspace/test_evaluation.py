@@ -294,6 +294,6 @@ def test_a_model_that_exceeds_float16_is_refused_by_check_and_run(
 ) -> None:
     from planning import fit
 
-    monkeypatch.setattr(fit, "OVERFLOW_IN_FLOAT16", ("llama",))  # as the demo
+    monkeypatch.setattr(fit, "OVERFLOW_IN_FLOAT16", ("phi3",))  # as the demo
     run = invoke(arguments, settings={"torch_dtype": "float16"})
-    assert run.status == 1 and "torch_dtype: float16 is too small for the numbers in llama" in run.err
+    assert run.status == 1 and "torch_dtype: float16 is too small for the numbers in phi3" in run.err

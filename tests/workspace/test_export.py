@@ -473,7 +473,7 @@ def test_an_int4_model_that_reads_other_tokens_is_refused(exported: Path, models
     facts = json.loads((exported / "tokenizer.json").read_text(encoding="utf-8"))
     facts["normalizer"] = {"type": "Replace", "pattern": {"String": "am"}, "content": "was"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(facts), encoding="utf-8")
-    with pytest.raises(ConfigError, match="would read 'am i' as other tokens than the training did"):
+    with pytest.raises(ConfigError, match="would read ' am i' as other tokens than the training did"):
         refuse_other_tokens(asked, tmp_path)
 
 

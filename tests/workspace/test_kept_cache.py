@@ -113,7 +113,7 @@ def stop_before_a_layer(backend: Any, generated: Any, number: int) -> None:
 
     def stop(layer: Any, _: Any) -> None:
         if len(computed) == number:
-            backend.stopped.set()
+            backend.here.stopped.set()
 
     layers = backend.model.get_base_model().get_decoder().layers
     hooks = [layer.register_forward_pre_hook(stop, prepend=True) for layer in layers]
@@ -160,7 +160,7 @@ def talk(backend: Any, fresh: Any, seed: int, adapters: tuple[bool, ...], longes
             adapter = draw.choice(adapters)
         elif what == "stop":
             stopped = backend.generate(prompt, replace(how, max_new_tokens=20))
-            if hasattr(backend, "stopped") and draw.random() < 0.7:
+            if hasattr(backend, "here") and draw.random() < 0.7:
                 stop_before_a_layer(backend, stopped, draw.randint(0, 40))
             else:
                 next(stopped, None)

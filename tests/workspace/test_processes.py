@@ -73,7 +73,7 @@ def test_two_processes_get_the_loss_of_one_with_twice_the_accumulation(folder: P
 
 
 def test_a_signal_stops_both_after_the_same_step_and_the_run_resumes_later(folder: Path) -> None:
-    change(folder, SHORT | {"num_train_epochs": 20})
+    change(folder, SHORT | {"num_train_epochs": 10})
     shutil.rmtree(folder / "models" / "checkpoints", ignore_errors=True)
     process = subprocess.Popen(
         command(TWO, folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
