@@ -124,7 +124,7 @@ def test_a_killed_run_is_resumed_and_learns_the_task(walk: Walk) -> None:
     assert "Resuming from checkpoint-15 of an interrupted run" in out
     before, after = walk.run["metrics"]["before"], walk.run["metrics"]["after"]
     assert before["accuracy"] == 0
-    assert after["accuracy"] >= 0.9
+    assert after["accuracy"] >= 0.8
     assert after["eval_loss"] < 0.1 * before["eval_loss"]
     assert (walk.run["base_model"], walk.run["revision"]) == (CATALOGUED, PINNED)
     assert walk.estimate["memory"]["total"] == pytest.approx(used.ru_maxrss * 2**10, rel=0.2)

@@ -29,6 +29,7 @@ logger = logging.getLogger("uvicorn.error")
 
 
 router = APIRouter(responses=ERRORS)
+STREAM = {200: {"description": "The answer, or its events", "content": {"text/event-stream": {}}}}
 
 
 async def open_queue(request: Request) -> RequestQueue:
@@ -72,7 +73,7 @@ def check_name(name: str, queue: RequestQueue) -> None:
         raise ApiError(404, message, "model_not_found", "model")
 
 
-@router.post("/v1/chat/completions", openapi_extra=DESCRIPTION)
+@router.post("/v1/chat/completions", openapi_extra=DESCRIPTION, responses=STREAM)
 async def complete(
     wanted: Annotated[ChatRequest, Depends(read_request)],
     request: Request,

@@ -122,14 +122,14 @@ class TorchBackend:
         self.token_bytes = bytes_per_token(model.config.get_text_config(), getattr(torch, dtype).itemsize)
         self.switchable = bool(source.adapter)
         self.model = (with_adapter(model, source, root) if source.adapter else model).eval()
-        self.stopped = threading.Event()
+        self.here = threading.local()  # `stopped`: whether the answer that this thread computes is not wanted any more
         for module in self.model.modules():  # a piece of a prompt, or a token, can take seconds; a layer of it does not
             if isinstance(module, GradientCheckpointingLayer | torch.nn.Embedding):
                 module.register_forward_pre_hook(self.end_if_stopped)
 
     def end_if_stopped(self, *_: Any) -> None:
         """Raise StoppedError if the answer is not wanted any more; called before each layer."""
-        if self.stopped.is_set():
+        if (stopped := getattr(self.here, "stopped", None)) and stopped.is_set():
             raise StoppedError
 
     def end_of_answer(self, end_of_text: int | list[int] | None) -> list[int]:
@@ -161,7 +161,7 @@ class TorchBackend:
     def generate(self, prompt: list[int], generation: Generation) -> Generator[int | None, None, None]:
         """Yield the answer's tokens from a thread; closing the generator stops it after one more layer."""
         streamer = TokenStreamer()
-        self.stopped.clear()
+        stopped = threading.Event()
         ids = torch.tensor([prompt], device=self.model.device)
         settings: dict[str, Any] = {
             "max_new_tokens": generation.max_new_tokens,
@@ -178,6 +178,7 @@ class TorchBackend:
 
         def compute() -> None:
             nonlocal cache
+            self.here.stopped = stopped
             try:
                 with contextlib.ExitStack() as stack:
                     stack.enter_context(computing_in(self.dtype))
@@ -214,7 +215,7 @@ class TorchBackend:
                 if made not in self.stops:
                     yield made
         finally:
-            self.stopped.set()
+            stopped.set()
             thread.join()
 
     def prepared(self, prompt: list[int], cache: DynamicCache | None) -> DynamicCache | None:
