@@ -29,8 +29,8 @@ RENDER := copier copy --quiet --defaults --overwrite --skip-tasks --vcs-ref HEAD
 INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test test-all release lint environments workspace test-runs test-workspace test-real test-azure test-walk test-hub test-site \
-  test-line-ends
+.PHONY: demo test test-all release lint environments workspace
+.PHONY: test-runs test-workspace test-real test-azure test-walk test-site test-line-ends test-hub
 .PHONY: mutants bench docs site lock newest clean
 
 .venv/ready: locks/repository.txt
