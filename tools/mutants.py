@@ -159,7 +159,9 @@ def survives(tests: str, limit: float) -> bool:
 
 def run(changes: list[Change], group: str, tests: str) -> list[Change]:
     """Try changes on this clone and its workspace. Return those that survive."""
-    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(
+        HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
+    )
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     for name in HEAVY if GROUPS[group][2] else ():
