@@ -45,7 +45,7 @@ GROUPS: dict[str, tuple[str, str, bool]] = {
     ),
     "planning": (
         "template/finetuning/planning/*.py",
-        "tests/workspace/test_needs.py tests/workspace/test_check.py",
+        "tests/workspace/test_needs.py tests/workspace/test_check.py tests/workspace/test_plan.py",
         True,
     ),
     "serving": (
@@ -164,6 +164,10 @@ def run(changes: list[Change], group: str, tests: str) -> list[Change]:
     )
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    # as startup.py of the workspace sets them, before anything is imported
+    os.environ.update(
+        HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error"
+    )
     for name in HEAVY if GROUPS[group][2] else ():
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

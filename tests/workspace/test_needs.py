@@ -27,7 +27,7 @@ def settings_with(**changes: Any) -> Any:
     """Return the settings of the demo with other values."""
     from settings.run_settings import read_settings
 
-    return replace(read_settings(), target_modules=None, gradient_checkpointing=False, **changes)
+    return replace(read_settings(), **{"target_modules": None, "gradient_checkpointing": False, **changes})
 
 
 def rows(tokens: int, labels: int, count: int = 32) -> Any:
@@ -38,6 +38,94 @@ def rows(tokens: int, labels: int, count: int = 32) -> Any:
 
 
 # ---- memory
+
+
+# A block has queries and output of 64 × 64, keys and values of 64 × 32, and three layers of 64 × 160: 43,008 weights,
+# 544 inputs and 576 outputs; an adapter of rank 8 adds 8,960 to it. The embedding has 32,000.
+SMALL = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500, "tie_word_embeddings": True}
+CPU = {"method": "lora", "torch_dtype": "float32", "device": "cpu", "lora_dropout": 0.0, "r": 8}
+GPU = CPU | {"torch_dtype": "bfloat16", "device": "gpu"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "masked", "expected"),
+    [
+        # norms, attention, feed-forward, inputs that the adapters keep, and what is between their matrices
+        ("llama", CPU, False, 512 + 768 + 1920 + 1152 + 224),
+        ("llama", CPU, True, 512 + 1024 + 1920 + 1152 + 224),
+        ("llama", CPU | {"lora_dropout": 0.1}, False, 512 + 768 + 1920 + 544 * 8 + 224),
+        ("llama", GPU, False, 512 + 384 + 960 + 544 * 4 + 224),
+        ("llama", GPU | {"lora_dropout": 0.1}, False, 512 + 384 + 960 + 544 * 5 + 224),
+        ("llama", GPU | {"torch_dtype": "float16"}, False, 512 + 384 + 960 + 544 * 2 + 224),
+        ("llama", GPU | {"torch_dtype": "float16", "lora_dropout": 0.1}, False, 512 + 384 + 960 + 544 * 3 + 224),
+        ("llama", GPU | {"method": "dora"}, False, 512 + 384 + 960 + 544 * 4 + 576 * 6 + 224),
+        ("qwen3", CPU, False, 512 + 384 + 768 + 1920 + 1152 + 224),
+        ("gemma3_text", CPU, False, 1024 + 384 + 768 + 1920 + 1152 + 224),
+        ("phi3", CPU, False, 512 + 768 + 384 + 256 + 1920 + 1152 + 128),  # its layers are fused: four adapters
+        ("phi", CPU, False, 256 + 768 + 256 + 2560 + 1152 + 192),  # no gate: six adapters
+    ],
+)
+def test_what_a_block_keeps_of_a_token_is_the_sum_by_hand(
+    workspace: Path, architecture: str, settings: dict[str, Any], masked: bool, expected: int
+) -> None:
+    from planning.architecture import Shape
+    from planning.memory import per_token
+
+    assert per_token(Shape.of(SMALL | {"model_type": architecture}), settings_with(**settings), masked) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "masked", "expected"),
+    [
+        # three blocks of 100 tokens, one at work with the holes in the heap, the mask, and what lies around the blocks
+        (CPU, 0, 3 * 457_600 + 256_000 + 4 * 457_600 + 76_800),
+        (CPU, 5000, 3 * 503_200 + 256_000 + 4 * 503_200 + 5000 + 76_800),
+        (CPU | {"gradient_checkpointing": True}, 0, 76_800 + 457_600 + 256_000 + 6 * 457_600 + 76_800),
+        (GPU, 0, 3 * 425_600 + 128_000 + 76_800),
+        (GPU | {"method": "qlora"}, 0, 3 * 425_600 + 128_000 + 2 * 10_240 + 76_800),
+        (GPU | {"torch_dtype": "float16"}, 0, 3 * (316_800 + 2 * 43_008) + 128_000 + 76_800),
+        (GPU | {"method": "loha"}, 0, 3 * (425_600 + 4 * 43_008) + 128_000 + 76_800),
+    ],
+)
+def test_what_the_blocks_keep_is_the_sum_by_hand(
+    workspace: Path, settings: dict[str, Any], masked: int, expected: int
+) -> None:
+    from planning.architecture import Shape
+    from planning.memory import activations
+    from planning.row_lengths import Batch
+
+    assert activations(Shape.of(SMALL), settings_with(**settings), Batch(100, 0, masked, 100.0)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights", "adapter"),
+    [
+        (CPU, 4 * 161_024, 26_880),
+        (GPU, 2 * 161_024, 26_880),
+        (GPU | {"torch_dtype": "float16"}, 4 * 161_024, 26_880),
+        (GPU | {"method": "dora"}, 2 * 161_024, 26_880 + 3 * 576),
+        (GPU | {"method": "qlora", "double_quant": False}, 64_512 + 8064 + 64_000, 26_880),
+        (GPU | {"method": "qlora", "double_quant": True}, 64_512 + 2016 + 31.5 + 64_000, 26_880),
+    ],
+)
+@pytest.mark.parametrize(("optim", "moments"), [("adamw_torch", 8), ("paged_adamw_8bit", 2)])
+def test_weights_adapter_and_files_are_the_sums_by_hand(
+    workspace: Path, settings: dict[str, Any], weights: float, adapter: int, optim: str, moments: int
+) -> None:
+    from planning.architecture import Shape
+    from planning.cost import disk
+    from planning.memory import memory
+
+    chosen = settings_with(**settings, optim=optim, save_total_limit=2)
+    needed = memory(Shape.of(SMALL), chosen, rows(50, 10), rows(50, 10))
+    assert (needed.weights, needed.adapter) == (weights, 4 * adapter)
+    assert needed.gradients_and_optimizer == (4 + moments) * adapter
+    files = disk(Shape.of(SMALL), chosen, 7.0)
+    assert files.checkpoints == 3 * ((4 + moments) * adapter + 6500)
+    assert files.adapter == 3 * (4 * adapter + 65_000) and files.download == 7
+    assert files.merged_export == {"float32": 4, "bfloat16": 2, "float16": 2}[settings["torch_dtype"]] * 161_024
+    assert files.onnx_export == 100_640 + 128_000
 
 
 def test_answers_to_long_questions_are_in_the_estimate(workspace: Path) -> None:
