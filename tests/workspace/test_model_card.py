@@ -202,6 +202,13 @@ def test_the_code_of_the_card_reproduces_the_measured_answers(
     assert capsys.readouterr().out == example["after"] + "\n"
 
 
+def test_the_card_says_how_many_processes_took_how_many_rows_a_step(workspace: Path, tmp_path: Path) -> None:
+    config = run_json()["config"]
+    config["training"] |= {"processes": 2, "rows_a_step": 32}
+    text = card(workspace, tmp_path, config=config).text
+    assert "| processes | 2 |\n| rows_a_step | 32 |" in text and "| save_steps" not in text
+
+
 def test_a_broken_template_of_the_card_loses_no_adapter(
     invoke: Callable[..., Run], workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
