@@ -252,6 +252,50 @@ def test_the_batch_of_the_evaluations_is_named_alone_where_that_helps(workspace:
     assert advice(shape, settings, lengths, less.total + 1) == "set per_device_eval_batch_size: 16"
 
 
+def test_a_batch_of_two_is_halved_too(workspace: Path) -> None:
+    from planning.advice import advice
+    from planning.architecture import Shape
+    from planning.memory import memory
+
+    shape, lengths = Shape.of(GEMMA), {"train": rows(150, 30), "held_out": rows(150, 30, 1)}
+    settings = settings_with(per_device_train_batch_size=2, per_device_eval_batch_size=1)
+    settings = replace(settings, gradient_checkpointing=True)
+    one = memory(shape, replace(settings, per_device_train_batch_size=1), lengths["train"], lengths["held_out"])
+    assert advice(shape, settings, lengths, one.total + 1).startswith("set per_device_train_batch_size: 1")
+
+
+def test_a_full_disk_is_told_with_both_numbers(workspace: Path) -> None:
+    from planning.architecture import Shape
+    from planning.fit import RESERVE, too_large
+
+    shape, lengths = Shape.of(SMALL), {"train": rows(50, 10), "held_out": rows(50, 10)}
+    needed = (1_504_740 + 3 * 2**30 + RESERVE) / GIB  # what the run writes, as above, and the model to fetch
+    settings = settings_with(**CPU, save_total_limit=2, optim="adamw_torch")
+    said = too_large(shape, settings, lengths, 64 * GIB, 1.25 * GIB, 3 * GIB)
+    assert said and f"1.25 GiB of disk are free and the run needs {needed:.2f}:" in said
+    assert too_large(shape, settings, lengths, 64 * GIB, 99 * GIB, 3 * GIB) is None
+
+
+@pytest.mark.parametrize(("train_on", "learned"), [("responses", 21), ("all", 11 + 21 + 31)])
+def test_without_a_tokenizer_the_answers_to_learn_are_estimated_from_their_length(
+    workspace: Path, train_on: str, learned: int
+) -> None:
+    from planning.token_counts import CHARACTERS, guess
+
+    texts = [int(count * CHARACTERS + 0.999) * "a" for count in (10, 20, 30)]
+    roles = ({"role": "user"}, {"role": "assistant"}, {"role": "assistant", "learn": False})
+    row = [role | {"content": text} for role, text in zip(roles, texts, strict=True)]
+    assert sum(guess(row, train_on)) == learned
+
+
+def test_duplicates_are_counted_once_each(workspace: Path) -> None:
+    from planning.plan import repeated_rows
+
+    rows = {"train": [[name] for name in "aabbc"], "held_out": [["c"], ["d"]]}
+    twice, shared = repeated_rows(rows)
+    assert "2 of 5 rows to train on are duplicates" in twice and "1 held-out rows are trained on too" in shared
+
+
 # ---- as fast as the last run
 
 TIMINGS = {"start_to_first_step": 130.0, "before": 100.0, "training": 1000.0, "after": 120.0, "tokens_per_second": 40.0}
@@ -316,6 +360,22 @@ def test_a_run_that_did_something_else_says_nothing_about_this_one(
 ) -> None:
     assert last() is not None
     assert last(changes) is None
+
+
+def test_a_run_on_two_gpus_tells_the_time_of_another_on_two(
+    last: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from planning import cost
+
+    read, here = cost.last_run, []
+
+    def on_two(path: Path, settings: Any, machine: Any) -> Any:
+        here.append(replace(machine, gpu="NVIDIA L4", gpus=2))
+        return read(path, settings, here[-1])
+
+    monkeypatch.setattr(cost, "last_run", on_two)
+    assert last({"machine/gpu": "NVIDIA L4, NVIDIA L4"}) is not None
+    assert last({"machine/gpu": "NVIDIA L4"}) is None
 
 
 def test_a_trial_of_few_steps_tells_the_time_of_the_whole_run(last: Callable[..., Any], workspace: Path) -> None:
