@@ -123,6 +123,8 @@ def test_max_steps_and_epochs_say_which_of_them_decides(invoke: Invoke) -> None:
     assert (shorter["steps"], shorter["decided_by"], shorter["steps_of_epochs"]) == (20, "max_steps", 400)
     longer = checked(invoke("--check", "--json", settings={"max_steps": 1000}))["data"]
     assert (longer["steps"], longer["decided_by"]) == (400, "epochs")
+    said = invoke("--check", settings={"max_steps": 1000}).out
+    assert "epochs end the run before max_steps 1000" in " ".join(said.split())
 
 
 def test_cut_rows_are_counted_and_a_cut_of_every_answer_is_refused(invoke: Invoke) -> None:

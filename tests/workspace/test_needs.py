@@ -288,6 +288,14 @@ def test_without_a_tokenizer_the_answers_to_learn_are_estimated_from_their_lengt
     assert sum(guess(row, train_on)) == learned
 
 
+def test_the_operations_of_an_evaluation_are_the_sum_by_hand(workspace: Path) -> None:
+    from planning.architecture import Shape
+    from planning.cost import evaluation_operations
+
+    # 32 rows of 50 tokens go through the blocks, the 10 answer tokens of each through the output layer
+    assert evaluation_operations(Shape.of(SMALL), rows(50, 10)) == 2 * (1600 * 129_024 + 320 * 32_000)
+
+
 def test_duplicates_are_counted_once_each(workspace: Path) -> None:
     from planning.plan import repeated_rows
 
