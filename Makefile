@@ -147,12 +147,19 @@ IN_PAIRS := --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)
 test: .venv/ready
 	@$(MAKE) $(IN_PAIRS) lint environments site
 	pytest -n 2 --dist worksteal tests/unit tests/render tests/update tests/azure/test_bicep.py \
-	  tests/azure/test_environment.py --ignore tests/unit/test_get_model.py --ignore tests/unit/test_hub.py
-	@$(MAKE) $(IN_PAIRS) test-workspace test-azure test-real test-runs test-walk test-site test-line-ends test-hub
+	  tests/azure/test_environment.py --ignore tests/unit/test_get_model.py --ignore tests/unit/test_hub.py \
+	  --ignore $(STORY)
+	@OMP_NUM_THREADS=1 $(MAKE) $(IN_PAIRS) test-workspace test-azure test-real test-runs test-walk test-site test-line-ends test-hub
 
 environments: workspace .cache/azure-cli/ready .cache/bitsandbytes/ready .cache/tensorboard/ready .cache/openai/ready \
   .cache/fastjsonschema/ready .cache/playwright/ready .cache/schemathesis/ready .cache/rattler/ready .cache/bicep-tools/ready \
   $(WORKSPACE)/.venv-promptflow/ready .cache/smollm2/ready
+
+# These take long, and others see nearly the same: only `make test-all` runs them.
+STORY := tests/update/test_long_story.py
+SLOW := tests/workspace/test_finetuning.py::test_qlora_trains_and_chats_in_four_bits \
+  tests/workspace/test_processes.py::test_a_signal_stops_both_after_the_same_step_and_the_run_resumes_later \
+  tests/real/test_smollm2.py::test_an_adapter_on_the_output_layer_that_shares_the_embedding_is_merged_without_changing_it
 
 # The tests of tests/workspace that take longest, so that two processes share the folder.
 RUNS := $(addprefix tests/workspace/test_,demo.py export.py gradients.py plan.py resume.py settings.py waiting.py)
@@ -161,11 +168,9 @@ test-runs:
 	$(WORKSPACE)/.venv/bin/python -m pytest $(RUNS)
 
 test-workspace:
-	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace $(addprefix --ignore ,$(RUNS))
+	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace $(addprefix --ignore ,$(RUNS)) \
+	  $(addprefix --deselect ,$(SLOW))
 
-# Take minutes; tests/workspace has the same for tiny models.
-SLOW := $(addprefix tests/real/test_smollm2.py::,test_qlora_trains_it_in_four_bits \
-  test_an_adapter_on_the_output_layer_that_shares_the_embedding_is_merged_without_changing_it)
 
 test-real:
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/real --ignore tests/real/test_gemma.py $(addprefix --deselect ,$(SLOW))
@@ -187,7 +192,7 @@ test-hub:
 
 test-all: test .cache/gemma3-270m/ready
 	EVERY_ANSWER=1 pytest -n 2 tests/update/test_every_answer.py tests/render/test_render_matrix.py
-	UPDATE_DRAWS=2000 pytest -n 2 tests/update/test_property.py
+	UPDATE_DRAWS=2000 pytest -n 2 tests/update/test_property.py $(STORY)
 	AUTOCRLF=true pytest -n 2 --dist worksteal tests/update/test_migrations.py tests/update/test_update.py
 	KILLS=20 $(WORKSPACE)/.venv/bin/python -m pytest tests/workspace/test_resume.py
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/walk/test_every_walk.py

@@ -26,7 +26,7 @@ from walks import CATALOGUED, PINNED, REPOSITORY, environment_of, render
 
 MODEL = REPOSITORY / ".cache" / "smollm2"
 SETTINGS = {
-    "max_steps": 30,
+    "max_steps": 40,
     "learning_rate": 0.002,
     "lora_dropout": 0,
     "max_seq_len": 128,
@@ -34,7 +34,7 @@ SETTINGS = {
     "eval_batch_size": 32,
     "gradient_accumulation_steps": 1,
 }
-HELD_OUT = 16  # rows: more of them would take most of the time
+HELD_OUT = 32  # rows: more of them would take most of the time
 PARAMETERS = 134_515_008
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # of its own template
 
@@ -57,7 +57,7 @@ def walk(hub: Hub, tmp_path_factory: pytest.TempPathFactory, figures: dict[str, 
     held_out = walk.rows("sample-heldout.jsonl")[:HELD_OUT]
     lines = "".join(json.dumps({"messages": row}) + "\n" for row in held_out)
     (root / "dataset" / "heldout.jsonl").write_text(lines, encoding="utf-8")
-    set_in(root, held_out_file="dataset/heldout.jsonl", eval_steps=15, save_steps=15)
+    set_in(root, held_out_file="dataset/heldout.jsonl", eval_steps=20, save_steps=20)
     return walk
 
 
@@ -108,7 +108,7 @@ def tokenizer() -> Any:
 def test_a_killed_run_is_resumed_and_learns_the_task(walk: Walk) -> None:
     running = walk.start("finetuning/invoke_olive.py")
     checkpoints = walk.root / "models" / "checkpoints"
-    while not (whole := [*checkpoints.glob("*/checkpoints/checkpoint-15/sizes.json")]):
+    while not (whole := [*checkpoints.glob("*/checkpoints/checkpoint-20/sizes.json")]):
         assert running.poll() is None, running.communicate()
         time.sleep(0.1)  # nothing tells of a file that another process writes
     running.send_signal(signal.SIGKILL)
@@ -121,10 +121,10 @@ def test_a_killed_run_is_resumed_and_learns_the_task(walk: Walk) -> None:
     out = running.stdout.read()
     _, status, used = os.wait4(running.pid, 0)
     assert status == 0, out[-2000:] + running.stderr.read()[-2000:]
-    assert "Resuming from checkpoint-15 of an interrupted run" in out
+    assert "Resuming from checkpoint-20 of an interrupted run" in out
     before, after = walk.run["metrics"]["before"], walk.run["metrics"]["after"]
     assert before["accuracy"] == 0
-    assert after["accuracy"] >= 0.8
+    assert after["accuracy"] >= 0.9
     assert after["eval_loss"] < 0.1 * before["eval_loss"]
     assert (walk.run["base_model"], walk.run["revision"]) == (CATALOGUED, PINNED)
     assert walk.estimate["memory"]["total"] == pytest.approx(used.ru_maxrss * 2**10, rel=0.2)
@@ -133,7 +133,7 @@ def test_a_killed_run_is_resumed_and_learns_the_task(walk: Walk) -> None:
         "accuracy, before and after": f"{before['accuracy']:.1%}, {after['accuracy']:.1%} of {HELD_OUT}",
         "eval_loss, before and after": f"{before['eval_loss']}, {after['eval_loss']}",
         "memory, peak": f"{used.ru_maxrss / 2**20:.2f} GiB",
-        "the resumed run": f"{time.monotonic() - started:.1f} s, its 15 steps {timings['training']:.1f} s",
+        "the resumed run": f"{time.monotonic() - started:.1f} s, its 20 steps {timings['training']:.1f} s",
     }
 
 

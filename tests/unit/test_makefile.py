@@ -27,7 +27,7 @@ printf "%s\\n" "$*" >> ran.log
 case "$*" in *"$BROKEN"*) echo "FAILED $BROKEN/test_some.py::test_that_names_itself"; exit 1;; esac
 """
 # `make test-all` runs these, as they take long.
-LONG = {"tests/real/test_gemma.py", "tests/walk/test_every_walk.py"}
+LONG = {"tests/real/test_gemma.py", "tests/update/test_long_story.py", "tests/walk/test_every_walk.py"}
 
 
 def repository(folder: Path) -> Path:

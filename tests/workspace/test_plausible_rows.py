@@ -4,7 +4,7 @@ A conversation is drawn first: turns with their texts, and whether each is learn
 of the formats, with the marks, thoughts, parts, nulls and keys that other tools use. What must be learned follows from
 the conversation and from a line for each family below, without any code of the workspace.
 
-PLAUSIBLE_ROWS=5000   how many rows (200), drawn anew each time
+PLAUSIBLE_ROWS=5000   how many rows (150), drawn anew each time
 PLAUSIBLE_SEED=7      that row alone, as a failure names it
 """
 
@@ -23,7 +23,7 @@ import pytest
 from conftest import inference_of
 from test_labels import FAMILIES
 
-ROWS = int(os.environ.get("PLAUSIBLE_ROWS", "200"))
+ROWS = int(os.environ.get("PLAUSIBLE_ROWS", "150"))
 SEED = os.environ.get("PLAUSIBLE_SEED")
 
 # What a family writes around an answer, and what becomes of system texts: in a turn of its own, or before the next
