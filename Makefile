@@ -26,7 +26,7 @@ WORKSPACE := $(CURDIR)/.cache/workspace
 NEWEST := $(CURDIR)/.cache/newest
 RENDER := copier copy --quiet --defaults --overwrite --skip-tasks --vcs-ref HEAD -d environment=venv .
 # Without bytecode: much of what is installed is never imported, and pip compiles on one core.
-INSTALL := pip install --quiet --disable-pip-version-check --no-compile
+INSTALL := pip install --quiet --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 
 .PHONY: demo test test-all release lint environments workspace
