@@ -25,7 +25,7 @@ BIN := $(CURDIR)/.venv/bin
 WORKSPACE := $(CURDIR)/.cache/workspace
 NEWEST := $(CURDIR)/.cache/newest
 RENDER := copier copy --quiet --defaults --overwrite --skip-tasks --vcs-ref HEAD -d environment=venv .
-# Without bytecode: much of what is installed is never imported, and pip compiles on one core.
+# With bytecode: az and Copier start hundreds of times, and an environment may forbid them to write it themselves.
 INSTALL := pip install --quiet --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 
