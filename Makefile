@@ -171,7 +171,6 @@ test-workspace:
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/workspace $(addprefix --ignore ,$(RUNS)) \
 	  $(addprefix --deselect ,$(SLOW))
 
-
 test-real:
 	$(WORKSPACE)/.venv/bin/python -m pytest tests/real --ignore tests/real/test_gemma.py $(addprefix --deselect ,$(SLOW))
 

@@ -179,16 +179,31 @@ def test_a_gpu_computes_as_the_training_did_and_several_share_a_model(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    for cls in (torch_backend.AutoModelForCausalLM, __import__("transformers").AutoModelForCausalLM):
-        monkeypatch.setattr(cls, "from_pretrained", load)
+    monkeypatch.setattr(torch_backend.AutoModelForCausalLM, "from_pretrained", load)  # the evaluation's too
     with pytest.raises(ChatError, match="no GPU is here"):
         torch_backend.TorchBackend(Source("demo", None, None, "lora", dtype, ""), workspace / "models/demo", workspace)
     with pytest.raises(OSError, match="no GPU is here"):
         evaluate.load_base(str(workspace / "models/demo"), dtype)
-    for options in seen:
-        assert (options["dtype"], options["device_map"]) == (getattr(torch, weights), device)
+    assert [(options["dtype"], options["device_map"]) for options in seen] == [(getattr(torch, weights), device)] * 2
     for context in (computing_in(dtype), evaluate.computing_in(dtype)):
         assert isinstance(context, torch.autocast) == (dtype == "float16")
+
+
+def test_float16_counts_keys_and_values_in_the_precision_of_its_weights(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch_backend
+    from engine import Source
+    from training.tiny_model import build_demo
+
+    build_demo()
+
+    def bytes_of(dtype: str) -> int:
+        monkeypatch.setattr(torch_backend, "computable", lambda *_: dtype)  # as on a GPU
+        source = Source("models/demo", None, None, "lora", dtype, "")
+        return int(torch_backend.TorchBackend(source, workspace / "models/demo", workspace).token_bytes)
+
+    assert bytes_of("float16") == bytes_of("float32") == 2 * bytes_of("bfloat16")
 
 
 @pytest.mark.parametrize("own", ["", "Be brief."])

@@ -26,7 +26,6 @@ from test_api import COMPLETIONS, HELLO, client_of, fetch, said
 from test_inference import free_port
 
 KEY = "a key of the test's"
-PORT = free_port()
 COUNT, SEED = int(os.environ.get("HOSTILE", "300")), int(os.environ.get("SEED", "0"))
 PATHS = [
     COMPLETIONS,
@@ -103,13 +102,13 @@ def hostile(draw: random.Random) -> tuple[bytes, str, str]:
     return request, draw.choice(["read", "read", "read", "go", "half", "slow"]), source
 
 
-def send(request: bytes, ending: str, source: str) -> bytes:
+def send(port: int, request: bytes, ending: str, source: str) -> bytes:
     """Send a request in its way; return what came back, as far as it was waited for.
 
     Each has an address of its own, as a few wrong keys keep an address out.
     """
     answer = b""
-    place, here = ("127.0.0.1", PORT), (source, 0)
+    place, here = ("127.0.0.1", port), (source, 0)
     with contextlib.suppress(OSError), socket.create_connection(place, timeout=2, source_address=here) as connection:
         if ending == "half":
             connection.sendall(request[: len(request) // 2])
@@ -132,13 +131,13 @@ def server(request: pytest.FixtureRequest, workspace: Path, tmp_path_factory: py
     from training.tiny_model import build_demo
 
     build_demo()
-    log = tmp_path_factory.mktemp("hostile") / "log"
+    log, port = tmp_path_factory.mktemp("hostile") / "log", free_port()
     onnx = workspace / "models/onnx-base"
     if request.param == "onnx":
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             build(workspace / "models/demo", onnx, "cpu")
         (onnx / "export.json").write_text('{"base_model": "models/demo", "files": {}}')
-    command = ["inference/gradio_chat.py", "--baseonly", "--engine", request.param, "--port", str(PORT)]
+    command = ["inference/gradio_chat.py", "--baseonly", "--engine", request.param, "--port", str(port)]
     with log.open("w") as output:
         server = subprocess.Popen(
             [sys.executable, "-B", *command],
@@ -149,20 +148,20 @@ def server(request: pytest.FixtureRequest, workspace: Path, tmp_path_factory: py
         )
     try:
         end = time.monotonic() + 60
-        while health() != 200:
+        while health(port) != 200:
             assert time.monotonic() < end and server.poll() is None, log.read_text()
             time.sleep(0.1)
-        yield psutil.Process(server.pid), log
+        yield port, psutil.Process(server.pid), log
     finally:
         server.terminate()
         server.wait(10)
         shutil.rmtree(onnx, ignore_errors=True)
 
 
-def health() -> int:
+def health(port: int) -> int:
     """Return the status of /health; 0 if nothing answers."""
     with contextlib.suppress(OSError):
-        return fetch(f"http://127.0.0.1:{PORT}/", "/health")[0]
+        return fetch(f"http://127.0.0.1:{port}/", "/health")[0]
     return 0
 
 
@@ -186,17 +185,19 @@ def memory(server: psutil.Process) -> int:
     return sum(process.memory_info().rss for process in (server, *server.children(recursive=True)))
 
 
-def test_hostile_requests_leave_the_server_quick_small_and_quiet(server: tuple[psutil.Process, Path]) -> None:
-    process, log = server
+def test_hostile_requests_leave_the_server_quick_small_and_quiet(
+    server: tuple[int, psutil.Process, Path],
+) -> None:
+    port, process, log = server
     draw = random.Random(SEED)
     requests = [hostile(draw) for _ in range(COUNT)]
     with ThreadPoolExecutor(9) as pool:
-        list(pool.map(lambda one: send(*one), requests[: COUNT // 3]))  # warms up
+        list(pool.map(lambda one: send(port, *one), requests[: COUNT // 3]))  # warms up
         before, began = memory(process), time.monotonic()
         watching = subprocess.Popen(
-            [sys.executable, "-c", WATCH, str(PORT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", WATCH, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        answers = list(pool.map(lambda one: send(*one), requests))
+        answers = list(pool.map(lambda one: send(port, *one), requests))
         seconds = time.monotonic() - began
         took = json.loads(watching.communicate()[0])
     for (request, *_), answer in zip(requests, answers, strict=True):
@@ -215,4 +216,4 @@ def test_hostile_requests_leave_the_server_quick_small_and_quiet(server: tuple[p
     assert "Traceback" not in log.read_text()
     assert grown < 64
     assert sorted(took)[len(took) // 2] < 0.05
-    assert said(client_of(f"http://127.0.0.1:{PORT}/", KEY), HELLO, max_tokens=3)
+    assert said(client_of(f"http://127.0.0.1:{port}/", KEY), HELLO, max_tokens=3)

@@ -88,6 +88,7 @@ def said(workspace: Path, script: str, *arguments: str) -> str:
         "finetuning/invoke_olive.py --fresh",
         "finetuning/export.py",
         "inference/console_chat.py --engine torch",
+        "inference/console_chat.py --baseonly",
         "inference/gradio_chat.py --baseonly --port 0",
     ],
 )
@@ -101,6 +102,7 @@ def test_a_base_model_that_needs_code_is_called_so(trained: Path, touched: Calla
 @pytest.mark.parametrize(
     "command",
     [
+        "inference/console_chat.py --engine torch",
         "inference/gradio_chat.py --engine torch --port 0",
         "finetuning/export.py",
     ],

@@ -376,11 +376,10 @@ def test_a_run_on_two_gpus_tells_the_time_of_another_on_two(
 ) -> None:
     from planning import cost
 
-    read, here = cost.last_run, []
+    read = cost.last_run
 
     def on_two(path: Path, settings: Any, machine: Any) -> Any:
-        here.append(replace(machine, gpu="NVIDIA L4", gpus=2))
-        return read(path, settings, here[-1])
+        return read(path, settings, replace(machine, gpu="NVIDIA L4", gpus=2))
 
     monkeypatch.setattr(cost, "last_run", on_two)
     assert last({"machine/gpu": "NVIDIA L4, NVIDIA L4"}) is not None

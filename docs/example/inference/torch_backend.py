@@ -64,6 +64,8 @@ class TorchBackend:
         logging.disable_progress_bar()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = computable(source.dtype, device)
+        # as in the training; keys and values are in it too
+        weights = getattr(torch, "float32" if dtype == "float16" else dtype)
         self.notices: list[str] = []
         quantization = None
         if source.method == "qlora" and importlib.util.find_spec("bitsandbytes"):
@@ -78,8 +80,7 @@ class TorchBackend:
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 base,
-                # as in the training: float16 has weights in float32
-                dtype=getattr(torch, "float32" if dtype == "float16" else dtype),
+                dtype=weights,
                 # as in the evaluation: over all GPUs if there are several, as the model may not fit on one
                 device_map="auto" if torch.cuda.device_count() > 1 else device,
                 quantization_config=quantization,
@@ -119,7 +120,7 @@ class TorchBackend:
         self.pieces = Pieces(least=384)  # on a CPU, 128 take 14 % longer in all
         self.same_rotation = same_rotation(model.config.get_text_config())
         self.dtype = dtype
-        self.token_bytes = bytes_per_token(model.config.get_text_config(), getattr(torch, dtype).itemsize)
+        self.token_bytes = bytes_per_token(model.config.get_text_config(), weights.itemsize)
         self.switchable = bool(source.adapter)
         self.model = (with_adapter(model, source, root) if source.adapter else model).eval()
         self.here = threading.local()  # `stopped`: whether the answer that this thread computes is not wanted any more
