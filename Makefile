@@ -25,7 +25,8 @@ BIN := $(CURDIR)/.venv/bin
 WORKSPACE := $(CURDIR)/.cache/workspace
 NEWEST := $(CURDIR)/.cache/newest
 RENDER := copier copy --quiet --defaults --overwrite --skip-tasks --vcs-ref HEAD -d environment=venv .
-# With bytecode: az and Copier start hundreds of times, and an environment may forbid them to write it themselves.
+# With bytecode here and in the workspace: the tests start hundreds of processes, and an environment may forbid them to
+# write it themselves. (A few files of the libraries are for another Python and do not compile.)
 INSTALL := pip install --quiet --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 
@@ -66,6 +67,7 @@ workspace: .venv/ready
 
 $(WORKSPACE)/.venv/ready: template/setup/requirements-cpu.txt
 	python $(WORKSPACE)/setup/create_env.py --manager venv
+	@$(WORKSPACE)/.venv/bin/python -m compileall -q -j 2 $(WORKSPACE)/.venv/lib || true
 	@touch $@
 
 # Prompt flow has a separate environment.
