@@ -303,6 +303,8 @@ def kept_by_autograd(architecture: str, dropout: float, dtype: Any, tokens: int)
     import torch
     import transformers
 
+    from training.fused_lora import fuse
+
     sizes = []
     for layers in (1, 3):
         config = transformers.AutoConfig.for_model(
@@ -311,6 +313,7 @@ def kept_by_autograd(architecture: str, dropout: float, dtype: Any, tokens: int)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         lora = peft.LoraConfig(r=16, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, lora).train()
+        fuse(model)
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
         seen: dict[int, Any] = {}
 

@@ -54,7 +54,8 @@ GPU = CPU | {"torch_dtype": "bfloat16", "device": "gpu"}
         # norms, attention, feed-forward, inputs that the adapters keep, and what is between their matrices
         ("llama", CPU, False, 512 + 768 + 1920 + 1152 + 224),
         ("llama", CPU, True, 512 + 1024 + 1920 + 1152 + 224),
-        ("llama", CPU | {"lora_dropout": 0.1}, False, 512 + 768 + 1920 + 544 * 8 + 224),
+        ("llama", CPU | {"lora_dropout": 0.1}, False, 512 + 768 + 1920 + 1152 + 544 + 224),
+        ("llama", CPU | {"lora_dropout": 0.1, "method": "dora"}, False, 512 + 768 + 1920 + 544 * 8 + 576 * 12 + 224),
         ("llama", GPU, False, 512 + 384 + 960 + 544 * 4 + 224),
         ("llama", GPU | {"lora_dropout": 0.1}, False, 512 + 384 + 960 + 544 * 5 + 224),
         ("llama", GPU | {"torch_dtype": "float16"}, False, 512 + 384 + 960 + 544 * 2 + 224),
@@ -387,12 +388,12 @@ def test_a_run_on_two_gpus_tells_the_time_of_another_on_two(
 
 
 def test_a_trial_of_few_steps_tells_the_time_of_the_whole_run(last: Callable[..., Any], workspace: Path) -> None:
-    """A trained token takes 3 units of time, one that is only evaluated 1: a trial is mostly evaluation."""
-    settings = settings_with()
+    """A trained token takes 2 units of time, one that is only evaluated 1: a trial is mostly evaluation."""
+    settings = settings_with(eval_rows=300)
     train, held_out = rows(100, 20, 800), rows(100, 20, 300)
 
     def training(steps: int) -> float:
-        return 3e-3 * steps * settings.rows_a_step * 100 + 10 * 1e-3 * 300 * 100
+        return 2e-3 * steps * settings.rows_a_step * 100 + 10 * 1e-3 * 300 * 100
 
     tokens = 20 * settings.rows_a_step * 100
     timings = TIMINGS | {"training": training(20), "tokens_per_second": tokens / training(20)}
@@ -401,4 +402,29 @@ def test_a_trial_of_few_steps_tells_the_time_of_the_whole_run(last: Callable[...
     assert last({"timings": timings}).seconds(settings, train, held_out) == pytest.approx(expected, rel=0.02)
     # without held-out rows to speak of, the evaluations take no time
     few = last({"timings": timings}).seconds(settings, train, rows(100, 20, 1))
-    assert few == pytest.approx(30 + 220 / 200 + 3e-3 * steps * settings.rows_a_step * 100, rel=0.02)
+    assert few == pytest.approx(30 + 220 / 200 + 2e-3 * steps * settings.rows_a_step * 100, rel=0.02)
+
+
+@pytest.mark.parametrize("steps", [10, 40, 400, -1])
+@pytest.mark.parametrize("epochs", [1, 3, 0.5])
+@pytest.mark.parametrize("held_out", [3, 30, 1000])
+@pytest.mark.parametrize("tokens", [20, 100, 2000])
+def test_the_evaluations_in_the_training_take_a_tenth_of_it_or_four_rows(
+    workspace: Path, steps: int, epochs: float, held_out: int, tokens: int
+) -> None:
+    """A trained token takes 2 units of time, one that is only evaluated 1; there are ten evaluations."""
+    from planning.cost import evaluated_rows
+
+    settings = settings_with(max_steps=steps, num_train_epochs=epochs, per_device_train_batch_size=8)
+    settings = replace(settings, gradient_accumulation_steps=1, eval_strategy="steps", eval_steps=0.1)
+    rows_read = evaluated_rows(settings, [100] * 800, [tokens] * held_out)
+    trained = 100 * (min(8 * steps, 800 * epochs) if steps > 0 else 800 * epochs)
+
+    def share(rows: int) -> float:
+        return rows * 10 * tokens / (rows * 10 * tokens + 2 * trained)
+
+    assert 1 <= rows_read <= held_out
+    assert share(rows_read) <= 0.1 or rows_read <= 4
+    assert rows_read == held_out or share(rows_read + 1) > 0.1
+    assert evaluated_rows(replace(settings, eval_rows=2), [100] * 800, [tokens] * held_out) == 2
+    assert evaluated_rows(replace(settings, eval_rows=10**9), [100] * 800, [tokens] * held_out) == held_out
