@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -13,7 +14,7 @@ from planning.facts import AzureGpu
 from planning.hardware import Machine
 from planning.memory import BYTES, adapter_parameters
 from planning.row_lengths import Lengths, batches
-from settings.run_settings import EVALUATIONS, Settings
+from settings.run_settings import Settings
 
 # The share of the peak that training reaches, including loading, evaluation and small matrices. Published trainings of
 # dense models report a model FLOPS utilisation of 0.3 to 0.5 (PaLM, arXiv:2204.02311, table 3); fine-tuning on short
@@ -23,7 +24,9 @@ OTHER_EFFICIENCY = 0.3
 START = 10.0  # seconds to import the libraries and load the model
 TOKEN = 130.0  # bytes per token in tokenizer.json, more than most take (the demo: 54)
 ANSWERS = 200  # the maximum that evaluate.py generates
-EVALUATED = 1 / 3  # of a trained token's operations: the forward pass without the backward pass
+EVALUATED = 1 / 2  # of a trained token's time: frozen weights take as many operations backward as forward
+EVALUATION_SHARE = 0.1  # of the training's time, unless eval_rows is set
+FEWEST_ROWS = 4  # of an evaluation, even if they take more
 ALIKE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_checkpointing")  # for the same speed
 LAYER_SECONDS = 1e-3  # per block and generated token, whatever its size: Python overhead and kernel launches
 
@@ -74,7 +77,8 @@ class LastRun:
         """Return the seconds that a run takes at the same speed."""
         steps, _ = settings.steps(len(lengths.tokens))
         trained = trained_rows(settings, lengths) * mean(lengths.tokens)
-        evaluated = EVALUATED * sum(held_out.tokens) * passes(settings, steps) / settings.processes
+        rows = evaluated_rows(settings, lengths.tokens, held_out.tokens)
+        evaluated = EVALUATED * rows * mean(held_out.tokens) * passes(settings, steps) / settings.processes
         return self.start + self.row * min(len(held_out.tokens), ANSWERS) + (trained + evaluated) / self.speed
 
 
@@ -97,7 +101,8 @@ def last_run(path: Path, settings: Settings, here: Machine) -> LastRun | None:
         trained = timings["tokens_per_second"] * timings["training"]
         row = data["tokens"] / data["train_rows"]
         steps = round(trained / row * settings.processes / settings.rows_a_step)
-        evaluated = EVALUATED * data["held_out_rows"] * row * passes(settings, steps) / settings.processes
+        rows = used.get("eval_rows") or data["held_out_rows"]  # releases before 0.6.0 evaluated all
+        evaluated = EVALUATED * rows * row * passes(settings, steps) / settings.processes
         return LastRun(
             start=max(timings["start_to_first_step"] - timings["before"], 0),
             row=(timings["before"] + timings["after"]) / min(data["held_out_rows"], ANSWERS),
@@ -115,6 +120,19 @@ def passes(settings: Settings, steps: int) -> float:
         return settings.num_train_epochs
     every = settings.eval_steps or steps  # a share of the steps if it is below 1
     return min(steps, 1 / every if every < 1 else steps / every)
+
+
+def evaluated_rows(settings: Settings, train: Sequence[int], held_out: Sequence[int]) -> int:
+    """Return how many held-out rows each evaluation in the training reads. `train` and `held_out` are tokens per row.
+
+    Without eval_rows, they are as many as take a tenth of the training's time, all evaluations together.
+    """
+    if settings.eval_rows:
+        return min(settings.eval_rows, len(held_out))
+    steps, _ = settings.steps(len(train))
+    trained = mean(train) * min(steps * settings.rows_a_step, len(train) * settings.num_train_epochs)
+    tokens = EVALUATION_SHARE / (1 - EVALUATION_SHARE) * trained / EVALUATED / max(passes(settings, steps), 1)
+    return min(len(held_out), max(FEWEST_ROWS, int(tokens / mean(held_out))))
 
 
 def trained_rows(settings: Settings, lengths: Lengths) -> float:
@@ -156,12 +174,14 @@ def seconds(
     this machine; training reaches a larger share of that than of the theoretical peak.
     """
     reached = flops * (0.7 if measured else EFFICIENCY.get(settings.method, OTHER_EFFICIENCY))
-    passes = evaluation_operations(shape, held_out) * (EVALUATIONS + 2)
+    watched = evaluated_rows(settings, lengths.tokens, held_out.tokens) / max(len(held_out.tokens), 1)
+    steps, _ = settings.steps(len(lengths.tokens))
+    evaluated = evaluation_operations(shape, held_out) * (2 + watched * passes(settings, steps))
     rows = min(ANSWERS, len(held_out.tokens))
     longest = max(held_out.labels, default=0) + 8
     generated = math.ceil(rows / settings.per_device_eval_batch_size) * longest * shape.layers * LAYER_SECONDS
     generated += rows * longest * 2 * shape.parameters / reached
-    return START + (operations(shape, settings, lengths) + passes) / reached + 2 * generated
+    return START + (operations(shape, settings, lengths) + evaluated) / reached + 2 * generated
 
 
 def dollars(gpu: AzureGpu, run_seconds: float) -> float | None:

@@ -167,7 +167,8 @@ def per_token(shape: Shape, settings: Settings, masked: bool) -> float:
     The frozen layers do not save their inputs. The norms save theirs in float32; attention saves queries, keys, values
     (repeated for every head if there is a mask) and its output; the MLP its gate before and after the activation, and
     up. The adapters save their inputs in float32: one per adapter if the input is cast or goes through dropout, with
-    the dropout mask (a byte on a GPU, four on a CPU); otherwise adapters with the same input share one.
+    the dropout mask (a byte on a GPU, four on a CPU); otherwise adapters with the same input share one. So they do in
+    training/fused_lora.py, with a mask of a byte.
     """
     size, chosen = BYTES[settings.torch_dtype], targets(shape, settings)
     queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
@@ -183,7 +184,9 @@ def per_token(shape: Shape, settings: Settings, masked: bool) -> float:
         attention += size * queries  # rotating a part of each head copies, and the output is copied back
     feed_forward = size * shape.intermediate * (4 if shape.architecture == "phi" else 3)
     inputs = [width for width, _ in chosen.values()]
-    if settings.torch_dtype == "float16":
+    if settings.method == "lora" and settings.torch_dtype == "float32" and not settings.gpu:
+        kept = 4 * (2 * shape.hidden + shape.intermediate) + sum(inputs) * bool(settings.lora_dropout)
+    elif settings.torch_dtype == "float16":
         kept = sum(inputs) * (2 + (1 if settings.gpu else 4) * bool(settings.lora_dropout))
     elif settings.lora_dropout or size != 4:
         kept = sum(inputs) * (4 + (1 if settings.gpu else 4) * bool(settings.lora_dropout))

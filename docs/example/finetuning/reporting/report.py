@@ -47,7 +47,8 @@ def write_report(run: RunRecord, history: list[dict[str, float]], folder: Path) 
     from jinja2 import Environment, StrictUndefined
 
     training, held_out = curve(history, "loss"), curve(history, "eval_loss")
-    plots = [loss_plot(training, held_out, colours) for colours in (LIGHT, DARK)]
+    of = evaluated(run)
+    plots = [loss_plot(training, held_out, f"held-out{of}", colours) for colours in (LIGHT, DARK)]
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=plain
     )
@@ -59,7 +60,7 @@ def write_report(run: RunRecord, history: list[dict[str, float]], folder: Path) 
         settings=settings(run),
         light_plot=base64.b64encode(plots[0]).decode(),
         dark_plot=base64.b64encode(plots[1]).decode(),
-        plot_in_words=f"{in_words('Training', training)} {in_words('Held-out', held_out)}",
+        plot_in_words=f"{in_words('Training loss', training)} {in_words(f'Held-out loss{of}', held_out)}",
     )
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("loss.png", plots[0]), ("index.html", page.encode())):
@@ -153,16 +154,25 @@ def curve(history: list[dict[str, float]], key: str) -> list[tuple[float, float]
     return [(entry["step"], float(entry[key])) for entry in history if key in entry]
 
 
+def evaluated(run: RunRecord) -> str:
+    """Return in parentheses how many held-out rows the evaluations in the training read, or nothing if all."""
+    rows, all_rows = run["config"]["training"]["eval_rows"], run["data"]["held_out_rows"]
+    return "" if rows >= all_rows else f" ({rows} of {all_rows} rows)"
+
+
 def in_words(name: str, points: list[tuple[float, float]]) -> str:
     """Describe a curve in text, for screen readers."""
     if not points:
-        return f"{name} loss: not reported."
+        return f"{name}: not reported."
     (first, start), (last, end) = points[0], points[-1]
-    return f"{name} loss: {start:.3f} at step {first:.0f}, {end:.3f} at step {last:.0f}."
+    return f"{name}: {start:.3f} at step {first:.0f}, {end:.3f} at step {last:.0f}."
 
 
 def loss_plot(
-    training: list[tuple[float, float]], held_out: list[tuple[float, float]], colours: tuple[str, str, str, str]
+    training: list[tuple[float, float]],
+    held_out: list[tuple[float, float]],
+    held_out_label: str,
+    colours: tuple[str, str, str, str],
 ) -> bytes:
     """Draw the losses over the steps. Returns a PNG."""
     from matplotlib import rc_context
@@ -180,7 +190,7 @@ def loss_plot(
         if training:
             axes.plot(*zip(*training, strict=True), color=blue, linewidth=1.5, label="training")
         if held_out:
-            axes.plot(*zip(*held_out, strict=True), "o--", color=orange, markersize=5, label="held-out")
+            axes.plot(*zip(*held_out, strict=True), "o--", color=orange, markersize=5, label=held_out_label)
             step, lowest = min(held_out, key=lambda point: point[1])
             axes.plot(step, lowest, "o", color=orange, markersize=12, fillstyle="none", label=f"lowest: {lowest:.3f}")
         if training or held_out:

@@ -1,4 +1,4 @@
-"""The settings of Olive's pass for each method, and two of our own. Imports Olive, which takes seconds."""
+"""The settings of Olive's pass for each method, and three of our own. Imports Olive, which takes seconds."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from settings.run_settings import METHODS
 EXTRA_SETTINGS = {
     "packing": PassConfigParam(type_=bool, default_value=False, description="Lay rows end to end, without padding."),
     "early_stopping_patience": PassConfigParam(type_=int, default_value=0, description="0 never stops early."),
+    "eval_rows": PassConfigParam(
+        type_=int, default_value=None, description="Held-out rows per evaluation in the training; null: a tenth of it."
+    ),
 }
 EMBEDDINGS = {"embed_tokens", "embed_in", "wte", "word_embeddings"}  # their names in transformers' models
 

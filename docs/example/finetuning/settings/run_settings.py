@@ -79,6 +79,7 @@ class Settings:
     target_modules: tuple[str, ...] | str | None  # None: every linear layer
     packing: bool
     early_stopping_patience: int
+    eval_rows: int | None  # held-out rows per evaluation in the training; None: as many as take a tenth of it
     quant_type: str | None  # like compute_dtype and double_quant, only for QLoRA
     compute_dtype: str | None
     double_quant: bool
@@ -155,6 +156,7 @@ class Settings:
             target_modules=frozen(olive_pass.get("target_modules")),
             packing=olive_pass.get("packing", False),
             early_stopping_patience=olive_pass.get("early_stopping_patience", 0),
+            eval_rows=olive_pass.get("eval_rows"),
             quant_type=olive_pass.get("quant_type"),
             compute_dtype=olive_pass.get("compute_dtype"),
             double_quant=olive_pass.get("double_quant", False),

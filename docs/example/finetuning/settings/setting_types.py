@@ -51,7 +51,7 @@ TYPES: dict[str, Any] = {
 NO_SETTINGS = ("engine", "search_strategy", "rows", "return")
 # outside of these limits, a run would fail, learn nothing, or silently lose rows
 LIMITS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("r", "max_rows", "max_seq_len", "gradient_accumulation_steps"), (Ge(1),)),
+    **dict.fromkeys(("r", "max_rows", "eval_rows", "max_seq_len", "gradient_accumulation_steps"), (Ge(1),)),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (Ge(1),)),
     "torch_empty_cache_steps": (Ge(1),),
     **dict.fromkeys(("alpha", "num_train_epochs", "learning_rate"), (Gt(0),)),

@@ -107,12 +107,13 @@ def attend_row_by_row(
     ends, window = options.pop("row_ends", None), options.get("sliding_window")
     if ends is None:
         raise ValueError("packed_sdpa takes packed batches only")
-    attended = []
-    for start, end in pairwise([0, *ends]):
-        if window and end - start > window:
-            band = torch.ones(end - start, end - start, dtype=torch.bool, device=query.device)
+    attended, lengths = [], [end - start for start, end in pairwise([0, *ends])]
+    # the gradient of a slice is a whole batch of zeros around it, those of a split are concatenated
+    for row in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True):
+        length = row[0].shape[2]
+        if window and length > window:
+            band = torch.ones(length, length, dtype=torch.bool, device=query.device)
             mask = band.tril().triu(1 - window)[None, None]
-        row = (states[:, :, start:end] for states in (query, key, value))
         attended.append(sdpa_attention_forward(module, *row, mask, **options)[0])
         mask = None
     return torch.cat(attended, dim=1), None

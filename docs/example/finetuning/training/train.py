@@ -19,6 +19,7 @@ from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
 from olive.passes.olive_pass import create_pass_from_dict
 from olive.workflows.run.config import RunConfig
 
+from planning.cost import evaluated_rows
 from preparing import dataset
 from preparing.tokens import IGNORED
 from settings.config_file import ConfigError
@@ -27,6 +28,7 @@ from settings.run_settings import Settings, olive_config
 from training import batches
 from training.checkpoints import Checkpoints, newest_checkpoint
 from training.free_memory import free_memory
+from training.fused_lora import fuse
 from training.gradients import check_gradients
 from training.processes import share
 from training.progress import Progress
@@ -39,6 +41,7 @@ class Used(TypedDict):
     gradient_checkpointing: bool
     processes: int
     rows_a_step: int
+    eval_rows: int
 
 
 def train(
@@ -83,6 +86,8 @@ def train(
     kind = pass_class(settings.method, Training)
     olive_pass = create_pass_from_dict(kind, chosen.config, True, DEFAULT_CPU_ACCELERATOR)
     olive_pass.tokens, olive_pass.smoke, olive_pass.note = tokens, settings.smoke, note
+    lengths = ([len(row["input_ids"]) for row in tokens[part]] for part in ("train", "held_out"))
+    olive_pass.eval_rows = evaluated_rows(settings, *lengths)
     output = olive_pass.run(run_config.input_model.create_model(), str(run_folder / "output"))
     result = Path(output.adapter_path), olive_pass.used, olive_pass.history
     del olive_pass, output
@@ -102,7 +107,12 @@ class Training(ExtraSettings):
         self, model: Any, tokenizer: Any, config: Any, output_model: Any, output_model_path: str
     ) -> Any:
         """Train `model`, a PEFT model, and return `output_model`, Olive's handle, with the adapter's folder."""
-        train_rows, held_out_rows = self.tokens["train"], [*self.tokens["held_out"]]
+        train_rows, held_out_rows = self.tokens["train"], dataset.spread(self.tokens["held_out"], self.eval_rows)
+        if len(held_out_rows) < len(self.tokens["held_out"]):
+            print(
+                f"Evaluations in the training read {len(held_out_rows)} of the {len(self.tokens['held_out'])} held-out "
+                "rows (eval_rows); those before and after it read all."
+            )
         if config.torch_dtype == "float16":
             config.training_args.extra_args["fp16"] = True
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
@@ -124,6 +134,8 @@ class Training(ExtraSettings):
         if config.early_stopping_patience:
             trainer.add_callback(transformers.EarlyStoppingCallback(config.early_stopping_patience))
         start = first_to_move(model)
+        if config.torch_dtype == "float32":
+            fuse(model)
         with checkpoints:
             trainer.train(resume_from_checkpoint=newest_checkpoint(Path(trainer.args.output_dir)))
         if checkpoints.stopped_by:
@@ -138,6 +150,7 @@ class Training(ExtraSettings):
             "rows_a_step": trainer.args.train_batch_size
             * trainer.args.gradient_accumulation_steps
             * trainer.args.world_size,
+            "eval_rows": self.eval_rows,
         }
         self.history = trainer.state.log_history
 
