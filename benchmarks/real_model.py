@@ -264,7 +264,7 @@ def trl(options: argparse.Namespace) -> dict[str, float]:
             num_train_epochs=1,
             learning_rate=RATE,
             per_device_train_batch_size=1 if packed else BATCH,
-            max_length=sum(sizes) * BATCH // len(sizes) if packed else LONGEST,
+            max_length={"trl-packed": sum(sizes) * BATCH // len(sizes), "trl-padded": LONGEST}.get(options.step),
             gradient_checkpointing=False,
             logging_steps=1,
             save_strategy="no",

@@ -413,7 +413,7 @@ def test_the_evaluations_in_the_training_take_a_tenth_of_it_or_four_rows(
     workspace: Path, steps: int, epochs: float, held_out: int, tokens: int
 ) -> None:
     """A trained token takes 2 units of time, one that is only evaluated 1; there are ten evaluations."""
-    from planning.cost import evaluated_rows
+    from training.evaluations import evaluated_rows
 
     settings = settings_with(max_steps=steps, num_train_epochs=epochs, per_device_train_batch_size=8)
     settings = replace(settings, gradient_accumulation_steps=1, eval_strategy="steps", eval_steps=0.1)

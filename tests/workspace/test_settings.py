@@ -36,6 +36,7 @@ SHORT = {
     f"{ARGS}.per_device_train_batch_size": 4,
     f"{ARGS}.logging_steps": 1,
     f"{ARGS}.warmup_steps": 0,  # else the first step changes nothing, and may be the best one
+    f"{PASS}.eval_rows": 1000,  # all: what the settings of the rows do is seen there
 }
 OWN_FILE = {
     f"{ROWS}.train_file": "dataset/own.jsonl",
@@ -293,6 +294,7 @@ CASES = {
     f"{PASS}.early_stopping_patience": Case(
         2, lambda seen: seen.trainer.state.global_step, 3, {f"{ARGS}.learning_rate": 1e-12}
     ),
+    f"{PASS}.eval_rows": Case(3, lambda seen: len(seen.rows("eval")), 3),
     f"{ARGS}.num_train_epochs": Case(2.5, lambda seen: seen.trainer.state.global_step, 15, {f"{ARGS}.max_steps": -1}),
     f"{ARGS}.max_steps": Case(3, lambda seen: seen.trainer.state.global_step, 3),
     f"{ARGS}.learning_rate": Case(0.0003, lambda seen: max(seen.logged("learning_rate")), 0.0003),
