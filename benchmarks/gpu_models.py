@@ -27,7 +27,7 @@ class MeasureError(Exception):
 
 def folder(options: argparse.Namespace) -> Path:
     """Return the folder of the model."""
-    return Path(options.workspace) / "models" / str(options.model)
+    return Path(options.models) / str(options.model)
 
 
 def facts_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def configured(options: argparse.Namespace, **arguments: Any) -> dict[str, Any]:
     from settings.config_file import read_file, the_pass
 
     config = read_file()
-    config["input_model"]["model_path"] = str(folder(options).relative_to(options.workspace))
+    config["input_model"]["model_path"] = str(folder(options))
     config["input_model"]["load_kwargs"]["revision"] = None
     config["systems"]["local_system"]["accelerators"] = [{"device": "cpu" if options.dry else "gpu"}]
     olive_pass = the_pass(config)

@@ -24,9 +24,9 @@ WHEELS = {
     "the workspace's training": TRAINING.split(),
     "QLoRA": ["bitsandbytes"],
     "TRL": [TRL],
-    "int4 chat": ["onnxruntime-genai-cuda", "onnxruntime-gpu", "flatbuffers"],
+    "int4 chat": ["onnxruntime-genai-cuda", "onnxruntime-gpu==1.31.1", "flatbuffers"],  # 1.32.0 is not there for CUDA
 }
-SAME_VERSION = {"onnxruntime-genai-cuda": "onnxruntime-genai", "onnxruntime-gpu": "onnxruntime"}  # builds for CUDA
+SAME_VERSION = {"onnxruntime-genai-cuda": "onnxruntime-genai"}  # its build for CUDA
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 26, 24, 17)] + ["manylinux2014_x86_64"]
 FIGURES = "figures: "  # how the line begins with which a measurement ends
 ON_A_CPU = "speed, and memory against the estimate, of a GPU"
@@ -43,6 +43,11 @@ class Measurement:
     seconds: int
     options: tuple[str, ...] = ()
     unproven: str = ON_A_CPU  # what it does not show on a CPU
+
+    @property
+    def model(self) -> str | None:
+        """The model that must have been made before."""
+        return self.options[self.options.index("--model") + 1] if "--model" in self.options else None
 
 
 def training(step: str, model: str, method: str, *more: str) -> Measurement:
@@ -97,6 +102,13 @@ PLAN = (
     training("bare", PHI, "qlora"),
     training("ours", LLAMA, "qlora", "--attention", "varlen"),
 )
+
+
+def chosen(names: list[str]) -> list[Measurement]:
+    """Return the measurements of these names, and what they need: their models, and the name of the machine."""
+    models = {one.model for one in PLAN if one.name in names}
+    needed = {one.name for one in PLAN if one.step == "machine" or (one.step == "prepare" and one.model in models)}
+    return [one for one in PLAN if one.name in {*names, *needed}]
 
 
 def locked() -> dict[str, str]:

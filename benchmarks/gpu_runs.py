@@ -112,7 +112,7 @@ def script_command(options: argparse.Namespace, *more: str, limit: float | None 
     measure = Path(__file__).with_name("gpu_measure.py")
     command = [sys.executable, str(measure), "script", "--workspace", str(options.workspace)]
     command += [*(["--dry"] if options.dry else []), *(["--limit", str(limit)] if limit else [])]
-    return [*command, "--", "finetuning/invoke_olive.py", *more]
+    return [*command, "--script", "finetuning/invoke_olive.py", *more]
 
 
 def finished(command: list[str]) -> tuple[int, str]:

@@ -111,14 +111,12 @@ def trl(options: argparse.Namespace) -> dict[str, Any]:
             times.append((time.perf_counter(), state.num_input_tokens_seen))
 
     datasets.disable_progress_bars()
-    masks = [[int(label != -100) for label in row["labels"]] for row in rows]
-    examples = [{"input_ids": row["input_ids"], "completion_mask": mask} for row, mask in zip(rows, masks, strict=True)]
     model, adapter = loaded(options)
     in_8_bits = options.method == "qlora" and on == "cuda"
     trainer = SFTTrainer(
         model=model,
         processing_class=AutoTokenizer.from_pretrained(folder(options)),
-        train_dataset=datasets.Dataset.from_list(examples),
+        train_dataset=datasets.Dataset.from_list(rows),
         peft_config=adapter,
         callbacks=[Clock()],
         args=SFTConfig(
@@ -132,7 +130,6 @@ def trl(options: argparse.Namespace) -> dict[str, Any]:
             gradient_checkpointing=False,
             bf16=on == "cuda",
             use_cpu=on == "cpu",
-            completion_only_loss=True,
             include_num_input_tokens_seen="all",
             save_strategy="no",
             report_to="none",
@@ -143,7 +140,7 @@ def trl(options: argparse.Namespace) -> dict[str, Any]:
         trainer.train()
     attention = trainer.model.get_base_model().config._attn_implementation
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    note = ", ".join(filter(None, [f"packing, {attention}", how_packed(trainer.model, rows)]))
+    note = ", ".join(filter(None, [f"packed, padding-free, {attention}", how_packed(trainer.model, rows)]))
     return {"speed": speed_of(times), "losses": losses, **peaks(), "note": note}
 
 
@@ -152,13 +149,18 @@ def loaded(options: argparse.Namespace) -> tuple[Any, Any]:
     import peft
     import transformers
 
-    on, dtype, quantised = device(options), getattr(torch, options.dtype), {}
+    dtype, quantised = getattr(torch, options.dtype), {}
+    place = {"": 0 if device(options) == "cuda" else "cpu"}
     if options.method == "qlora":
         quantised["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder(options), dtype=dtype, device_map={"": on}, attn_implementation="sdpa", **quantised
+        folder(options),
+        dtype=dtype,
+        device_map={"": 0 if on == "cuda" else on},
+        attn_implementation="sdpa",
+        **quantised,
     )
     targets = facts_of(options)["target_modules"]
     return model, peft.LoraConfig(**ADAPTER, target_modules=targets, task_type="CAUSAL_LM")

@@ -15,7 +15,8 @@ import torch
 from torch.nn.attention import varlen
 
 WIDEST = 256  # a head in FlashAttention, which also needs a multiple of 8
-TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # fewer heads for keys than for queries
+# Fewer heads for keys than for queries: the kernel takes them, since PyTorch 2.12 only if asked to.
+ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
 def attend_all_rows(
@@ -35,11 +36,7 @@ def attend_all_rows(
 
         return attend_row_by_row(module, query, key, value, mask, **options)
     query, key, value = (states.to(dtype).transpose(1, 2)[0] for states in (query, key, value))
-    groups = {}
-    if (heads := query.shape[1] // key.shape[1]) > 1:
-        groups = {"enable_gqa": True} if TAKES_GROUPS else {}
-        if not groups:
-            key, value = (states.repeat_interleave(heads, dim=1) for states in (key, value))
+    groups = {"enable_gqa": query.shape[1] != key.shape[1]} if ASKS_FOR_GROUPS else {}
     starts, longest = row_starts(tuple(ends), query.device)
     attended = varlen.varlen_attn(
         query,
@@ -59,7 +56,8 @@ def attend_all_rows(
 def computed_in(query: torch.Tensor) -> torch.dtype:
     """Return the precision in which attention is computed: autocast does not reach the kernel."""
     kind = query.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else query.dtype
 
 
 @lru_cache(maxsize=2)  # for all layers of a step: each copy to the GPU would wait for it

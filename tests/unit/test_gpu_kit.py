@@ -50,12 +50,15 @@ def cells(text: str, start: str) -> list[str]:
 # ---- wheels
 
 
-def test_every_wheel_has_the_version_of_the_lock_but_trl_which_the_lock_lacks() -> None:
+def test_every_wheel_has_the_version_of_the_lock_or_one_of_its_own_if_the_lock_lacks_it() -> None:
     lock = (REPOSITORY / "template" / "setup" / "requirements-gpu.txt").read_text()
+    own = set()
     for name, pin in gpu_plan.pins().items():
-        locked = gpu_plan.SAME_VERSION.get(name, name)
-        version = pin.partition("==")[2]
-        assert name == "trl" or re.search(rf"^{locked}=={re.escape(version)} ", lock, re.MULTILINE), pin
+        locked, version = gpu_plan.SAME_VERSION.get(name, name), pin.partition("==")[2]
+        if not re.search(rf"^{locked}=={re.escape(version)} ", lock, re.MULTILINE):
+            own.add(name)
+            assert f"\n{locked}==" not in lock, pin
+    assert own == {"trl", "onnxruntime-gpu"}
 
 
 def test_the_kit_never_fetches_torch_or_what_comes_with_it() -> None:
@@ -143,7 +146,7 @@ def test_what_finds_no_time_is_listed_as_not_measured(tmp_path: Path) -> None:
 
 def test_a_machine_without_the_packages_gets_a_line_for_each_measurement(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", symlinks=True)
-    command = [tmp_path / "bare" / "bin" / "python", KIT, "--dry", "--only", "machine,make-qwen,ours-qwen-lora,chat"]
+    command = [tmp_path / "bare" / "bin" / "python", KIT, "--dry", "--only", "ours-qwen3-lora,chat"]
     env = {"PATH": os.environ["PATH"]}
     done = subprocess.run([*command, "--out", tmp_path / "out"], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and not done.stderr
@@ -163,12 +166,15 @@ def test_an_unknown_name_is_an_error_before_anything_is_measured(tmp_path: Path)
 def test_names_are_unique_and_a_model_is_made_before_it_is_measured() -> None:
     names = [one.name for one in gpu_plan.PLAN]
     assert len(set(names)) == len(names)
-    made = set()
+    made = {None}
     for one in gpu_plan.PLAN:
-        model = one.options[one.options.index("--model") + 1] if "--model" in one.options else None
-        if one.step == "prepare":
-            made.add(model)
-        assert model is None or model in made, one.name
+        made |= {one.model} if one.step == "prepare" else set()
+        assert one.model in made, one.name
+
+
+def test_a_choice_comes_with_the_models_that_it_needs_and_in_the_order_of_the_plan() -> None:
+    names = [one.name for one in gpu_plan.chosen(["chat", "attention", "ours-phi-lora"])]
+    assert names == ["machine", "attention", "make-qwen3", "chat", "make-phi", "ours-phi-lora"]
 
 
 # ---- tables

@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 KIT = REPOSITORY / "benchmarks" / "gpu.py"
 LENGTHS = (3, 40, 1, 17, 64)
 ATTENTION = pytest.mark.parametrize(
-    ("heads", "groups", "window"), [(4, 4, None), (6, 2, None), (4, 4, 8), (6, 2, 1), (4, 1, 100)]
+    ("heads", "groups", "window"), [(4, 4, None), (6, 2, None), (4, 4, 8), (6, 2, 2), (4, 1, 100)]
 )
 
 
@@ -57,7 +57,7 @@ def attended(attend: Any, inputs: list[Any], window: int | None, **more: Any) ->
 
 
 def error(found: Any, right: Any) -> float:
-    return float((found.float() - right.float()).norm() / right.float().norm())
+    return float((found.detach().float() - right.detach().float()).norm() / right.detach().float().norm())
 
 
 @ATTENTION
@@ -75,7 +75,7 @@ def test_attention_in_one_call_is_that_row_by_row_with_its_gradients(
         assert found.dtype == torch.bfloat16 and found.shape == (1, sum(LENGTHS), heads, 16)
         assert error(found, exact) < 0.01
         for name, one, right in zip(("query", "key", "value"), found_gradients, gradients, strict=True):
-            assert one.shape == right.shape and (right.norm() == 0 or error(one, right) < 0.02), name
+            assert one.shape == right.shape and error(one, right) < 0.02, name
 
 
 def test_attention_in_one_call_knows_where_each_row_ends_and_how_far_the_window_reaches(varlen: Any) -> None:
@@ -176,7 +176,8 @@ def dry(tmp_path: Path, only: str | None) -> tuple[dict[str, dict[str, Any]], st
     """Return the results of a dry run by their names, and its tables."""
     if not (four_bits.PACKAGES / "bitsandbytes").is_dir():
         pytest.skip("bitsandbytes is not in .cache: `make test` puts it there")
-    command = [sys.executable, str(KIT), "--dry", "--out", str(tmp_path), *(["--only", only] if only else [])]
+    command = [sys.executable, str(KIT), "--dry", "--minutes", "60", "--out", str(tmp_path)]
+    command += ["--only", only] if only else []
     env = os.environ | {"PYTHONPATH": str(four_bits.PACKAGES)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -184,16 +185,14 @@ def dry(tmp_path: Path, only: str | None) -> tuple[dict[str, dict[str, Any]], st
     return {one["name"]: one for one in made["results"]}, (tmp_path / "gpu.md").read_text()
 
 
-def test_a_dry_run_measures_attention_a_training_and_a_peer_and_says_which_wheel_is_missing(tmp_path: Path) -> None:
-    chosen = "machine,attention,make-llama,ours-llama-qlora,bare-llama-qlora,trl-llama-qlora"
-    results, text = dry(tmp_path, chosen)
-    missing = results.pop("trl-llama-qlora")
+def test_a_dry_run_trains_and_says_which_wheel_is_missing(tmp_path: Path) -> None:
+    results, text = dry(tmp_path, "ours-qwen3-qlora,trl-llama-lora")
+    missing = results.pop("trl-llama-lora")
     assert missing["reason"].startswith("failed: trl is not installed: put the wheel of trl==")
     assert {one["status"] for one in results.values()} == {"measured"}, (tmp_path / "gpu.log").read_text()
-    figures = results["ours-llama-qlora"]["figures"]
+    figures = results["ours-qwen3-qlora"]["figures"]
     assert figures["losses"][0] == pytest.approx(6.93, abs=0.5)  # of 1,024 tokens, none likelier than the others
-    assert figures["losses"][0] == pytest.approx(results["bare-llama-qlora"]["figures"]["losses"][0], abs=0.2)
-    assert min(figures["speed"], figures["estimated_speed"], figures["estimated"], figures["used"]) > 0
+    assert min(figures[name] for name in ("speed", "estimated_speed", "estimated", "used")) > 0
     assert "no GPU" in text and text.count("failed: trl is not installed") == 1
 
 
@@ -202,5 +201,8 @@ def test_all_of_a_dry_run_works_where_the_wheels_are_there(tmp_path: Path) -> No
     missing = {name for name, one in results.items() if one["status"] != "measured"}
     assert missing == {name for name in results if name.startswith("trl-")}, (tmp_path / "gpu.log").read_text()
     assert re.search(r"resumed from step \d+ of 20", results["resumed"]["figures"]["text"])
-    by_row, varlen = (results[name]["figures"]["losses"] for name in ("ours-llama-lora", "ours-llama-lora-varlen"))
+    by_row, varlen, bare = (
+        results[name]["figures"]["losses"] for name in ("ours-llama-lora", "ours-llama-lora-varlen", "bare-llama-lora")
+    )
     assert varlen == pytest.approx(by_row, abs=0.05)
+    assert bare[0] == pytest.approx(by_row[0], abs=0.2)  # of other rows of the same kind
