@@ -158,7 +158,7 @@ def loaded(options: argparse.Namespace) -> tuple[Any, Any]:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder(options),
         dtype=dtype,
-        device_map={"": 0 if on == "cuda" else on},
+        device_map=place,
         attn_implementation="sdpa",
         **quantised,
     )
