@@ -66,7 +66,7 @@ def main() -> int:
         parser.error(f"--only has no {', '.join(sorted(unknown))}")
     out = options.out or REPOSITORY / ".cache" / "gpu"
     with tempfile.TemporaryDirectory(prefix="gpu-", dir=options.work) as work:
-        report = measure(options, chosen(names), Path(work), out)
+        report = measure(options, chosen(names), Path(work).resolve(), out)
     print(f"\n{as_markdown(report)}\nWritten: {out / 'gpu.md'}, gpu.json and gpu.log")
     return 0 if any(result["status"] == "measured" for result in report["results"]) else 1
 
@@ -93,8 +93,15 @@ def measure(options: argparse.Namespace, plan: list[Measurement], work: Path, ou
         left = ends - time.monotonic()
         if left < one.seconds / 2:
             return {"status": "not measured", "reason": "not measured: time"}
+        try:
+            return started(one, left)
+        except (OSError, ValueError) as error:  # the disk is full, or its figures are no JSON
+            return {"status": "failed", "reason": f"failed: {error}", "seconds": 0.0}
+
+    def started(one: Measurement, left: float) -> dict[str, Any]:
         workspace = work / one.name
-        shutil.copytree(REPOSITORY / "docs" / "example", workspace)
+        left_out = shutil.ignore_patterns(".venv*", "models", "__pycache__")
+        shutil.copytree(REPOSITORY / "docs" / "example", workspace, ignore=left_out)
         command = [python, str(Path(__file__).with_name("gpu_measure.py")), one.step, "--workspace", str(workspace)]
         command += ["--models", str(work / "models"), *one.options, *(["--dry"] if options.dry else [])]
         allowed = one.seconds * (4 if options.dry else 1)  # a busy machine proves as much

@@ -144,6 +144,15 @@ def test_what_finds_no_time_is_listed_as_not_measured(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "gpu.json").read_text()) == made
 
 
+def test_a_measurement_that_cannot_even_start_is_a_line(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "machine").write_text("a file where its workspace should be")
+    options = argparse.Namespace(wheels=None, minutes=9.0, dry=False)
+    first, second = kit.measure(options, kit.chosen(["full"])[:2], tmp_path / "work", tmp_path / "out")["results"]
+    assert first["status"] == "failed" and "File exists" in first["reason"]
+    assert second["name"] == "make-qwen3" and second["status"] == "failed" and "torch" in second["reason"]
+
+
 def test_a_machine_without_the_packages_gets_a_line_for_each_measurement(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", symlinks=True)
     command = [tmp_path / "bare" / "bin" / "python", KIT, "--dry", "--only", "ours-qwen3-lora,chat"]
