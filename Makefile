@@ -160,6 +160,7 @@ environments: workspace .cache/azure-cli/ready .cache/bitsandbytes/ready .cache/
 # These take long, and others see nearly the same: only `make test-all` runs them.
 STORY := tests/update/test_long_story.py
 SLOW := tests/workspace/test_finetuning.py::test_qlora_trains_and_chats_in_four_bits \
+  tests/workspace/test_gpu_kit.py::test_all_of_a_dry_run_works_where_the_wheels_are_there \
   tests/workspace/test_processes.py::test_a_signal_stops_both_after_the_same_step_and_the_run_resumes_later \
   tests/real/test_smollm2.py::test_an_adapter_on_the_output_layer_that_shares_the_embedding_is_merged_without_changing_it
 
