@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -15,6 +14,7 @@ from planning.hardware import Machine
 from planning.memory import BYTES, adapter_parameters
 from planning.row_lengths import Lengths, batches
 from settings.run_settings import Settings
+from training.evaluations import EVALUATED, evaluated_rows, passes
 
 # The share of the peak that training reaches, including loading, evaluation and small matrices. Published trainings of
 # dense models report a model FLOPS utilisation of 0.3 to 0.5 (PaLM, arXiv:2204.02311, table 3); fine-tuning on short
@@ -24,9 +24,6 @@ OTHER_EFFICIENCY = 0.3
 START = 10.0  # seconds to import the libraries and load the model
 TOKEN = 130.0  # bytes per token in tokenizer.json, more than most take (the demo: 54)
 ANSWERS = 200  # the maximum that evaluate.py generates
-EVALUATED = 1 / 2  # of a trained token's time: frozen weights take as many operations backward as forward
-EVALUATION_SHARE = 0.1  # of the training's time, unless eval_rows is set
-FEWEST_ROWS = 4  # of an evaluation, even if they take more
 ALIKE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_checkpointing")  # for the same speed
 LAYER_SECONDS = 1e-3  # per block and generated token, whatever its size: Python overhead and kernel launches
 
@@ -110,29 +107,6 @@ def last_run(path: Path, settings: Settings, here: Machine) -> LastRun | None:
         )
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None
-
-
-def passes(settings: Settings, steps: int) -> float:
-    """Return how often the held-out rows are evaluated in a training of this many steps."""
-    if settings.eval_strategy == "no":
-        return 0
-    if settings.eval_strategy == "epoch":
-        return settings.num_train_epochs
-    every = settings.eval_steps or steps  # a share of the steps if it is below 1
-    return min(steps, 1 / every if every < 1 else steps / every)
-
-
-def evaluated_rows(settings: Settings, train: Sequence[int], held_out: Sequence[int]) -> int:
-    """Return how many held-out rows each evaluation in the training reads. `train` and `held_out` are tokens per row.
-
-    Without eval_rows, they are as many as take a tenth of the training's time, all evaluations together.
-    """
-    if settings.eval_rows:
-        return min(settings.eval_rows, len(held_out))
-    steps, _ = settings.steps(len(train))
-    trained = mean(train) * min(steps * settings.rows_a_step, len(train) * settings.num_train_epochs)
-    tokens = EVALUATION_SHARE / (1 - EVALUATION_SHARE) * trained / EVALUATED / max(passes(settings, steps), 1)
-    return min(len(held_out), max(FEWEST_ROWS, int(tokens / mean(held_out))))
 
 
 def trained_rows(settings: Settings, lengths: Lengths) -> float:

@@ -19,7 +19,6 @@ from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
 from olive.passes.olive_pass import create_pass_from_dict
 from olive.workflows.run.config import RunConfig
 
-from planning.cost import evaluated_rows
 from preparing import dataset
 from preparing.tokens import IGNORED
 from settings.config_file import ConfigError
@@ -27,6 +26,7 @@ from settings.olive_pass import ExtraSettings, pass_class
 from settings.run_settings import Settings, olive_config
 from training import batches
 from training.checkpoints import Checkpoints, newest_checkpoint
+from training.evaluations import evaluated_rows
 from training.free_memory import free_memory
 from training.fused_lora import fuse
 from training.gradients import check_gradients

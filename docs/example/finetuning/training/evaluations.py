@@ -1,0 +1,35 @@
+"""The evaluations in the training: how many there are, and how many held-out rows each reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+from settings.run_settings import Settings
+
+EVALUATED = 1 / 2  # of a trained token's time: frozen weights take as many operations backward as forward
+EVALUATION_SHARE = 0.1  # of the training's time, unless eval_rows is set
+FEWEST_ROWS = 4  # of an evaluation, even if they take more
+
+
+def passes(settings: Settings, steps: int) -> float:
+    """Return how often the held-out rows are evaluated in a training of this many steps."""
+    if settings.eval_strategy == "no":
+        return 0
+    if settings.eval_strategy == "epoch":
+        return settings.num_train_epochs
+    every = settings.eval_steps or steps  # a share of the steps if it is below 1
+    return min(steps, 1 / every if every < 1 else steps / every)
+
+
+def evaluated_rows(settings: Settings, train: Sequence[int], held_out: Sequence[int]) -> int:
+    """Return how many held-out rows each evaluation in the training reads. `train` and `held_out` are tokens per row.
+
+    Without eval_rows, they are as many as take a tenth of the training's time, all evaluations together.
+    """
+    if settings.eval_rows:
+        return min(settings.eval_rows, len(held_out))
+    steps, _ = settings.steps(len(train))
+    trained = mean(train) * min(steps * settings.rows_a_step, len(train) * settings.num_train_epochs)
+    tokens = EVALUATION_SHARE / (1 - EVALUATION_SHARE) * trained / EVALUATED / max(passes(settings, steps), 1)
+    return min(len(held_out), max(FEWEST_ROWS, int(tokens / mean(held_out))))
