@@ -164,17 +164,29 @@ def models_page() -> str:
             MADE.format("catalog/"),
             "# The models\n",
             "Values for `-d model=…`. The download is two bytes per parameter. «Gated»: the hub requires a login and",
-            "an accepted licence first. Every model is used at the revision shown here, never at a newer one.\n",
-            "| id | model | licence | parameters | download | gated | context, tokens | revision | source |",
-            "|---|---|---|--:|--:|---|--:|---|---|",
+            "an accepted licence first. Every model is used at the revision shown here, never at a newer one. «Text»:",
+            "the part of a model with images or sound that is trained. «Checked»: when the facts were last compared",
+            "with their source.\n",
+            "| id | model | licence | parameters | download | gated | context, tokens | revision | source | checked |",
+            "|---|---|---|--:|--:|---|--:|---|---|---|",
             *(model_row(model) for model in models if not model["deprecated"]),
             *deprecated(models),
             "",
+            "## Ready-made ONNX models\n",
+            "What `python setup/get_model.py --onnx` downloads, to chat before fine-tuning. The installed package of",
+            "ONNX Runtime GenAI decides which folder it is: `onnxruntime-genai` computes on the CPU, `-cuda` and",
+            "`-directml` on a GPU. «Proven»: releases that are known to run these very files.\n",
+            "| id | folder | providers | download | revision | proven |",
+            "|---|---|---|--:|---|---|",
+            *(line for model in models for line in onnx_rows(model)),
+            "",
             "## Azure GPUs\n",
             "Values for `-d azure_gpu=…`. A serverless GPU is billed while a job runs, a dedicated one as long as an",
-            "environment holds it; both need a quota. Prices are US dollars per hour for the whole profile, with the",
-            "date they were read. Regions change: see [Azure's list]"
-            "(https://learn.microsoft.com/azure/container-apps/gpu-serverless-overview).\n",
+            "environment holds it. Enterprise and pay-as-you-go subscriptions have a quota for T4 and A100 by default.",
+            "Prices are US dollars per hour for the whole profile, with the date they were read, and upper bounds:",
+            "each month, 180,000 vCPU-seconds and 360,000 GiB-seconds of a subscription are free. A dedicated profile",
+            "also costs a fee for its management. Regions change: `az containerapp env workload-profile list-supported",
+            "--location REGION --output table` says what Azure offers today. GPU memory is what CUDA shows.\n",
             "| id | GPU | profile | vCPU | memory | GPU memory | bfloat16 | price per hour | regions |",
             "|---|---|---|--:|--:|--:|---|---|---|",
             *map(gpu_row, gpus),
@@ -195,14 +207,43 @@ def model_row(model: dict[str, Any]) -> str:
     return row(
         code(model["id"]),
         f"[{model['name']}]({hub})" if from_hub else model["name"],
-        f"[{model['licence']}]({model['licence_url']})" if model["licence"] else "–",
-        size(parameters) if parameters else "–",
+        f"[{model['licence']}]({licence_url(model)})" if model["licence"] else "–",
+        size(parameters) + (f", text {size(text)}" if (text := model["text_parameters"]) else "")
+        if parameters
+        else "–",
         f"{parameters * 2 / 10**9:.1f} GB" if from_hub else "–",
         {True: "yes", False: "no", None: "–"}[model["gated"]],
         f"{model['context']:,}" if model["context"] else "–",
         f"[`{revision[:12]}`]({hub}/tree/{revision})" if revision else "–",
-        f"[config]({model['source']})" if model["source"] else "–",
+        f"[config]({hub}/blob/{revision}/config.json)" if from_hub else "–",
+        model["checked"] or "–",
     )
+
+
+def licence_url(model: dict[str, Any]) -> str:
+    """Return where the text of a model's licence is."""
+    text = model["licence_text"]
+    return text if ":" in text else f"https://huggingface.co/{model['hub_id']}/blob/{model['revision']}/{text}"
+
+
+def onnx_rows(model: dict[str, Any]) -> list[str]:
+    """Return the ready-made ONNX folders of a model as table rows."""
+    ready = model["onnx"]
+    if not ready:
+        return []
+    hub, revision = f"https://huggingface.co/{ready['hub_id']}", ready["revision"]
+    at = f"[`{revision[:12]}`]({hub}/tree/{revision})" if revision else "the newest"
+    return [
+        row(
+            code(model["id"]),
+            f"[{one['folder']}]({hub}/tree/{revision or 'main'}/{one['folder']})",
+            ", ".join(one["providers"]),
+            f"{one['gib']:.2f} GiB" if one["gib"] else "–",
+            at,
+            ", ".join(ready["proven"]) or "–",
+        )
+        for one in ready["folders"]
+    ]
 
 
 def size(parameters: int) -> str:
@@ -226,11 +267,17 @@ def gpu_row(gpu: dict[str, Any]) -> str:
         code(gpu["profile"]),
         gpu["vcpu"],
         f"{gpu['memory_gib']} GiB",
-        f"{gpu['gpus']} × {gpu['gpu_memory_gib']} GB",
+        f"{gpu['gpus']} × {gpu['gpu_memory_gib']} GiB",
         "yes" if gpu["bf16"] else "no",
-        f"[{price['usd_per_hour']:.2f}]({price['source']}), {price['date']}" if price else "not verified",
+        f"[{an_hour(gpu):.2f}]({price['source']}), {price['date']}" if price else "not verified",
         ", ".join(gpu["regions"] or ["–"]),
     )
+
+
+def an_hour(gpu: dict[str, Any]) -> float:
+    """Return what an hour of the whole profile costs at most, in US dollars."""
+    counts = {"gpu": gpu["gpus"], "vcpu": gpu["vcpu"], "gib": gpu["memory_gib"]}
+    return 3600 * sum(count * float(gpu["price"][what]["usd_per_second"]) for what, count in counts.items())
 
 
 def row(*cells: Any) -> str:

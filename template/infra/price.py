@@ -11,6 +11,10 @@ from az import AzureError
 from azure_settings import INFRA, Settings
 
 PRICES = "https://azure.microsoft.com/pricing/details/container-apps/"
+OLD = 90  # days after which the age of a price is said
+FREE = (
+    "  (each month, 180,000 vCPU-seconds and 360,000 GiB-seconds of a subscription are free: 5.40 US dollars in eastus)"
+)
 NOT_IN_IT = """\
 Not included: the first start, which installs the packages and downloads the model to the share (some minutes, once),
 and the share itself (per GiB and month, while it exists). Waiting for a GPU costs nothing."""
@@ -52,5 +56,6 @@ def on_gpu(report: dict[str, Any]) -> list[str]:
     lines = [f"  about {gpu['hours']:.2f} hours on one {gpu['name']}, calculated"]
     if gpu["dollars"] is None:
         return [*lines, f"  price: {PRICES}"]
-    rate = f"{gpu['price']['usd_per_hour']} an hour ({gpu['price']['region']}, {gpu['price']['date']})"
-    return [*lines, f"  about {gpu['dollars']:.2f} US dollars, at {rate}"]
+    old = f", {gpu['price_days']} days ago: see {PRICES}" if gpu["price_days"] > OLD else ""
+    rate = f"{gpu['price']['usd_per_hour']} an hour at most ({gpu['price']['region']}, {gpu['price']['date']}{old})"
+    return [*lines, f"  about {gpu['dollars']:.2f} US dollars, at {rate}", FREE]

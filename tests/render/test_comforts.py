@@ -163,7 +163,9 @@ def test_the_readme_says_what_the_model_is(render: Callable[..., Path], tmp_path
     entry = CATALOGUE[model]
     text = readme(render(tmp_path / "workspace", model=model))
     assert f"[{entry['hub_id']}](https://huggingface.co/{entry['hub_id']})" in text
-    assert f"[{entry['licence']}]({entry['licence_url']})" in text
+    page = f"https://huggingface.co/{entry['hub_id']}/blob/{entry['revision']}"
+    licence = entry["licence_text"]
+    assert f"[{entry['licence']}]({licence if licence.startswith('https:') else f'{page}/{licence}'})" in text
     assert f"{entry['parameters'] * 2 / 1e9:.1f} GB" in text
     assert ("The model is gated." in text, "HF_TOKEN" in text) == (entry["gated"],) * 2
 

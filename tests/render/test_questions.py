@@ -296,8 +296,12 @@ def test_the_model_file_holds_the_catalogue_s_facts_to_the_letter(
             "chat_template": family["template"],
             "special_tokens": family["special_tokens"],
         }
+        page, licence = f"https://huggingface.co/{entry['hub_id']}/blob/{entry['revision']}", entry["licence_text"]
+        from_hub = name not in ("demo", "custom")
+        expected["licence_url"] = f"{page}/{licence}" if licence and not licence.startswith("https:") else licence
+        expected["source"] = f"{page}/config.json" if from_hub else None
         assert facts == expected
-        assert not set(entry) - set(facts) - {"hub_id", "revision", "instruct", "deprecated", "replaced_by"}
+        assert not set(entry) - set(facts) - {"hub_id", "revision", "instruct", "deprecated", "licence_text", "checked"}
 
 
 def test_a_custom_model_is_a_pinned_repository_or_a_folder_without_revision(answer: Answer) -> None:
@@ -364,7 +368,7 @@ def test_a_model_of_the_catalogue_and_a_file_ask_nine_questions(
         *["environment", "download_model", "advanced"],
     ]
     recorded = yaml.safe_load((tmp_path / "ws/.copier-answers.yml").read_text())
-    assert (recorded["model"], recorded["dataset_path"]) == ("phi-2", "rows.jsonl")
+    assert (recorded["model"], recorded["dataset_path"]) == ("llama-3-8b", "rows.jsonl")
 
 
 def test_advanced_asks_every_question_that_applies(template: Path, questions: Questions, tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_the_list_shows_what_is_offered_and_marks_what_fits_this_machine(workspa
     models = [
         facts | {"id": "small", "parameters": 10**6},
         facts | {"id": "huge", "parameters": 10**14, "gated": True, "onnx": True},
-        facts | {"id": "gone", "parameters": 1, "deprecated": True},
+        facts | {"id": "gone", "parameters": 1, "deprecated": True, "replaced_by": "small"},
     ]
     restore = "`copier recopy --trust --vcs-ref :current:`"
     workspace.fails_with("setup/models.yaml cannot be read", restore, options=["--list"])
@@ -241,7 +241,7 @@ def test_the_list_shows_what_is_offered_and_marks_what_fits_this_machine(workspa
     assert set(rows) == {"small", "huge"}
     assert rows["small"][1:] == ["Some", "model", "0.0", "GiB", "MIT", "yes"]
     assert rows["huge"][1:] == ["Some", "model", "186264.5", "GiB", "MIT,", "gated", "no", "ready"]
-    assert "gone" not in done.stdout
+    assert "Deprecated, but still valid: gone (small is better)." in done.stdout
 
 
 def test_a_full_disk_is_said_before_the_download(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -734,17 +734,18 @@ def onnx(workspace: Workspace, hub: Hub) -> Path:
     hub.add("me/onnx", READY_MADE, commit=COMMIT)
     pytest.importorskip("onnxruntime_genai", reason="it says what it runs on")
     workspace.configure("me/tiny", COMMIT)
-    variant = {"hub_id": "me/onnx", "revision": COMMIT, "gib": 0.1}
-    variants = [
-        variant | {"platform": platform, "device": device, "folder": f"{folder}/int4"}
-        for platform in ("windows", "linux", "macos")
-        for device, folder in (("gpu", "cuda"), ("cpu", "cpu"))
-    ]
-    (workspace.root / "setup" / "model.yaml").write_text(json.dumps({"onnx": variants}))
+    describe(workspace, COMMIT)
     return workspace.root / "models" / "onnx-base"
 
 
-def test_the_variant_for_this_platform_is_downloaded_alone_and_once(workspace: Workspace, hub: Hub, onnx: Path) -> None:
+def describe(workspace: Workspace, revision: str | None, *proven: str) -> None:
+    """Write setup/model.yaml; JSON is YAML."""
+    folders = [{"folder": f"{name}/int4", "providers": [name], "gib": 0.1} for name in ("cuda", "cpu")]
+    onnx = {"hub_id": "me/onnx", "revision": revision, "proven": proven, "folders": folders}
+    (workspace.root / "setup" / "model.yaml").write_text(json.dumps({"onnx": onnx}))
+
+
+def test_the_variant_for_this_machine_is_downloaded_alone_and_once(workspace: Workspace, hub: Hub, onnx: Path) -> None:
     done = workspace.run("--onnx")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("  python inference/console_chat.py --baseonly --engine onnx\n")
@@ -763,6 +764,26 @@ def test_the_variant_for_this_platform_is_downloaded_alone_and_once(workspace: W
     assert (onnx / "model.onnx.data").read_bytes() == ONNX["model.onnx.data"]
 
 
+def test_a_ready_made_model_without_a_pinned_commit_says_which_one_it_is(
+    workspace: Workspace, hub: Hub, onnx: Path
+) -> None:
+    describe(workspace, None)
+    assert f"Downloading me/onnx, cpu/int4 at {COMMIT}, its newest commit: none is pinned: 0.3 MB" in (
+        workspace.run("--onnx").stdout
+    )
+
+
+def test_files_that_nobody_has_run_with_this_release_are_said_to_be_unproven(
+    workspace: Workspace, hub: Hub, onnx: Path
+) -> None:
+    import onnxruntime_genai
+
+    said = f"Nobody has proven these files with ONNX Runtime GenAI {onnxruntime_genai.__version__}"
+    assert said in workspace.run("--onnx").stdout
+    describe(workspace, COMMIT, onnxruntime_genai.__version__)
+    assert said not in workspace.run("--onnx").stdout
+
+
 def test_what_keeps_the_ready_made_model_away_is_one_sentence(workspace: Workspace, hub: Hub, onnx: Path) -> None:
     del hub.repositories["model", "me/onnx"].commits[COMMIT]["cpu/int4/genai_config.json"]
     workspace.fails_with("cpu/int4 holds no genai_config.json", "setup/model.yaml", options=["--onnx"])
@@ -770,8 +791,8 @@ def test_what_keeps_the_ready_made_model_away_is_one_sentence(workspace: Workspa
     workspace.fails_with("/me/onnx does not exist or is private", options=["--onnx"])
     workspace.env["HF_ENDPOINT"] = "http://127.0.0.1:1"
     workspace.fails_with("http://127.0.0.1:1 cannot be used", options=["--onnx"])
-    (workspace.root / "setup" / "model.yaml").write_text("onnx: []")
-    workspace.fails_with("me/tiny has no ready-made ONNX model for", "finetuning/export.py", options=["--onnx"])
+    (workspace.root / "setup" / "model.yaml").write_text("onnx: null")
+    workspace.fails_with("me/tiny has no ready-made ONNX model for cpu", "finetuning/export.py", options=["--onnx"])
     (workspace.root / "setup" / "model.yaml").unlink()
     workspace.fails_with("setup/model.yaml cannot be read", options=["--onnx"])
     assert not onnx.exists()

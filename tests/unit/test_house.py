@@ -17,7 +17,7 @@ FLOORS = {room: len(ROOMS) - number for number, room in enumerate(ROOMS)}
 # the facts of setup/model.yaml. Everything else has types.
 UNTYPED = {
     "exporting": 0,
-    "planning": 4,
+    "planning": 9,
     "preparing": 8,
     "reporting": 1,
     "settings": 13,

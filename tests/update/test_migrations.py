@@ -39,10 +39,10 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         renames.write(f"RENAMED_SETTINGS |= {SETTINGS}\n")
     release(folder, "v1.2.0")
     models = folder / "catalog/models.yml"
-    before, entry = models.read_text(encoding="utf-8").split("  - id: phi-2\n")
+    before, entry = models.read_text(encoding="utf-8").split("  - id: qwen3-0.6b\n")
     entry = entry.replace("deprecated: false", "deprecated: true", 1)
-    entry = entry.replace("replaced_by: null", "replaced_by: phi-4-mini-instruct", 1)
-    models.write_text(f"{before}  - id: phi-2\n{entry}", encoding="utf-8")
+    entry = entry.replace("replaced_by: null", "replaced_by: qwen3-1.7b", 1)
+    models.write_text(f"{before}  - id: qwen3-0.6b\n{entry}", encoding="utf-8")
     with (folder / "template/setup/requirements-cpu.txt").open("a") as lock:
         lock.write("# since v1.3.0\n")
     release(folder, "v1.3.0")
@@ -140,10 +140,10 @@ def test_a_renamed_setting_keeps_the_user_s_value_and_takes_the_template_s_comme
 
 
 def test_a_deprecated_model_is_kept_and_its_successor_is_named(template: Path, tmp_path: Path) -> None:
-    workspace = workspace_of(template, tmp_path / "tone", model="phi-2", environment="none")
+    workspace = workspace_of(template, tmp_path / "tone", model="qwen3-0.6b", environment="none")
     done = copier_update(workspace, "v1.3.0")
-    assert "model: phi-2\n" in (workspace / ".copier-answers.yml").read_text()
-    assert "copier update --trust -d model=phi-4-mini-instruct" in done
+    assert "model: qwen3-0.6b\n" in (workspace / ".copier-answers.yml").read_text()
+    assert "copier update --trust -d model=qwen3-1.7b" in done
     assert "deprecated" not in copier_update(workspace_of(template, tmp_path / "demo", environment="none"), "v1.3.0")
 
 

@@ -253,17 +253,29 @@ def test_float16_is_refused_for_models_that_exceed_it(workspace: Path, model_typ
     from dataclasses import replace
 
     from planning.fit import overflows
-    from planning.model_facts import find
+    from planning.model_facts import find, holds
     from settings.run_settings import read_settings
 
     os.chdir(workspace)
     settings = read_settings()
     model = find(settings)
-    model = replace(model, shape=replace(model.shape, architecture=model_type))
+    shape = replace(model.shape, architecture=model_type)
+    model = replace(model, shape=shape, float16=holds(model.name, shape, {}))
     assert overflows(model, settings) is None
     said = overflows(model, replace(settings, torch_dtype="float16"))
     assert bool(said) == refused
     assert not said or f"float16 is too small for the numbers in {model_type}, which would answer nothing: set" in said
+
+
+def test_the_catalogue_s_word_on_float16_stands_before_the_architecture_s(workspace: Path) -> None:
+    from planning.architecture import Shape
+    from planning.model_facts import holds
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "layers": 1, "attention_heads": 1, "vocabulary": 8}
+    shape = Shape.of(sizes | {"architecture": "llama"})
+    facts = {"source": "https://huggingface.co/me/large-numbers/blob/main/config.json", "float16": False}
+    assert not holds("me/large-numbers", shape, facts)
+    assert holds("me/another", shape, facts)
 
 
 def test_device_cpu_hides_the_gpus_before_pytorch_looks_for_them(workspace: Path) -> None:
@@ -292,8 +304,8 @@ invoke_olive.main()
 def test_a_model_that_exceeds_float16_is_refused_by_check_and_run(
     invoke: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, arguments: str
 ) -> None:
-    from planning import fit
+    from planning import model_facts
 
-    monkeypatch.setattr(fit, "OVERFLOW_IN_FLOAT16", ("phi3",))  # as the demo
+    monkeypatch.setattr(model_facts, "OVERFLOW_IN_FLOAT16", ("phi3",))  # as the demo
     run = invoke(arguments, settings={"torch_dtype": "float16"})
     assert run.status == 1 and "torch_dtype: float16 is too small for the numbers in phi3" in run.err
