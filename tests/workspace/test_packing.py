@@ -55,7 +55,9 @@ def mean_losses(model: Any, rows: list[dict[str, list[int]]], packed: bool) -> l
 
 
 @pytest.mark.parametrize("attention", ["each row alone", "one mask"])
-@pytest.mark.parametrize("architecture", ["phi3", "phi", "llama", "mistral", "qwen3", "smollm3", "gemma3_text"])
+@pytest.mark.parametrize(
+    "architecture", ["phi3", "phi", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text", "granite"]
+)
 def test_each_packed_example_has_the_loss_it_has_alone(workspace: Path, architecture: str, attention: str) -> None:
     from training import train
 
