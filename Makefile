@@ -11,6 +11,7 @@
 # make docs    the reference pages from copier.yml and catalog/, the example workspace, and the JSON schema for editors
 # make site    the documentation as a site in site/, with the configurator
 # make lock    lock the requirements of the repository and the workspaces
+# make check-hub, make regions, make prices   compare the catalogue with its sources; they need the network
 # make newest  test a workspace with the newest releases instead of the lock, and show what differs
 #
 # Needs python3 (3.11 or later, with venv), git and make; everything else goes into .venv and .cache here.
@@ -33,6 +34,7 @@ export PATH := $(BIN):$(PATH)
 .PHONY: demo test test-all release lint environments workspace
 .PHONY: test-runs test-workspace test-real test-azure test-walk test-site test-line-ends test-hub
 .PHONY: mutants bench docs site lock newest clean
+.PHONY: check-hub regions prices
 
 .venv/ready: locks/repository.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
@@ -227,6 +229,15 @@ bench: workspace .cache/azure-cli/ready .cache/smollm2/ready
 	python benchmarks/busy_machine.py
 	$(WORKSPACE)/.venv/bin/python benchmarks/second_turn.py .cache/smollm2
 	$(WORKSPACE)/.venv/bin/python benchmarks/sync.py
+
+check-hub: .venv/ready
+	python tools/check_catalogue.py hub
+
+regions: .venv/ready
+	python tools/check_catalogue.py regions
+
+prices: .venv/ready
+	python tools/check_catalogue.py prices
 
 docs: .venv/ready workspace
 	python docs/make_reference.py

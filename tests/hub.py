@@ -120,6 +120,7 @@ class Repository:
     kind: str
     private: bool = False
     gated: bool = False
+    tags: tuple[str, ...] = ()
     commits: dict[str, dict[str, File]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
 
@@ -302,7 +303,7 @@ def about(repository: Repository, commit: str, asked: Mapping[str, list[str]]) -
         "lastModified": DATE,
         "private": repository.private,
         "gated": "manual" if repository.gated else False,
-        "tags": [],
+        "tags": [*repository.tags],
         "siblings": [file.sibling("blobs" in asked) for file in files],
         "usedStorage": sum(file.size for file in files),
     }
