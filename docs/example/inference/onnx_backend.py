@@ -27,6 +27,8 @@ MARKS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 
 AHEAD = 2048  # tokens of later turns, at most, for which memory is taken with a conversation's first
+READY_MADE = "onnx-base"  # the folder of get_model.py --onnx
+PACKAGES = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}
 # up to this many tokens, ONNX Runtime GenAI rotates positions of such models the same; beyond it computes all anew
 SAME_ROTATION = {"phi3": 4096, "phimoe": 4096, "phi3small": 8196}
 
@@ -61,9 +63,12 @@ class OnnxBackend:
             # keys and values: float32 on a CPU
             numbers = 2 * decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"]
             self.token_bytes = 4 * int(numbers)
-            providers = [name for one in decoder["session_options"]["provider_options"] for name in one]
-            provider = providers[0] if providers else "cpu"
+            named = [name for one in decoder["session_options"]["provider_options"] for name in one]
+            provider = named[0] if named else available_provider(folder, root)
             config = onnxruntime_genai.Config(str(folder))
+            if not named and provider != "cpu":  # without this, a folder for GPUs runs on the CPU
+                config.clear_providers()
+                config.append_provider(provider)
             config.overlay(json.dumps({"model": {"decoder": {"session_options": waiting()}}}))
             self.model = onnxruntime_genai.Model(config)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -175,6 +180,29 @@ class ChatTokenizer:
     def decode(self, tokens: list[int]) -> str:
         """Decode tokens to text, without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def available_provider(folder: Path, root: Path) -> str:
+    """Return the execution provider of a folder whose genai_config.json names none. Raises ChatError.
+
+    export.py makes such a folder for the CPU. For a ready-made one setup/model.yaml says which providers it is for; the
+    first that the installed package has is taken.
+    """
+    if folder.name != READY_MADE:
+        return "cpu"
+    mark = read_json(folder / "export.json")
+    ready = read_yaml(root, "setup/model.yaml").get("onnx") or {"folders": []}
+    wanted = next((one["providers"] for one in ready["folders"] if one["folder"] == mark.get("folder")), ["cpu"])
+    here = {"cuda": onnxruntime_genai.is_cuda_available(), "dml": onnxruntime_genai.is_dml_available(), "cpu": True}
+    for provider in wanted:
+        if here[provider]:
+            return str(provider)
+    packages = [PACKAGES[provider] for provider in wanted]
+    raise ChatError(
+        f"The model in models/{folder.name} is for {' or '.join(wanted)}, and ONNX Runtime GenAI has only "
+        f"{' and '.join(name for name in here if here[name])} here: install {' or '.join(packages)} instead, run "
+        "`python setup/get_model.py --onnx` again, which takes the model for this machine, or use --engine torch."
+    )
 
 
 def waiting() -> dict[str, str]:

@@ -109,7 +109,25 @@ def cut(cache: DynamicCache, tokens: int) -> bool:
 
 
 def bytes_per_token(config: Any, size: int) -> int:
-    """Return what a cache of numbers of `size` bytes takes for each token; 0 for a model that does not say it."""
-    heads = getattr(config, "num_attention_heads", 0) or 0
-    head = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    return int(config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head * 2 * size)
+    """Return what a cache of numbers of `size` bytes takes for each token; 0 for a model that does not say it.
+
+    Layers without attention keep nothing for a token, nor do those that take keys and values of earlier ones (Gemma 4).
+    """
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    own = len(kinds) - (getattr(config, "num_kv_shared_layers", None) or 0)
+    different = getattr(config, "is_heterogeneous", False)
+    layers = [config.per_layer_config[i] if different else config for i in range(own)]
+    attending = [layer for kind, layer in zip(kinds, layers, strict=False) if is_attention(kind)]
+    return sum(map(keys_and_values, attending)) * size
+
+
+def is_attention(kind: str) -> bool:
+    """Return whether a layer keeps keys and values, by its name in `layer_types` of config.json."""
+    return kind.endswith("attention") and kind != "linear_attention"
+
+
+def keys_and_values(layer: Any) -> int:
+    """Return how many numbers a layer keeps for each token, by its configuration."""
+    heads = getattr(layer, "num_attention_heads", 0) or 0
+    head = getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0)
+    return int((getattr(layer, "num_key_value_heads", None) or heads) * head * 2)

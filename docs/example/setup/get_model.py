@@ -28,7 +28,6 @@ from model_folder import DEMO, Found, ModelError, ModelMissingError, find_model 
 from visible import visible  # noqa: E402
 
 ONNX = ROOT / "models" / "onnx-base"
-PLATFORMS = {"linux": "linux", "win32": "windows", "darwin": "macos"}
 
 
 def get_model() -> None:
@@ -104,37 +103,39 @@ def build_demo(found: Found | None) -> None:
 
 
 def get_onnx() -> None:
-    """Download the model's ready-made ONNX variant for this platform to models/onnx-base. Raises ModelError."""
+    """Download the model's ready-made ONNX variant for this machine to models/onnx-base. Raises ModelError."""
     try:
         import onnxruntime_genai
         from huggingface_hub import HfApi, snapshot_download
     except ModuleNotFoundError as error:
         raise ModelError(no_packages(error)) from error
     model, revision = read_config()
-    gpu = onnxruntime_genai.is_cuda_available() or onnxruntime_genai.is_dml_available()  # the package decides
-    wanted = {"platform": PLATFORMS.get(sys.platform), "device": "gpu" if gpu else "cpu"}
-    variants = read_facts("model.yaml")["onnx"]
-    variant = next((one for one in variants if wanted.items() <= one.items()), None)
+    # the installed package decides
+    cuda, dml = onnxruntime_genai.is_cuda_available(), onnxruntime_genai.is_dml_available()
+    provider = "cuda" if cuda else "dml" if dml else "cpu"
+    ready = read_facts("model.yaml")["onnx"] or {"folders": []}
+    variant = next((one for one in ready["folders"] if provider in one["providers"]), None)
     if variant is None:
         raise ModelError(
-            f"{model} has no ready-made ONNX model for {wanted['platform']} and {wanted['device']} in setup/model.yaml:"
-            " fine-tune, then create one with `python finetuning/export.py`."
+            f"{model} has no ready-made ONNX model for {provider} in setup/model.yaml: fine-tune, then create one with "
+            "`python finetuning/export.py`."
         )
-    made_from = {"base_model": model, "hub_id": variant["hub_id"], "hub_revision": variant["revision"]}
+    made_from = {"base_model": model, "hub_id": ready["hub_id"], "hub_revision": ready["revision"]}
     made_from |= {"base_revision": revision, "folder": variant["folder"]}
     if is_made_from(made_from):
         print(f"The ONNX model is there: {ONNX}")
     else:
         unfinished = ONNX.with_name(".onnx-base.new")  # an interrupted download is resumed there
-        what = {"repo_id": variant["hub_id"], "revision": variant["revision"], "local_dir": unfinished}
+        what = {"repo_id": ready["hub_id"], "revision": ready["revision"], "local_dir": unfinished}
         what["allow_patterns"] = f"{variant['folder']}/*"
         try:
             # ask first: a download that cannot reach the hub takes local_dir for complete
-            HfApi().model_info(variant["hub_id"], revision=variant["revision"], timeout=WAIT)
+            commit = HfApi().model_info(ready["hub_id"], revision=ready["revision"], timeout=WAIT).sha
             plan = snapshot_download(**what, dry_run=True)
             missing = sum(file.file_size or 0 for file in plan if file.will_download)
             check_disk(unfinished, missing)
-            print(f"Downloading {variant['hub_id']}, {variant['folder']}: {size(missing)}", flush=True)
+            at = "" if ready["revision"] else f" at {visible(commit)}, its newest commit: none is pinned"
+            print(f"Downloading {ready['hub_id']}, {variant['folder']}{at}: {size(missing)}", flush=True)
             snapshot_download(**what)
             for file in plan:
                 if (unfinished / file.filename).stat().st_size != file.file_size:
@@ -142,9 +143,13 @@ def get_onnx() -> None:
         except ModelError:
             raise
         except Exception as error:  # the library passes on HTTP client errors
-            raise ModelError(explain(error, variant["hub_id"], variant["revision"])) from error
+            raise ModelError(explain(error, ready["hub_id"], ready["revision"])) from error
         put_in_place(unfinished, variant["folder"], made_from)
         print(f"The ONNX model is in {ONNX}")
+    if (runtime := onnxruntime_genai.__version__) not in ready["proven"]:
+        print(
+            f"Nobody has proven these files with ONNX Runtime GenAI {runtime}: if the chat fails, use --engine torch."
+        )
     print(f"Next, in {ROOT}:\n  python inference/console_chat.py --baseonly --engine onnx")
 
 
@@ -183,7 +188,8 @@ def show_list() -> None:
     except ModuleNotFoundError as error:
         raise ModelError(no_packages(error)) from error
     table = Table("model=", "name", "size", "licence", f"fits {memory:.0f} GiB", "ONNX", box=None, pad_edge=False)
-    for model in read_facts("models.yaml"):
+    models = read_facts("models.yaml")
+    for model in models:
         if not model["deprecated"]:
             gib = model["parameters"] * 2 / 2**30  # two bytes per weight, as published
             fits = "yes" if gib * 1.2 < memory else "no"
@@ -191,6 +197,8 @@ def show_list() -> None:
             row = (model["id"], model["name"], f"{gib:.1f} GiB", licence, fits, "ready" if model["onnx"] else "")
             table.add_row(*row)
     Console().print(table)
+    if old := [f"{model['id']} ({model['replaced_by']} is better)" for model in models if model["deprecated"]]:
+        print(f"Deprecated, but still valid: {', '.join(old)}.")
     print("Fits: to chat in 16 bits, plus a fifth. Training needs more: python finetuning/invoke_olive.py --check")
 
 

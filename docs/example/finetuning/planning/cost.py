@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from statistics import mean
 
@@ -156,6 +157,11 @@ def seconds(
     generated = math.ceil(rows / settings.per_device_eval_batch_size) * longest * shape.layers * LAYER_SECONDS
     generated += rows * longest * 2 * shape.parameters / reached
     return START + (operations(shape, settings, lengths) + evaluated) / reached + 2 * generated
+
+
+def price_days(gpu: AzureGpu) -> int | None:
+    """Return how many days ago a price was read; None if it is not known."""
+    return (date.today() - date.fromisoformat(gpu["price"]["date"])).days if gpu["price"] else None
 
 
 def dollars(gpu: AzureGpu, run_seconds: float) -> float | None:

@@ -40,7 +40,9 @@ class ModelFacts(TypedDict):
     folder: str | None
     download_bytes: int
     parameters: int | None
+    text_parameters: int | None  # of these, the text model's, if there are others
     trained_parameters: int | None
+    replaced_by: str | None  # the catalogue's better model, if this one is deprecated
     no_int4: str | None  # why export.py can make no int4 ONNX model of it
 
 
@@ -97,9 +99,10 @@ class AzureGpu(TypedDict):
     id: str
     name: str
     gpus: int
-    gpu_memory_gib: float
+    gpu_memory_gib: float  # as CUDA shows it
     bf16: bool
     tflops: float  # the peak in 16 bits
+    tflops_float32: float
     tflops_source: str
     price: Price | None
 
@@ -118,6 +121,7 @@ class AzureGpuFacts(TypedDict):
     id: str
     name: str
     price: Price | None
+    price_days: int | None  # how long ago it was read
     tflops_source: str
     chosen: bool
     memory: int

@@ -10,7 +10,7 @@ from typing import Any
 
 from planning import cost, hardware
 from planning.advice import advice
-from planning.architecture import OVERFLOW_IN_FLOAT16, Shape
+from planning.architecture import Shape
 from planning.facts import AzureGpus
 from planning.memory import GIB, memory
 from planning.model_facts import Model, find
@@ -26,8 +26,10 @@ from settings.run_settings import Settings
 LEAST_ROWS = 8  # to train on; one held-out row is enough for a figure, however uncertain
 MARGIN = 0.85  # of the memory: above it, checkpointing is switched on unless the settings decide
 RESERVE = GIB // 4  # of the disk: the report, caches, and other programs on this machine
-USABLE = 0.92  # of a GPU's nominal memory
-NOT_ESTIMATED = "not estimated: the model is not of the dense kind whose needs are known (it has experts, for example)"
+NOT_ESTIMATED = (
+    "not estimated: the model is not of the dense kind whose needs are known (it has experts, or layers of several "
+    "kinds)"
+)
 
 
 def limit(settings: Settings, here: hardware.Machine, azure: AzureGpus | None) -> float:
@@ -39,7 +41,7 @@ def limit(settings: Settings, here: hardware.Machine, azure: AzureGpus | None) -
         return here.ram_free / settings.processes
     if azure and azure["target"] == "azure" and here.gpu is None:
         chosen = next(gpu for gpu in azure["gpus"] if gpu["id"] == azure["gpu"])
-        return USABLE * chosen["gpu_memory_gib"] * GIB
+        return chosen["gpu_memory_gib"] * GIB
     return here.vram_free if here.gpu else math.inf
 
 
@@ -79,10 +81,11 @@ def problem(
 
 def overflows(model: Model, settings: Settings) -> str | None:
     """Return the error if the model's numbers are too large for the precision; None otherwise."""
-    if settings.torch_dtype != "float16" or not model.shape or model.shape.architecture not in OVERFLOW_IN_FLOAT16:
+    if settings.torch_dtype != "float16" or model.float16:
         return None
+    kind = model.shape.architecture if model.shape else model.name
     return (
-        f"torch_dtype: float16 is too small for the numbers in {model.shape.architecture}, which would answer nothing: "
+        f"torch_dtype: float16 is too small for the numbers in {kind}, which would answer nothing: "
         "set torch_dtype, and compute_dtype if present, to bfloat16, or to float32 on a GPU without bfloat16."
     )
 
@@ -143,7 +146,7 @@ def too_large(
 
 def weights_too_large(model: Model, settings: Settings, room: float) -> str | None:
     """Return that the weights alone are larger than the memory, `room` bytes, for a model that is not estimated."""
-    count = (model.shape and model.shape.weights) or model.parameters or 0
+    count = (model.shape and model.shape.weights and model.shape.weights + model.shape.beside) or model.parameters or 0
     # with QLoRA at least this: bitsandbytes leaves experts as they are
     needed = count * (0.5 if settings.method == "qlora" else 2 if settings.torch_dtype == "bfloat16" else 4)
     share = settings.processes if settings.sharded else 1

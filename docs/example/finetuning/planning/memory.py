@@ -32,8 +32,11 @@ def adapter_parameters(shape: Shape, settings: Settings) -> int:
     LoRA has two matrices of the rank, LoHa four; DoRA adds one magnitude per output to LoRA; LoKr factors a layer into
     a small and a large matrix, and factors the large one again if the rank is below half its narrow side.
     """
-    blocks = sum(added(settings, *size) for size in targets(shape, settings).values())
-    return shape.layers * blocks + sum(added(settings, *size) for size in ends(shape, settings).values())
+    layers = sum(
+        block.count * sum(added(settings, *size) for size in targets(block.linear, settings).values())
+        for block in shape.blocks
+    )
+    return layers + sum(added(settings, *size) for size in ends(shape, settings).values())
 
 
 def added(settings: Settings, inputs: int, outputs: int) -> int:
@@ -61,11 +64,11 @@ def factors(dimension: int) -> tuple[int, int]:
     return small, dimension // small
 
 
-def targets(shape: Shape, settings: Settings) -> dict[str, tuple[int, int]]:
-    """Return the linear layers of a block that get an adapter: with QLoRA all, whatever target_modules says."""
+def targets(linear: dict[str, tuple[int, int]], settings: Settings) -> dict[str, tuple[int, int]]:
+    """Return those linear layers of a block that get an adapter: with QLoRA all, whatever target_modules says."""
     if not isinstance(settings.target_modules, tuple) or settings.method == "qlora":
-        return shape.linear
-    return {name: size for name, size in shape.linear.items() if name in settings.target_modules}
+        return linear
+    return {name: size for name, size in linear.items() if name in settings.target_modules}
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,14 @@ class Memory:
 def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths) -> Memory:
     """Estimate the peak memory of a run; of one process if there are several. `held_out` are whole rows, not cut.
 
+    Only for a shape whose layers are all alike (`is_uniform`).
+
     Weights are in the configured precision, except that Olive trains float16 as float32 under autocast; QLoRA keeps the
     blocks in 4 bits with a scale per 64 weights (bitsandbytes), the rest as it is. The adapter, its gradient and
     AdamW's two moments are float32: PEFT casts adapters up (autocast_adapter_dtype).
     """
     held = 2 if settings.torch_dtype == "bfloat16" else 4
-    others = shape.parameters - shape.block_weights
+    others = shape.parameters - shape.block_weights + shape.beside
     blocks: float = held * shape.block_weights
     if settings.method == "qlora":
         scales = 1 / 64 + 4 / (64 * 256) if settings.double_quant else 4 / 64
@@ -148,7 +153,7 @@ def activations(shape: Shape, settings: Settings, batch: Batch) -> float:
     if settings.torch_dtype == "float16" and settings.method != "qlora":
         block += 2 * shape.block_weights / shape.layers
     if settings.method in ("loha", "lokr"):  # they add their product to a copy of the weight, in float32
-        block += 4 * sum(inputs * outputs for inputs, outputs in targets(shape, settings).values())
+        block += 4 * sum(inputs * outputs for inputs, outputs in targets(shape.linear, settings).values())
     working: float = batch.tokens * 4 * shape.intermediate * size
     if not settings.gpu and batch.tokens * shape.hidden * size < OFF_THE_HEAP:
         working += block * (HOLES_CHECKPOINTING if settings.gradient_checkpointing else HOLES)
@@ -170,7 +175,7 @@ def per_token(shape: Shape, settings: Settings, masked: bool) -> float:
     the dropout mask (a byte on a GPU, four on a CPU); otherwise adapters with the same input share one. So they do in
     training/fused_lora.py, with a mask of a byte.
     """
-    size, chosen = BYTES[settings.torch_dtype], targets(shape, settings)
+    size, chosen = BYTES[settings.torch_dtype], targets(shape.linear, settings)
     queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
     norms = (
         4 * shape.hidden * (4 if shape.architecture.startswith("gemma") else 1 if shape.architecture == "phi" else 2)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from planning.architecture import Shape
+from planning.architecture import OVERFLOW_IN_FLOAT16, Shape
 from planning.text_model import count_weights, no_int4, refused
 from preparing.workspace import (
     DEMO,
@@ -46,6 +46,8 @@ class Model:
     problem: str | None = None  # why it cannot be downloaded, and what to do
     own_template: bool = True  # whether its tokenizer has a chat template, as far as known
     no_int4: str | None = None  # why export.py can make no int4 ONNX model of it, as far as known
+    float16: bool = True  # whether float16 holds its numbers, as far as known
+    replaced_by: str | None = None  # the catalogue's better model, if this one is deprecated
 
     @property
     def context(self) -> int | None:
@@ -54,7 +56,12 @@ class Model:
 
     @property
     def dense(self) -> Shape | None:
-        """Its shape if that is the whole model, so that its needs can be estimated."""
+        """Its shape if that is the whole model, of layers of a known kind, so that its needs can be estimated."""
+        return self.counted if self.counted and self.counted.is_uniform else None
+
+    @property
+    def counted(self) -> Shape | None:
+        """Its shape if that has the weights that transformers makes of its text model, so that they can be counted."""
         return self.shape if self.shape and self.shape.is_right else None
 
     @property
@@ -78,24 +85,44 @@ def find(settings: Settings) -> Model:
         found = find_model(name, revision, ROOT)
     except ModelMissingError:
         if name == DEMO:
-            return Model(name, None, None, Shape.of(facts), facts["parameters"], 0)
+            demo = Shape.of(facts)
+            return Model(name, None, None, demo, facts["parameters"], 0, float16=holds(name, demo, facts))
         return elsewhere(name, revision, facts)
     config = json.loads((found.folder / "config.json").read_text(encoding="utf-8"))
     counted = count_parameters(found.folder, bool((config.get("text_config") or config).get("tie_word_embeddings")))
     own_template = has_template(found.folder)
-    problem = refused(name, config)
+    problem, shape = refused(name, config), shape_in(config)
     return Model(
         name,
         revision,
         str(found.folder),
-        shape_in(config),
+        shape,
         counted,
         0,
         found.commit,
         problem,
         own_template,
         None if problem else no_int4(config),
+        holds(name, shape, facts),
+        better(name, facts),
     )
+
+
+def is_described(name: str, facts: Mapping[str, Any]) -> bool:
+    """Return whether setup/model.yaml is about this model of the hub."""
+    return f"/{name}/" in str(facts.get("source"))
+
+
+def better(name: str, facts: Mapping[str, Any]) -> str | None:
+    """Return the id of the model that the catalogue recommends instead of this deprecated one."""
+    return facts.get("replaced_by") if is_described(name, facts) else None
+
+
+def holds(name: str, shape: Shape | None, facts: Mapping[str, Any]) -> bool:
+    """Return whether float16 holds a model's numbers: as the catalogue says, or by its architecture."""
+    if is_described(name, facts) and facts.get("float16") is not None:
+        return bool(facts["float16"])
+    return shape is None or shape.architecture not in OVERFLOW_IN_FLOAT16
 
 
 def has_template(folder: Path) -> bool:
@@ -127,7 +154,7 @@ def elsewhere(name: str, revision: str | None, facts: Mapping[str, Any]) -> Mode
         asking.start()
         asking.join(WAIT)  # a DNS lookup has no timeout of its own
         known = dict(known)
-    if f"/{name}/" in str(facts.get("source")):
+    if is_described(name, facts):
         known = {"shape": Shape.of(facts), "bytes": 2 * facts["parameters"], "gated": facts["gated"]} | known
         known["parameters"] = facts["parameters"]
     problem = known.get("problem")
@@ -143,6 +170,8 @@ def elsewhere(name: str, revision: str | None, facts: Mapping[str, Any]) -> Mode
         known.get("bytes", 0),
         problem=problem,
         no_int4=known.get("no_int4"),
+        float16=holds(name, known.get("shape"), facts),
+        replaced_by=better(name, facts),
     )
 
 
@@ -183,10 +212,14 @@ def shape_in(config: Mapping[str, Any]) -> Shape | None:
     """Read a config.json, completed with transformers' defaults; None if its dimensions have other names."""
     from transformers import AutoConfig
 
-    config = given = config.get("text_config") or config  # a multimodal model
+    text = config.get("text_config") or config  # of a multimodal model
+    completed = dict(text)
     with contextlib.suppress(ValueError, TypeError, KeyError):  # an architecture that transformers does not know
-        config = AutoConfig.for_model(**given).to_dict()
+        given = {key: value for key, value in text.items() if value is not None}
+        completed = AutoConfig.for_model(**text).to_dict() | given
     try:
-        return replace(Shape.of(config), weights=count_weights(given))
+        shape, weights = Shape.of(completed), count_weights(text)
     except (KeyError, TypeError, AttributeError):
         return None
+    beside = count_weights(config) - weights if text is not config else 0
+    return replace(shape, weights=weights, beside=max(beside, 0))

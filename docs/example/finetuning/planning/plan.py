@@ -24,7 +24,7 @@ from planning.facts import (
     RowFacts,
     RunFacts,
 )
-from planning.fit import NOT_ESTIMATED, USABLE, check_count, decided, learns_nothing, lengths_seen, limit, problem
+from planning.fit import NOT_ESTIMATED, check_count, decided, learns_nothing, lengths_seen, limit, problem
 from planning.memory import GIB, adapter_parameters, memory
 from planning.model_facts import Model, find
 from planning.row_lengths import Lengths
@@ -71,7 +71,7 @@ def plan(settings: Settings, show: Callable[[str, Any], None]) -> Plan:
         settings = decided(model.dense, settings, lengths, limit(settings, here, azure))
         report["estimate"] = estimate_facts(model.dense, model, settings, lengths, here, azure)
         show("estimate", report["estimate"])
-        report["azure"] = AzureFacts(target=azure["target"], gpus=azure_facts(model.dense, settings, lengths, azure))
+        report["azure"] = AzureFacts(target=azure["target"], gpus=azure_facts(model, settings, lengths, azure))
         if azure["target"] == "azure" or (report["estimate"]["seconds"] or LONG) >= LONG:
             show("azure", report["azure"])
     elif report["model"]["parameters"] and not model.dense:
@@ -128,6 +128,7 @@ def run_facts(settings: Settings) -> RunFacts:
 def model_facts(model: Model, settings: Settings) -> ModelFacts:
     """Return where the model is, and how large."""
     counted = (model.shape.weights or model.shape.parameters) if model.shape else None
+    parameters, text = model.parameters or counted, model.counted.parameters if model.counted else None
     return {
         "name": model.name,
         "revision": model.revision,
@@ -135,8 +136,10 @@ def model_facts(model: Model, settings: Settings) -> ModelFacts:
         "own_template": model.own_template,
         "folder": model.folder,
         "download_bytes": model.download,
-        "parameters": model.parameters or counted,
-        "trained_parameters": adapter_parameters(model.dense, settings) if model.dense else None,
+        "parameters": parameters,
+        "text_parameters": text if text and parameters and text < 0.99 * parameters else None,
+        "trained_parameters": adapter_parameters(model.counted, settings) if model.counted else None,
+        "replaced_by": model.replaced_by,
         "no_int4": model.no_int4,
     }
 
@@ -211,25 +214,31 @@ def estimate_facts(
     }
 
 
-def azure_facts(shape: Shape, settings: Settings, lengths: dict[str, Lengths], azure: AzureGpus) -> list[AzureGpuFacts]:
+def azure_facts(model: Model, settings: Settings, lengths: dict[str, Lengths], azure: AzureGpus) -> list[AzureGpuFacts]:
     """Return whether it fits, hours and dollars for the chosen Azure GPU and each one with a known price."""
     found: list[AzureGpuFacts] = []
+    shape = model.dense
+    if shape is None:
+        return found
     for gpu in azure["gpus"]:
         if not gpu["price"] and gpu["id"] != azure["gpu"]:
             continue
         dtype = settings.torch_dtype if settings.gpu else "bfloat16"  # the default of a GPU workspace
-        dtype = "float16" if dtype == "bfloat16" and not gpu["bf16"] else dtype
+        if dtype == "bfloat16" and not gpu["bf16"]:
+            dtype = "float16" if model.float16 else "float32"
         there = replace(settings, device="gpu", torch_dtype=dtype)
-        seconds = cost.seconds(shape, there, lengths["train"], lengths["held_out"], gpu["tflops"] * 1e12)
+        peak = gpu["tflops_float32"] if dtype == "float32" else gpu["tflops"]
+        seconds = cost.seconds(shape, there, lengths["train"], lengths["held_out"], peak * 1e12)
         found.append(
             {
                 "id": gpu["id"],
                 "name": gpu["name"],
                 "price": gpu["price"],
+                "price_days": cost.price_days(gpu),
                 "tflops_source": gpu["tflops_source"],
                 "chosen": gpu["id"] == azure["gpu"],
                 "memory": round(memory(shape, there, lengths["train"], lengths["held_out"]).total),
-                "memory_limit": round(USABLE * gpu["gpu_memory_gib"] * GIB),
+                "memory_limit": round(gpu["gpu_memory_gib"] * GIB),
                 "hours": round(seconds / 3600, 3),
                 "dollars": cost.dollars(gpu, seconds),
             }

@@ -20,6 +20,7 @@ from preparing.problems import visible
 Lines = list[tuple[str, str]]  # label and text
 
 BARS = "▁▂▃▄▅▆▇█"
+OLD_PRICE = 90  # days after which the age of a price is said
 PARTS = {
     "weights": "weights",
     "adapter": "adapter",
@@ -107,10 +108,14 @@ def model_lines(facts: ModelFacts) -> Lines:
             here += f", a download of {size(facts['download_bytes'])}: python setup/get_model.py"
     if facts["parameters"] is None:
         return [("base", here), ("", "size and needs not known: the hub does not answer, or config.json is unusual")]
-    lines = [("base", f"{number(facts['parameters'])} parameters, {here}")]
+    text = f", {number(facts['text_parameters'])} of them in the text model" if facts["text_parameters"] else ""
+    lines = [("base", f"{number(facts['parameters'])} parameters{text}, {here}")]
     if trained := facts["trained_parameters"]:
-        share = f"{trained / facts['parameters']:.2%}"
+        share = f"{trained / (facts['text_parameters'] or facts['parameters']):.2%}"
         lines.append(("adapter", f"{number(trained)} parameters, {share} of the base"))
+    if better := facts["replaced_by"]:
+        change = f"copier update --trust --data model={better}"
+        lines.append(("advice", f"this model is deprecated and stays valid; a better one: {change}"))
     if facts["no_int4"]:
         lines.append(("export", facts["no_int4"]))
     if not facts["own_template"]:
@@ -208,9 +213,10 @@ def azure_lines(facts: AzureFacts) -> Lines:
         else:
             text += f"{duration(gpu['hours'] * 3600)}, rough"
             if price := gpu["price"]:
+                old = f", {gpu['price_days']} days ago" if (gpu["price_days"] or 0) > OLD_PRICE else ""
                 text += (
                     f", {gpu['dollars']:.2f} $ ({price['usd_per_hour']:.2f} $ an hour in {price['region']}, "
-                    f"{price['date']}, {price['source'].split('/')[2]})"
+                    f"{price['date']}{old}, {price['source'].split('/')[2]})"
                 )
             else:
                 text += ", price not known"

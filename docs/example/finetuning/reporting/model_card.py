@@ -15,11 +15,12 @@ from reporting.report import metrics, plain
 from reporting.run_record import RunRecord, published
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-LICENCES = {  # the licences of the catalogue, as the hub names them
+LICENCES = {  # of the licences of the catalogue, those that the hub has a name for
     "MIT": "mit",
     "Apache-2.0": "apache-2.0",
     "Llama 2 Community License Agreement": "llama2",
     "Meta Llama 3 Community License Agreement": "llama3",
+    "Llama 3.1 Community License Agreement": "llama3.1",
     "Llama 3.2 Community License Agreement": "llama3.2",
     "Gemma Terms of Use": "gemma",
 }

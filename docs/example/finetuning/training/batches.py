@@ -81,11 +81,16 @@ def takes_columns(model: Any) -> bool:
 
 @torch.inference_mode()
 def keeps_apart(model: Any, rows: list[Row]) -> bool:
-    """Return whether the rows of a packed batch do not affect later rows, by a test with two rows.
+    """Return whether the rows of a packed batch do not affect later rows: by the kinds of layers, and by a test.
 
-    Attention separates them; a layer that reads tokens in sequence (Mamba, convolutions) does not.
+    Attention separates them; a layer that reads tokens in sequence (Mamba, convolutions, linear attention) does not.
+    Its effect can be too small for the test, which compares the losses of a row after two others.
     """
-    if "position_ids" not in inspect.signature(model.get_base_model().forward).parameters:
+    base_model = model.get_base_model()
+    if "position_ids" not in inspect.signature(base_model.forward).parameters:
+        return False
+    kinds = getattr(base_model.config.get_text_config(), "layer_types", None) or []
+    if any(kind == "linear_attention" or not kind.endswith("attention") for kind in kinds):
         return False
     model.eval()
     first, second = (row["input_ids"][:32] for row in (rows[0], rows[-1]))

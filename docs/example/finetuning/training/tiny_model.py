@@ -28,6 +28,31 @@ from preparing.workspace import DEMO, MODEL_FACTS, ROOT, SAMPLE, ModelMissingErr
 from training.whole_files import replace_folder
 
 VOCABULARY = 1024
+# What a small model of some architectures needs, by the names in config.json: a layer of each kind.
+LAYER_KINDS: dict[str, dict[str, Any]] = {
+    "gemma4": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "tie_word_embeddings": True,
+    },
+    "granite": {"attention_multiplier": 0.25, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "qwen3_5": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+}
+# The parts of a multimodal model for images and sound.
+TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+TOWER |= {"num_key_value_heads": 2, "head_dim": 16, "output_proj_dims": 64, "subsampling_conv_channels": [8, 4]}
 STEPS = 150
 BATCH_SIZE = 16
 LEARNING_RATE = 3e-3
@@ -88,26 +113,32 @@ def build_tokenizer(facts: dict[str, Any], rows: list[list[Message]]) -> Any:
 
 
 def tiny_config(facts: dict[str, Any], tokenizer: Any) -> Any:
-    """Return the architecture's configuration with two layers of width 64, and the tokenizer's token ids."""
+    """Return the architecture's configuration with few layers of width 64, and the tokenizer's token ids."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(
-        facts["architecture"],
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=16,
-        initializer_range=0.05,  # the usual 0.02 is for widths of a thousand and more
-        max_position_embeddings=512,
-        original_max_position_embeddings=512,  # a number other than the one above means LongRoPE to Phi-3's tools
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "initializer_range": 0.05,  # the usual 0.02 is for widths of a thousand and more
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 512,  # a number other than the one above means LongRoPE to Phi-3's tools
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": False,
+    }
+    kind = facts["architecture"]
+    sizes |= LAYER_KINDS.get(kind, {})
+    parts = AutoConfig.for_model(kind).sub_configs
+    if "text_config" not in parts:
+        return AutoConfig.for_model(kind, **sizes)
+    towers = {name: TOWER for name in parts if name != "text_config"}
+    return AutoConfig.for_model(kind, text_config=sizes, tie_word_embeddings=sizes["tie_word_embeddings"], **towers)
 
 
 def teach_form(model: Any, tokenizer: Any, rows: list[list[Message]], steps: int, seed: int) -> None:

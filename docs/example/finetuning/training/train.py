@@ -60,6 +60,9 @@ def train(
     free_memory()  # of the evaluation before
     dataset.register()
     config = olive_config(settings)
+    if config["input_model"]["load_kwargs"].get("attn_implementation") == "sdpa":
+        # transformers takes it anyway, and another for the parts that do not have it: Gemma 4's for sound
+        del config["input_model"]["load_kwargs"]["attn_implementation"]
     for data_config in config["data_configs"]:
         for key in ("user_script", "script_dir"):  # its functions are registered already; Olive would import them again
             data_config.pop(key, None)
@@ -102,6 +105,11 @@ class Training(ExtraSettings):
     def get_target_modules(model: Any) -> str:
         """Take every linear layer if target_modules is null: Olive's own choice covers only some architectures."""
         return "all-linear"
+
+    def enable_lora(self, model: Any, config: Any, task: Any = None, use_dora: bool = False) -> Any:
+        """Give the adapter's layers to the text model alone: those for images and sound would never get a gradient."""
+        config.target_modules = in_text_model(model, config.target_modules)
+        return super().enable_lora(model, config, task, use_dora)
 
     def train_and_save_new_model(
         self, model: Any, tokenizer: Any, config: Any, output_model: Any, output_model_path: str
@@ -214,6 +222,27 @@ class AnswerTrainer(transformers.Trainer):
         return metrics
 
 
+def text_part(model: Any) -> Any:
+    """Return the text model in a multimodal one, or the model itself."""
+    return model if model.config.get_text_config() is model.config else model.get_decoder()
+
+
+def in_text_model(model: Any, names: Any) -> Any:
+    """Return the target modules of a multimodal model that are in its text model or its output layer, by whole names.
+
+    `names` are ends of names, `all-linear` or a pattern; those of a model for text alone are returned as they are.
+    """
+    everything = names == "all-linear"
+    decoder = text_part(model)
+    if decoder is model or (isinstance(names, str) and not everything):
+        return names
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    inside = {f"{prefix}.{name}": module for name, module in decoder.named_modules() if name}
+    if everything:
+        return [name for name, module in inside.items() if isinstance(module, torch.nn.Linear)]
+    return [name for name in [*inside, "lm_head"] if any(name == end or name.endswith(f".{end}") for end in names)]
+
+
 def first_to_move(model: Any) -> dict[str, torch.Tensor]:
     """Return copies of the adapter's weights that are zero before the training, all of them if none is.
 
@@ -246,12 +275,12 @@ def check_moved(start: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
 
 def can_pack(model: Any, rows: list[batches.Row]) -> bool:
     """Prepare a PEFT model for packed batches; print a notice and return False if its layers would mix the rows."""
-    base_model = model.get_base_model()
-    attention = base_model.config._attn_implementation
-    pack_attention(base_model)
+    text = text_part(model.get_base_model())
+    attention = text.config._attn_implementation
+    pack_attention(text)
     if batches.keeps_apart(model, rows):
         return True
-    base_model.set_attn_implementation(attention)
+    text.set_attn_implementation(attention)
     print("The layers of this model would mix packed rows: the batches are padded, as with packing: false.")
     return False
 
