@@ -41,7 +41,7 @@ def rows(tokens: int, labels: int, count: int = 32) -> Any:
 
 
 # A block has queries and output of 64 × 64, keys and values of 64 × 32, and three layers of 64 × 160: 43,008 weights,
-# 544 inputs and 576 outputs; an adapter of rank 8 adds 8,960 to it. The embedding has 32,000.
+# 544 inputs and 576 outputs; an adapter of rank 8 adds 8,960 to it. The embedding has 32,000, seven norms 64 each.
 SMALL = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500, "tie_word_embeddings": True}
 CPU = {"method": "lora", "torch_dtype": "float32", "device": "cpu", "lora_dropout": 0.0, "r": 8}
@@ -102,12 +102,12 @@ def test_what_the_blocks_keep_is_the_sum_by_hand(
 @pytest.mark.parametrize(
     ("settings", "weights", "adapter"),
     [
-        (CPU, 4 * 161_024, 26_880),
-        (GPU, 2 * 161_024, 26_880),
-        (GPU | {"torch_dtype": "float16"}, 4 * 161_024, 26_880),
-        (GPU | {"method": "dora"}, 2 * 161_024, 26_880 + 3 * 576),
-        (GPU | {"method": "qlora", "double_quant": False}, 64_512 + 8064 + 64_000, 26_880),
-        (GPU | {"method": "qlora", "double_quant": True}, 64_512 + 2016 + 31.5 + 64_000, 26_880),
+        (CPU, 4 * 161_472, 26_880),
+        (GPU, 2 * 161_472, 26_880),
+        (GPU | {"torch_dtype": "float16"}, 4 * 161_472, 26_880),
+        (GPU | {"method": "dora"}, 2 * 161_472, 26_880 + 3 * 576),
+        (GPU | {"method": "qlora", "double_quant": False}, 64_512 + 8064 + 64_896, 26_880),
+        (GPU | {"method": "qlora", "double_quant": True}, 64_512 + 2016 + 31.5 + 64_896, 26_880),
     ],
 )
 @pytest.mark.parametrize(("optim", "moments"), [("adamw_torch", 8), ("paged_adamw_8bit", 2)])
@@ -125,7 +125,7 @@ def test_weights_adapter_and_files_are_the_sums_by_hand(
     files = disk(Shape.of(SMALL), chosen, 7.0)
     assert files.checkpoints == 3 * ((4 + moments) * adapter + 6500)
     assert files.adapter == 3 * (4 * adapter + 65_000) and files.download == 7
-    assert files.merged_export == {"float32": 4, "bfloat16": 2, "float16": 2}[settings["torch_dtype"]] * 161_024
+    assert files.merged_export == {"float32": 4, "bfloat16": 2, "float16": 2}[settings["torch_dtype"]] * 161_472
     assert files.onnx_export == 100_640 + 128_000
 
 
