@@ -686,6 +686,36 @@ def test_a_merged_model_that_answers_otherwise_is_not_published(
         assert not (models / "merged").exists()
 
 
+def test_sums_that_lose_answers_in_bfloat16_are_saved_in_float32(
+    export: Export, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    from exporting import merged
+
+    shutil.copytree(models / "demo", models / "rounded")
+    base = AutoModelForCausalLM.from_pretrained(models / "demo", dtype=torch.bfloat16)
+    base.save_pretrained(models / "rounded")
+    shutil.rmtree(models / "merged", ignore_errors=True)
+    with another_run(models, tmp_path):
+        try:
+            tune(models.parent, "lora", model_path="models/rounded", revision=None)  # at random: every call is close
+            run = export("--format", "merged", "--agreement", "1")
+            assert run.status == 0, run.err
+            assert re.search(r"Rounded to bfloat16, it gives \d+\.\d% of the answers: saving it in float32\n", run.out)
+            figures = run.json["export"]["merged"]
+            assert (figures["answers"] + figures["close_calls"], figures["precision"]) == (1, "float32")
+            with safe_open(models / "merged/model.safetensors", framework="pt") as weights:
+                assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float32}  # noqa: SIM118
+            shutil.rmtree(models / "merged")
+            monkeypatch.setattr(merged, "weights_in", lambda dtype: "bfloat16")  # as on a GPU: it would not help
+            refused(export("--format", "merged", "--agreement", "1"), r"merged model gives \d+\.\d% of 160 answers")
+        finally:
+            shutil.rmtree(models / "rounded")
+
+
 def test_a_merged_model_that_was_never_compared_is_merged_again(export: Export, exported: Path, models: Path) -> None:
     run = json.loads((models / "run.json").read_text())
     del run["export"]["merged"]["answers"]  # as an earlier release wrote it

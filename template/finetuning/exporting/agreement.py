@@ -180,24 +180,20 @@ def can_agree(wrong: int, rows: int, share: float) -> bool:
 
 
 def agrees(figures: Mapping[str, float], share: float) -> bool:
-    """Return whether enough whole answers agree; releases before 0.4.0 did not count them like this."""
-    # the two are rounded
-    return figures.get("answers", -1) + figures.get("close_calls", -1) >= share - 1e-4
+    """Return whether enough whole answers agree."""
+    return share_of(figures) >= share - 1e-4  # the two shares are rounded
 
 
-def check(model: str, reference: Reference, answers: Answers, share: float, instead: str) -> dict[str, Any]:
-    """Return the figures of `compare`. Raises ConfigError if fewer than this share of the answers agree."""
-    figures, example = compare(reference, answers)
-    if not agrees(figures, share):
-        raise refusal(f"{model} model", figures, example, share, instead)
-    return figures
+def share_of(figures: Mapping[str, float]) -> float:
+    """Return the share of answers that agree; below 0 for releases before 0.4.0, which did not count them like this."""
+    return figures.get("answers", -1) + figures.get("close_calls", -1)
 
 
 def refusal(
     model: str, figures: Mapping[str, float], example: str, share: float, instead: str, options: str = ""
 ) -> ConfigError:
     """Return the error for a model that does not keep the answers; `options` are those that make it again."""
-    reached = figures["answers"] + figures["close_calls"]
+    reached = share_of(figures)
     return ConfigError(
         f"The {model} gives {reached:.1%} of {figures['rows']} answers as base and adapter do ({example}), less than "
         f"the {100 * share:g}% that are wanted, and is not published: {instead}, or if that is good enough, allow it "

@@ -16,7 +16,7 @@ from unittest import mock
 import numpy
 from tokenizers import Tokenizer
 
-from exporting.agreement import Answers, Reference, agrees, agrees_at, can_agree, compare, refusal
+from exporting.agreement import Answers, Reference, agrees, agrees_at, can_agree, compare, refusal, share_of
 from exporting.exported_folder import BEST, MERGED, ONNX, MadeFrom, bytes_in, put_in_place, shown
 from planning.quantizations import QUANTIZATIONS, Quantization
 from preparing.problems import short
@@ -42,7 +42,7 @@ class Tried:
     @property
     def share(self) -> float:
         """The share of its answers that agree."""
-        return float(self.figures["answers"] + self.figures["close_calls"])
+        return share_of(self.figures)
 
 
 def choose_provider(wanted: str | None) -> str:

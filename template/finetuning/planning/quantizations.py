@@ -80,7 +80,7 @@ def order(family: str, weights: Weights, provider: str) -> tuple[str, ...]:
     wrongly (onnxruntime#29853), so those have to be asked for by name.
     """
     unquantised = "float32" if provider == "cpu" else "float16"
-    if provider == "dml":  # has no kernel for 8 bits
+    if provider == "dml":  # nobody has tried 8 bits there
         return ("int4", unquantised)
     for one in MEASURED if provider == "cpu" else ():
         if one.family == family and weights.total <= one.largest:
