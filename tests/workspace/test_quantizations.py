@@ -278,6 +278,7 @@ def test_the_order_goes_from_small_to_large(
     assert sizes == sorted(sizes) and len(set(names)) == len(names) >= 2
     assert room(names, weights, provider) == sum(sizes[-2:])
     assert not (provider == "cpu" and "float16" in names)
+    assert all(QUANTIZATIONS[name].symmetric for name in names)  # zero points have to be asked for
 
 
 def test_sizes_are_the_sums_by_hand(workspace: Path) -> None:
