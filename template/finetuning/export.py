@@ -88,9 +88,12 @@ def export(kind: str, provider: str | None, agreement: float, debug: bool, quant
     from exporting.merged import merge
     from exporting.tuned_model import base_folder, check_adapter, family_of, read_run
     from reporting.run_record import published
+    from settings.config_file import ConfigError
 
     run = read_run()
     provider = choose_provider(provider) if kind == "onnx" else ""
+    if (quantization, provider) == ("float16", "cpu"):
+        raise ConfigError("--quantization float16 is for a GPU: choose float32 on a CPU, or auto.")
 
     with FileLock(MODELS / ".lock", timeout=0):  # a run would change the adapter meanwhile
         made_from: MadeFrom = {

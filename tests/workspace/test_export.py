@@ -437,6 +437,10 @@ def test_a_provider_that_is_not_here_is_refused_before_the_work(export: Export, 
         )
 
 
+def test_float16_is_refused_without_a_gpu_before_the_work(export: Export, exported: Path) -> None:
+    refused(export("--quantization", "float16"), r"float16 is for a GPU: choose float32 on a CPU, or auto\.$")
+
+
 def test_an_exported_model_ends_at_the_end_of_turn_that_only_the_template_knows(exported: Path, models: Path) -> None:
     from preparing.tokens import load_tokenizer
 

@@ -35,7 +35,8 @@ class Stage:
 
     def __init__(self) -> None:
         self.answers: dict[str, list[list[int]]] = {}  # the rest are right
-        self.broken: dict[str, Exception] = {}
+        self.broken: dict[str, BaseException] = {}  # cannot be built
+        self.failing: set[str] = set()  # cannot be computed
         self.built: list[str] = []
         self.asked: Counter[str] = Counter()
         self.most_folders = 0
@@ -62,6 +63,8 @@ def stage(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
         import numpy
 
         stage.asked[name] += 1
+        if name in stage.failing:
+            raise RuntimeError("Only 4b quantization is supported\nhere")
         given = stage.answers.get(name, [])
         return given[prompt[0]] if prompt[0] < len(given) else RIGHT, numpy.zeros(10, "float32")
 
@@ -204,7 +207,7 @@ def test_a_refused_export_leaves_the_published_model(choose: Choose, stage: Stag
 def test_an_interrupted_export_leaves_the_published_model_and_nothing_else(choose: Choose, stage: Stage) -> None:
     choose("int8")
     stage.answers = {"int4": [WRONG] * ROWS}
-    stage.broken = {"float32": KeyboardInterrupt()}  # type: ignore[dict-item]
+    stage.broken = {"float32": KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
         choose("int4", "float32")
     assert published() == "int8"
@@ -226,6 +229,16 @@ def test_what_a_killed_export_left_is_removed_before_the_disk_is_counted(stage: 
 def test_where_one_cannot_be_built_the_next_is_tried(choose: Choose, stage: Stage) -> None:
     stage.broken = {"int4": RuntimeError("no kernel")}
     assert choose("int4", "int8")["quantization"] == "int8"
+
+
+def test_where_one_cannot_be_computed_the_next_is_tried(choose: Choose, stage: Stage) -> None:
+    stage.failing = {"int8"}
+    figures = choose("int8", "float32")
+    assert figures["quantization"] == "float32"
+    assert (
+        "cannot compute the ONNX model here (Only 4b quantization is supported): --pro"
+        in figures["tried"][0]["problem"]
+    )
 
 
 def test_where_none_can_be_built_the_first_problem_is_said(choose: Choose, stage: Stage) -> None:

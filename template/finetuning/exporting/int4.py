@@ -212,7 +212,7 @@ def build_and_ask(
 
 
 class NotBuiltError(ConfigError):
-    """A model cannot be built or loaded here; another quantisation may."""
+    """A model cannot be built or computed here; with another quantisation it may."""
 
 
 def refuse_other_tokens(reference: Reference, folder: Path) -> None:
@@ -232,36 +232,38 @@ def refuse_other_tokens(reference: Reference, folder: Path) -> None:
             )
 
 
-def load_onnx(folder: Path) -> Any:
-    """Load an ONNX model. Raises NotBuiltError if it cannot be computed here."""
-    import onnxruntime_genai
-
-    try:
-        config = onnxruntime_genai.Config(str(folder))
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": WAITING}}}))
-        return onnxruntime_genai.Model(config)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise NotBuiltError(
-            f"ONNX Runtime GenAI cannot load the ONNX model here ({reason}): --provider cpu makes one for the CPU."
-        ) from error
-
-
 def ask_onnx(reference: Reference, folder: Path, answers: Answers | None = None, share: float = 0) -> Answers:
     """Let an ONNX model answer the questions behind those that it has answered, by its own genai_config.json.
 
-    It stops when too many answers are wrong for this share of all, but not before FIRST. Raises ConfigError.
+    It stops when too many answers are wrong for this share of all, but not before FIRST. Raises NotBuiltError if the
+    model cannot be computed here.
     """
-    model, answers, wrong = load_onnx(folder), answers or Answers(), 0
-    for row in range(len(answers.tokens), len(reference.prompts)):
-        if row >= FIRST and not can_agree(wrong, len(reference.prompts), share):
-            break
-        tokens, logits = answer_greedily(model, reference.prompts[row], reference.limit)
-        likely = numpy.exp(logits - logits.max())
-        answers.tokens.append(tokens)
-        answers.first.append(likely / likely.sum())
-        wrong += not agrees_at(reference, row, tokens)
+    answers, wrong = answers or Answers(), 0
+    try:
+        model = load_onnx(folder)
+        for row in range(len(answers.tokens), len(reference.prompts)):
+            if row >= FIRST and not can_agree(wrong, len(reference.prompts), share):
+                break
+            tokens, logits = answer_greedily(model, reference.prompts[row], reference.limit)
+            likely = numpy.exp(logits - logits.max())
+            answers.tokens.append(tokens)
+            answers.first.append(likely / likely.sum())
+            wrong += not agrees_at(reference, row, tokens)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise NotBuiltError(
+            f"ONNX Runtime GenAI cannot compute the ONNX model here ({reason}): --provider cpu makes one for the CPU."
+        ) from error
     return answers
+
+
+def load_onnx(folder: Path) -> Any:
+    """Load an ONNX model."""
+    import onnxruntime_genai
+
+    config = onnxruntime_genai.Config(str(folder))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": WAITING}}}))
+    return onnxruntime_genai.Model(config)
 
 
 def answer_greedily(model: Any, prompt: list[int], limit: int) -> tuple[list[int], Any]:
