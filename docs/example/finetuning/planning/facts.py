@@ -41,7 +41,7 @@ class ModelFacts(TypedDict):
     download_bytes: int
     parameters: int | None
     trained_parameters: int | None
-    no_int4: str | None  # why export.py can make no int4 ONNX model of it
+    no_int4: str | None  # why export.py can make no ONNX model of it
 
 
 class RowFacts(TypedDict):
