@@ -51,7 +51,7 @@ demo: .venv/ready
 	@printf '\nFrom here:\n'; printf '  cd demo && .venv/bin/python %s\n' \
 	  'inference/console_chat.py            # chat with the tuned model' \
 	  'inference/gradio_chat.py             # the same in the browser, next to the base model' \
-	  'finetuning/export.py                 # one model of both, in 4 bits: fast on a CPU'
+	  'finetuning/export.py                 # one model of both, in few bits: fast on a CPU'
 	@printf '  %s\n' 'cd demo && ../.venv/bin/copier update --trust --vcs-ref :current: -d model=qwen3-0.6b   # a real model'
 
 lint: .venv/ready
@@ -228,6 +228,7 @@ bench: workspace .cache/azure-cli/ready .cache/smollm2/ready
 	python benchmarks/memory_estimate.py
 	python benchmarks/busy_machine.py
 	$(WORKSPACE)/.venv/bin/python benchmarks/second_turn.py .cache/smollm2
+	$(WORKSPACE)/.venv/bin/python benchmarks/int4.py smollm2-sample smollm2-facts smollm2-prose
 	$(WORKSPACE)/.venv/bin/python benchmarks/sync.py
 
 check-hub: .venv/ready

@@ -38,7 +38,7 @@ MOST_MESSAGES = 1000  # in a conversation: rendering many thousands of them take
 NO_MEMORY = re.compile(r"out.?of.?memory|not enough memory|allocate memory|bad.?alloc|MemoryError", re.IGNORECASE)
 BROKEN = re.compile(r"AcceleratorError|CUDA error|device-side assert")  # after it, the GPU answers this process no more
 AGAIN = "start this program again."
-COMPARE = "the int4 model has the adapter merged in: to compare with the base model, start with --engine torch"
+COMPARE = "the ONNX model has the adapter merged in: to compare with the base model, start with --engine torch"
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 

@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 def load(baseonly: bool = False, engine: str = "auto", root: Path = ROOT) -> Engine:
     """Load the tuned model of the workspace `root`, or only its base model. Raises ChatError, never falls back.
 
-    `auto` takes the int4 model of finetuning/export.py if it was made from this adapter and there is no GPU, and adds
+    `auto` takes the ONNX model of finetuning/export.py if it was made from this adapter and there is no GPU, and adds
     a notice about its choice. The base model runs with torch, unless `onnx` is requested.
     """
     if engine not in ENGINES:

@@ -1,4 +1,4 @@
-"""The fast backend for a CPU: the int4 model that finetuning/export.py makes, in ONNX Runtime GenAI.
+"""The fast backend for a CPU: the small model that finetuning/export.py makes, in ONNX Runtime GenAI.
 
 It does not import torch or transformers, which would take longer than the first answer: the chat template is rendered
 and tokenised here, to the same tokens as in the training.
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from chat_template import ChatTemplate
 from engine import ChatError, Generation, Source
 from prompt_cost import Pieces, free_memory, refuse_too_large, same_start
-from sources import read_yaml
+from sources import precision_of, read_yaml
 
 # attributes of the tokenizer that a chat template may use
 MARKS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -82,7 +82,7 @@ class OnnxBackend:
             ) from error
         self.stops = {*source.stops, *(ends if isinstance(ends, list) else [ends])}
         self.render, self.encode, self.decode = self.tokenizer.render, self.tokenizer.encode, self.tokenizer.decode
-        self.description = f"ONNX Runtime, int4 weights on {provider}"
+        self.description = f"ONNX Runtime, {precision_of(folder)} weights on {provider}"
         self.on_cpu = provider == "cpu"
         self.can_keep = provider in ("cpu", "cuda")  # the others cannot rewind
         self.kept: Kept | None = None

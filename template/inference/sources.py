@@ -144,7 +144,16 @@ def choose(engine: str, source: Source, root: Path) -> tuple[Path | None, list[s
         mark = json.loads((folder / "export.json").read_text(encoding="utf-8"))
         if settings.get("device") == "gpu" and mark.get("provider", "cpu") == "cpu":
             return None, ["torch answers: this workspace is for a GPU, and models/onnx for a CPU (--engine onnx)."]
-    return folder, ["The int4 model in models/onnx answers; --engine torch takes the adapter itself, and is slower."]
+    says = f"The {precision_of(folder)} model in models/onnx answers"
+    return folder, [f"{says}; --engine torch takes the adapter itself, and is slower."]
+
+
+def precision_of(folder: Path) -> str:
+    """Return the precision of most weights of an ONNX model, as the export chose it; ready-made models have int4."""
+    try:
+        return str(json.loads((folder / "export.json").read_text(encoding="utf-8")).get("precision", "int4"))
+    except (OSError, ValueError, AttributeError):
+        return "int4"
 
 
 def problem_of_export(folder: Path, source: Source, root: Path) -> str:

@@ -207,18 +207,20 @@ def test_the_page_answers_as_the_console_does(walk: Walk, server: str) -> None:
     assert learnt["expected"] in json.dumps(said, ensure_ascii=False)
 
 
-def test_it_is_exported_merged_and_in_four_bits(walk: Walk) -> None:
-    """At today's options its int4 model gives too few of the answers: the bound is lowered here."""
+def test_it_is_exported_merged_and_in_fewer_bits_and_keeps_its_answers(walk: Walk) -> None:
     walk.step("finetuning/export.py", "--format", "merged")
-    walk.step("finetuning/export.py", "--agreement", "0.5")
+    said = walk.step("finetuning/export.py")
     figures = walk.run["export"]["onnx"]
-    walk.figures["int4, equal to base and adapter"] = (
-        f"{figures['answers']:.1%} of answers and {figures['close_calls']:.1%} after a close call, "
-        f"{figures['tokens']:.1%} of tokens"
+    assert (figures["precision"], figures["rows"]) == ("int8", HELD_OUT), said
+    assert figures["answers"] + figures["close_calls"] >= 0.99
+    assert figures["bytes"] < 0.8 * 200e6, "not smaller than the int4 model of release 0.5.0"
+    walk.figures["ONNX, equal to base and adapter"] = (
+        f"{figures['quantization']}, {figures['bytes'] / 1e6:.0f} MB: {figures['answers']:.1%} of answers and "
+        f"{figures['close_calls']:.1%} after a close call, {figures['tokens']:.1%} of tokens"
     )
     learnt = next(one for one in walk.run["examples"] if one["after"] == one["expected"])
     said = walk.step("inference/console_chat.py", "--engine", "onnx", "--prompt", learnt["question"]).strip()
-    assert said in {row[-1]["content"] for row in walk.rows("sample-train.jsonl")}
+    assert said == learnt["expected"]
 
 
 def test_an_adapter_on_the_output_layer_that_shares_the_embedding_is_merged_without_changing_it(walk: Walk) -> None:
@@ -230,24 +232,19 @@ def test_an_adapter_on_the_output_layer_that_shares_the_embedding_is_merged_with
     set_in(walk.root, max_steps=15, eval_steps=15, save_steps=15)
     try:
         walk.step("finetuning/invoke_olive.py", "--fresh")
-        walk.step("finetuning/export.py", "--format", "merged")
-        onnx = walk.start("finetuning/export.py")
-        _, err = onnx.communicate()
+        walk.step("finetuning/export.py")
     finally:
         config.write_text(text, encoding="utf-8")
     expected = first_tokens(walk, "base and adapter")
     assert len(expected) == 64 and len(set(expected)) > 1
     assert first_tokens(walk, "merged in float32") == expected
-    same = sum(map(int.__eq__, expected, first_tokens(walk, "published")))
-    assert same >= 60  # its weights are rounded to bfloat16, and the answers of a short training are close calls
-    made = walk.run["export"]
-    if onnx.returncode:  # a model as small as this one loses much in four bits
-        assert re.match(r"error: The int4 model gives \d\d\.\d% of 64 answers as base and adapter do", err), err
-    else:
-        assert made["onnx"]["answers"] + made["onnx"]["close_calls"] >= 0.95
+    same, made = sum(map(int.__eq__, expected, first_tokens(walk, "published"))), walk.run["export"]
+    # rounded to bfloat16 if that keeps the answers; those of a short training are close calls
+    assert same >= (64 if made["merged"]["precision"] == "float32" else 60)
+    assert made["onnx"]["answers"] + made["onnx"]["close_calls"] >= 0.99
     moved = made["merged"]["difference"]
     walk.figures["lm_head, merged"] = f"{same} of 64 first tokens as base and adapter, {moved} of the probability moved"
-    walk.figures["lm_head, int4"] = err.strip() or f"{made['onnx']['tokens']:.1%} of tokens"
+    walk.figures["lm_head, ONNX"] = f"{made['onnx']['quantization']}, {made['onnx']['tokens']:.1%} of tokens"
 
 
 def first_tokens(walk: Walk, which: str) -> list[int]:

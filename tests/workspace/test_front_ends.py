@@ -37,7 +37,7 @@ def tuned(workspace: Path) -> Iterator[Path]:
     from settings.startup import quiet
 
     quiet()
-    export.export("onnx", None, 0.95, debug=False)
+    export.export("onnx", None, 0.99, debug=False)
     with inference_of(workspace):
         yield workspace
     for path in (workspace / "models").iterdir():
@@ -491,7 +491,7 @@ def test_the_history_is_in_the_named_file_and_the_arrow_keys_find_it(tuned: Path
     row = held_out(tuned / "models")[0]
     question, answer = row[-2]["content"], row[-1]["content"]
     with Terminal(command) as terminal:
-        assert "ONNX Runtime, int4" in terminal.wait_for("You: ")
+        assert "ONNX Runtime, int" in terminal.wait_for("You: ")
         terminal.type("/help\n")
         screen = terminal.wait_for("You: ")
         for command_ in ("/system TEXT", "/clear", "/help", "#end", "Ctrl-C"):

@@ -1,4 +1,4 @@
-"""Base model and adapter as one model: merged, int4 ONNX, and the comparison that an export must pass.
+"""Base model and adapter as one model: merged, small ONNX, and the comparison that an export must pass.
 
 Belongs here: code that converts a finished run for another program.
 """

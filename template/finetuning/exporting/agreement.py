@@ -50,12 +50,17 @@ class Reference:
 def ask_base_and_adapter(run: RunRecord, base: Path) -> Reference:
     """Let base model and adapter answer held-out rows, with unquantised weights. Raises ConfigError and DataError."""
     tokenizer = load_tokenizer(str(ROOT / run["adapter"]), run.get("date"))
-    prompts, limit = questions(tokenizer, compared_rows(run), run.get("thinking", False))
+    prompts, limit = questions(tokenizer, mixed(compared_rows(run)), run.get("thinking", False))
     model = with_adapter(load_base(str(base), run["dtype"]), run)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompts = [prompt[-max(context - limit, 1) :] for prompt in prompts] if context else prompts
     set_greedy(model, tokenizer)
     return Reference(tokenizer, prompts, limit, answer(model, tokenizer, prompts, limit, run["dtype"]))
+
+
+def mixed(rows: list[Any]) -> list[Any]:
+    """Return the rows in an order in which the first of them are spread over all: a bad model is known by those."""
+    return [row for start in range(BATCH) for row in rows[start::BATCH]]
 
 
 def questions(tokenizer: Any, rows: list[Any], thinking: bool) -> tuple[list[list[int]], int]:
@@ -121,24 +126,18 @@ class Watch(LogitsProcessor):
 def compare(reference: Reference, answers: Answers) -> tuple[dict[str, Any], str]:
     """Return how well a model's answers agree with the reference, and the first that does not, in words.
 
-    The figures: `rows`; `answers`, the share of whole answers that are the same, with their end; `close_calls`, the
-    share of those that first differ at a close call, not in their first token, and end if the reference does;
-    `tokens`, the share up to the first difference; `first_tokens`; and `difference`, the probability of an answer's
-    first token that moved to other tokens, on average.
+    The figures: `rows`, how many answers there are, of the first questions; `answers`, the share of whole answers that
+    are the same, with their end; `close_calls`, the share of those that first differ at a close call, not in their
+    first token, and end if the reference does; `tokens`, the share up to the first difference; `first_tokens`; and
+    `difference`, the probability of an answer's first token that moved to other tokens, on average.
     """
-    wanted, found = reference.answers.tokens, answers.tokens
-    alike = [len(os.path.commonprefix([one, other])) for one, other in zip(wanted, found, strict=True)]  # noqa: RUF071
+    rows = len(answers.tokens)
+    wanted, found = reference.answers.tokens[:rows], answers.tokens
+    alike = [agreeing(one, other) for one, other in zip(wanted, found, strict=True)]
     same = [one == other for one, other in zip(wanted, found, strict=True)]
-    stops = ends_of_answer(reference.tokenizer)
-    close = [
-        not same[i]
-        and 0 < place < min(len(wanted[i]), len(found[i]))
-        and found[i][place] in reference.answers.close[i][place]
-        and (found[i][-1] in stops or wanted[i][-1] not in stops)
-        for i, place in enumerate(alike)
-    ]
-    moved = [abs(one - other).sum() / 2 for one, other in zip(reference.answers.first, answers.first, strict=True)]
-    rows = len(wanted)
+    close = [not same[i] and is_close(reference, i, found[i]) for i in range(rows)]
+    probabilities = zip(reference.answers.first[:rows], answers.first, strict=True)
+    moved = [abs(one - other).sum() / 2 for one, other in probabilities]
     figures = {
         "rows": rows,
         "answers": round(sum(same) / rows, 4),
@@ -154,23 +153,52 @@ def compare(reference: Reference, answers: Answers) -> tuple[dict[str, Any], str
     return figures, f"for example {text!r} for {other!r}"
 
 
+def agreeing(one: list[int], other: list[int]) -> int:
+    """Return how many tokens two answers begin with alike."""
+    return len(os.path.commonprefix([one, other]))  # noqa: RUF071 (of two lists)
+
+
+def is_close(reference: Reference, row: int, found: list[int]) -> bool:
+    """Return whether an answer that differs from the reference first does so at a close call, and ends if that does."""
+    wanted, stops = reference.answers.tokens[row], ends_of_answer(reference.tokenizer)
+    place = agreeing(wanted, found)
+    return (
+        0 < place < min(len(wanted), len(found))
+        and found[place] in reference.answers.close[row][place]
+        and (found[-1] in stops or wanted[-1] not in stops)
+    )
+
+
+def agrees_at(reference: Reference, row: int, found: list[int]) -> bool:
+    """Return whether the answer to a question counts as that of the reference."""
+    return found == reference.answers.tokens[row] or is_close(reference, row, found)
+
+
+def can_agree(wrong: int, rows: int, share: float) -> bool:
+    """Return whether enough of so many answers agree if no more of them are wrong."""
+    return agrees({"answers": 1 - wrong / rows, "close_calls": 0}, share)
+
+
 def agrees(figures: Mapping[str, float], share: float) -> bool:
-    """Return whether enough whole answers agree; releases before 0.4.0 did not count them like this."""
-    # the two are rounded
-    return figures.get("answers", -1) + figures.get("close_calls", -1) >= share - 1e-4
+    """Return whether enough whole answers agree."""
+    return share_of(figures) >= share - 1e-4  # the two shares are rounded
 
 
-def check(model: str, reference: Reference, answers: Answers, share: float, instead: str) -> dict[str, Any]:
-    """Return the figures of `compare`. Raises ConfigError if fewer than this share of the answers agree."""
-    figures, example = compare(reference, answers)
-    if not agrees(figures, share):
-        reached = figures["answers"] + figures["close_calls"]
-        raise ConfigError(
-            f"The {model} model gives {reached:.1%} of {figures['rows']} answers as base and adapter do ({example}), "
-            f"less than the {share:.0%} that are wanted, and is not published: {instead}, or if that is good enough, "
-            f"allow it with --agreement {math.floor(100 * reached) / 100:g}."
-        )
-    return figures
+def share_of(figures: Mapping[str, float]) -> float:
+    """Return the share of answers that agree; below 0 for releases before 0.4.0, which did not count them like this."""
+    return figures.get("answers", -1) + figures.get("close_calls", -1)
+
+
+def refusal(
+    model: str, figures: Mapping[str, float], example: str, share: float, instead: str, options: str = ""
+) -> ConfigError:
+    """Return the error for a model that does not keep the answers; `options` are those that make it again."""
+    reached = share_of(figures)
+    return ConfigError(
+        f"The {model} gives {reached:.1%} of {figures['rows']} answers as base and adapter do ({example}), less than "
+        f"the {100 * share:g}% that are wanted, and is not published: {instead}, or if that is good enough, allow it "
+        f"with {options}--agreement {math.floor(100 * reached + 1e-4) / 100:g}."
+    )
 
 
 def ask_folder(reference: Reference, folder: Path, dtype: str) -> Answers:

@@ -3,47 +3,44 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+from planning.quantizations import Weights
 from preparing.workspace import MODELS, ROOT
+from reporting.run_record import RunRecord
 from settings.config_file import ConfigError
 from training.whole_files import remove_unfinished, replace_folder
 
 
 class MadeFrom(TypedDict):
-    """What an export was made from, and its execution provider."""
+    """What an export was made from, and for the ONNX model how."""
 
     adapter_sha256: str
     base_model: str
     revision: str | None
     provider: NotRequired[str]  # of ONNX Runtime: cpu, cuda or dml
+    quantization: NotRequired[str]  # a name in planning/quantizations.py
+    precision: NotRequired[str]  # of most weights: int4, int8, float16 or float32
 
 
 MERGED, ONNX = MODELS / "merged", MODELS / "onnx"
+BEST = MODELS / ".onnx.best"  # while an export lasts: the best of those that do not keep the answers
 MARK = "export.json"  # written to a complete folder: what it was made from, its files and their sizes in bytes
-INT4_BYTES = 0.65  # per weight, including the scale of each block of 32
 
 
-def check_disk(base: Path, kind: str, made_from: MadeFrom) -> None:
+def check_disk(base: Path, kind: str, made_from: MadeFrom, onnx: float) -> None:
     """Raise ConfigError unless the disk has room for the export in addition to the existing files.
 
-    What an interrupted export left is removed first.
+    `onnx` is what the ONNX models need in bytes. What an interrupted export left is removed first.
     """
-    from safetensors import safe_open
-
     for folder in (MERGED, ONNX):
         remove_unfinished(folder)
-    files = list(base.glob("*.safetensors"))
-    needed = 0.0 if is_made_from(MERGED, made_from) else float(sum(file.stat().st_size for file in files))
-    for file in files if kind == "onnx" else []:
-        with safe_open(file, framework="numpy") as weights:
-            for name in weights.keys():  # noqa: SIM118 - it is no dict
-                size = 1
-                for length in weights.get_slice(name).get_shape():
-                    size *= length
-                needed += size * (4 if "embed" in name else INT4_BYTES)  # the embedding stays in float32
+    shutil.rmtree(BEST, ignore_errors=True)
+    merged = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    needed = (0 if is_made_from(MERGED, made_from) else merged) + (onnx if kind == "onnx" else 0)
     free = shutil.disk_usage(MODELS).free
     if needed > free:
         raise ConfigError(
@@ -52,14 +49,34 @@ def check_disk(base: Path, kind: str, made_from: MadeFrom) -> None:
         )
 
 
+def weights_of(base: Path, run: RunRecord) -> Weights:
+    """Count the weights that the merged model will have, from the names and shapes in the base model's files."""
+    from safetensors import safe_open
+
+    counts = {"layers": 0, "embed": 0, "lm_head": 0}
+    for file in base.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as weights:
+            for name in weights.keys():  # noqa: SIM118 - it is no dict
+                part = next((part for part in ("embed", "lm_head") if part in name), "layers")
+                counts[part] += math.prod(weights.get_slice(name).get_shape())
+    adapted = run["config"]["adapter"].get("target_modules") or ()
+    tied = not counts["lm_head"] and not {"embed_tokens", "lm_head"} & set(adapted)
+    return Weights(counts["layers"], counts["embed"], tied)
+
+
 def is_made_from(folder: Path, made_from: MadeFrom) -> bool:
     """Return whether a folder is complete and was made from this adapter and base model."""
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in mark.pop("files").items())
-    except (OSError, ValueError, KeyError, AttributeError):
+        whole = all((folder / name).stat().st_size == size for name, size in mark["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return bool(whole and mark == made_from)
+    return bool(whole and made_from.items() <= mark.items())
+
+
+def bytes_in(folder: Path) -> int:
+    """Return the size of a folder's files."""
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def put_in_place(unfinished: Path, folder: Path, made_from: MadeFrom) -> None:

@@ -13,6 +13,7 @@ from planning.architecture import Shape
 from planning.facts import AzureGpu
 from planning.hardware import Machine
 from planning.memory import BYTES, adapter_parameters
+from planning.quantizations import QUANTIZATIONS, Weights, order
 from planning.row_lengths import Lengths, batches
 from settings.run_settings import Settings
 from training.evaluations import EVALUATED, evaluated_rows, passes
@@ -49,9 +50,11 @@ def disk(shape: Shape, settings: Settings, download: float) -> Disk:
     """Estimate the disk space of a run in bytes; `download` is the missing part of the model.
 
     A checkpoint is the adapter and AdamW's two moments; a new one is written before the oldest is deleted. The adapter
-    exists three times while the new one replaces the old one. int4 ONNX: half a byte per weight and a 4-byte scale per
-    32 weights, the embedding in float32; this gives exactly the 2.54 GiB of Phi-3-mini's ready-made model.
+    exists three times while the new one replaces the old one. ONNX: the first quantisation that the export would try;
+    one that keeps the answers may be larger.
     """
+    weights = Weights(shape.block_weights, shape.embedding, shape.tied)
+    first = QUANTIZATIONS[order(shape.architecture, weights, "cpu")[0]]
     adapter, tokenizer = adapter_parameters(shape, settings), TOKEN * shape.vocabulary
     moments = 2 if "8bit" in settings.optim else 8
     return Disk(
@@ -59,7 +62,7 @@ def disk(shape: Shape, settings: Settings, download: float) -> Disk:
         checkpoints=(settings.save_total_limit + 1) * ((4 + moments) * adapter + tokenizer / 10),
         adapter=3 * (4 * adapter + tokenizer),
         merged_export=BYTES[settings.torch_dtype] * shape.parameters,
-        onnx_export=0.625 * (shape.block_weights + shape.embedding) + 4 * shape.embedding,
+        onnx_export=first.size(weights, "cpu"),
     )
 
 

@@ -189,7 +189,7 @@ def estimate_lines(facts: EstimateFacts) -> Lines:
             "disk",
             f"about {size(disk['run'])}: checkpoints {size(disk['checkpoints'])} · adapter {size(disk['adapter'])}",
         ),
-        ("", f"later, if you want: merged {size(disk['merged_export'])}, int4 ONNX {size(disk['onnx_export'])}"),
+        ("", f"later, if you want: merged {size(disk['merged_export'])}, ONNX from {size(disk['onnx_export'])}"),
     ]
     return [*lines, ("time", f"{duration(facts['seconds'])}, {facts['seconds_source']}".removeprefix(", "))]
 

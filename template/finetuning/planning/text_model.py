@@ -86,7 +86,7 @@ def count_weights(config: Config) -> int:
 
 
 def no_int4(config: Config) -> str | None:
-    """Return why export.py can make no int4 ONNX model of it; None if the builder knows it, or cannot be asked.
+    """Return why export.py can make no ONNX model of it; None if the builder knows it, or cannot be asked.
 
     The builder's source is read, not imported: it needs torch and seconds. For a model with images, the builder makes
     a part that takes no text.
@@ -100,7 +100,7 @@ def no_int4(config: Config) -> str | None:
         known = set(re.findall(r'architectures\[0\] == "(\w+)"', source.read_text(encoding="utf-8")))
     if not known or (name in known and name.endswith("ForCausalLM")):
         return None
-    return f"no int4 ONNX model: the builder does not know {name}; export.py --format merged works"
+    return f"no ONNX model: the builder does not know {name}; export.py --format merged works"
 
 
 def main() -> int:
