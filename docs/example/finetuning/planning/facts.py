@@ -43,7 +43,7 @@ class ModelFacts(TypedDict):
     text_parameters: int | None  # of these, the text model's, if there are others
     trained_parameters: int | None
     replaced_by: str | None  # the catalogue's better model, if this one is deprecated
-    no_int4: str | None  # why export.py can make no int4 ONNX model of it
+    no_int4: str | None  # why export.py can make no ONNX model of it
 
 
 class RowFacts(TypedDict):

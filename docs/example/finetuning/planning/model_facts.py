@@ -45,7 +45,7 @@ class Model:
     commit: str | None = None  # of the hub's repository; None: a folder, or not on this machine
     problem: str | None = None  # why it cannot be downloaded, and what to do
     own_template: bool = True  # whether its tokenizer has a chat template, as far as known
-    no_int4: str | None = None  # why export.py can make no int4 ONNX model of it, as far as known
+    no_int4: str | None = None  # why export.py can make no ONNX model of it, as far as known
     float16: bool = True  # whether float16 holds its numbers, as far as known
     replaced_by: str | None = None  # the catalogue's better model, if this one is deprecated
 
