@@ -66,7 +66,7 @@ class Measured:
 
 
 MEASURED = (
-    Measured("llama", 0.4e9, ("int8", "float32")),  # SmolLM2-135M
+    Measured("llama", 0.4e9, ("int8", "float32")),  # SmolLM2-135M, tuned in five ways
     Measured("gemma3_text", 0.4e9, ("int4-rtn", "int8", "float32")),  # Gemma 3 270M
 )
 LARGE = 2e9  # weights: beyond, a float32 model is of no use beside models/merged
