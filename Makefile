@@ -224,7 +224,7 @@ bench: workspace .cache/azure-cli/ready .cache/smollm2/ready
 	python benchmarks/copy_time.py
 	python benchmarks/update_time.py
 	python benchmarks/demo_run.py
-	python benchmarks/throughput.py
+	python benchmarks/real_model.py
 	python benchmarks/memory_estimate.py
 	python benchmarks/busy_machine.py
 	$(WORKSPACE)/.venv/bin/python benchmarks/second_turn.py .cache/smollm2

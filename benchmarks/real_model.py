@@ -35,6 +35,8 @@ OURS = {
     "ours-padded": "packing: false",
     "ours-all-logits": "logits of every token",
     "ours-whole-attention": "one masked attention for the whole batch",
+    "ours-peft-layers": "LoRA's layers as PEFT computes them",
+    "ours-bfloat16": "torch_dtype: bfloat16",
 }
 TRL = {"trl-padded": {}, "trl-packed": {"packing": True}, "trl-padding-free": {"padding_free": True}}
 WAYS = (*OURS, *TRL, "limit")
@@ -182,6 +184,7 @@ def our_settings(options: argparse.Namespace) -> Any:
     olive_pass = the_pass(config)
     olive_pass |= {"r": RANK, "alpha": ALPHA, "lora_dropout": DROPOUT, "target_modules": TARGETS}
     olive_pass["packing"] = options.step != "ours-padded"
+    olive_pass["torch_dtype"] = "bfloat16" if options.step == "ours-bfloat16" else "float32"
     olive_pass["training_args"] |= {
         "num_train_epochs": 1,
         "learning_rate": RATE,
@@ -213,6 +216,8 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         batches.takes_columns = lambda model: False
     if options.step == "ours-whole-attention":
         train.pack_attention = lambda model: None
+    if options.step == "ours-peft-layers":
+        train.fuse = lambda model: 0
     tokens = {
         part: chat_tokens(rows, settings.model_path, **vars(settings.data[part].tokens))
         for part, rows in read_rows(settings).items()
