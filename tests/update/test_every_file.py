@@ -14,7 +14,11 @@ Copy = Callable[..., Path]
 # those that give the most files
 ANSWERS = {"platform": "linux", "environment": "venv", "device": "gpu", "target": "azure", "model": "phi-2"}
 ANSWERS_FILE = ".copier-answers.yml"
-CONFLICTS = {".gitattributes"}  # both lines that it has are others since 0.1.2, and the user's stands beside them
+CONFLICTS = {
+    ".gitattributes",  # both lines that it has are others since 0.1.2, and the user's stands beside them
+    "setup/azure_gpus.yaml",  # since 0.6.0, the lines around the user's have other numbers
+    "setup/models.yaml",  # since 0.6.0, new models stand beside the user's line
+}
 COMMENTS = {"html": "<!-- {} -->", "bicep": "// {}", "md": "{}.\n", "jsonl": '{{"messages": "{}"}}'}
 PLACES = {"py": r"(def|class|@)", "md": "#", "bicep": r"(param|var|resource|module|output|@)", "html": r"\s*<(div|h|p)"}
 VALUE = re.compile(r"(\s*(?:- )?[\w.-]+(?::| =) )(true|false|\d[\d.e-]*|\"[^\"]+\"|[\w./-]+)(?=\s*(#.*)?\n)")
