@@ -34,12 +34,15 @@ AROUND = {
     "llama2": (" ", " </s>"),
     "llama3": ("", "<|eot_id|>"),
     "mistral": (" ", "</s>"),
+    "mistral_v3": (" ", "</s>"),
     "zephyr": ("", "</s>"),
     "chatml": ("", "<|im_end|>"),
     "gemma": ("", "<end_of_turn>"),
+    "gemma4": ("", "<turn|>"),
+    "granite": ("", "<|end_of_text|>"),
     "plain": ("", "<|endoftext|>"),
 }
-BEFORE_THE_QUESTION = ("llama2", "mistral", "gemma")
+BEFORE_THE_QUESTION = ("llama2", "mistral", "mistral_v3", "gemma")
 # As Qwen3 writes thoughts: in the last turn always, even an empty one; in earlier turns never.
 THINKS = """{%- for message in messages -%}
 <|im_start|>{{ message.role }}

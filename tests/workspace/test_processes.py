@@ -17,7 +17,14 @@ import pytest
 import yaml
 from conftest import RENDERED, REPOSITORY
 
-SHORT = {"num_train_epochs": 2, "max_rows": 240, "eval_split": 37, "eval_steps": 0.1, "save_steps": 0.1}
+SHORT = {
+    "num_train_epochs": 2,
+    "max_rows": 240,
+    "eval_split": 37,
+    "eval_rows": 1000,
+    "eval_steps": 0.1,
+    "save_steps": 0.1,
+}
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
 

@@ -114,7 +114,7 @@ def test_logs_are_stored_with_the_results_unless_the_environment_says_otherwise(
 
 
 def test_tensorboard_gets_the_losses_of_the_run(invoke: Invoke, workspace: Path, tensorboard: None) -> None:
-    run = invoke("--fresh", settings={"max_steps": 10, "report_to": ["tensorboard"]})
+    run = invoke("--fresh", settings={"max_steps": 10, "report_to": ["tensorboard"], "eval_rows": 1000})
     assert run.status == 0, run.err
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 

@@ -27,7 +27,14 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     shutil.copytree(RENDERED, folder, ignore=shutil.ignore_patterns(".venv", "models", ".git"))
     config = folder / "finetuning" / "olive-config.yaml"
     text = config.read_text(encoding="utf-8")
-    changes = {"max_steps": 40, "max_rows": 160, "eval_steps": 0.05, "save_steps": 0.05, "num_train_epochs": 10}
+    changes = {
+        "max_steps": 40,
+        "max_rows": 160,
+        "eval_rows": 1000,
+        "eval_steps": 0.05,
+        "save_steps": 0.05,
+        "num_train_epochs": 10,
+    }
     for key, value in changes.items():
         text, found = re.subn(rf"(?m)^(\s*{key}:) \S+", rf"\1 {value}", text)
         assert found

@@ -197,7 +197,7 @@ def test_it_is_checked_trained_chatted_with_and_merged(
     assert checked.status == 0, checked.err
     assert "memory   not estimated: the model is not of the dense kind" in checked.out
     assert ("of them in the text model" in checked.out) == (kind == "gemma4")
-    assert ("no int4 ONNX model: the builder does not know" in checked.out) == (kind != "lfm2")
+    assert ("no ONNX model: the builder does not know" in checked.out) == (kind != "lfm2")
     run = invoke("--fresh", "--keep-worse", settings=changes, edit=edit)
     assert run.status == 0, run.err
     assert ("would mix packed rows: the batches are padded" in run.out) == (kind != "gemma4")
