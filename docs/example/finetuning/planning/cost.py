@@ -78,8 +78,8 @@ class LastRun:
         """Return the seconds that a run takes at the same speed."""
         steps, _ = settings.steps(len(lengths.tokens))
         trained = trained_rows(settings, lengths) * mean(lengths.tokens)
-        rows = evaluated_rows(settings, lengths.tokens, held_out.tokens)
-        evaluated = EVALUATED * rows * mean(held_out.tokens) * passes(settings, steps) / settings.processes
+        rows, every = evaluated_rows(settings, lengths.tokens, held_out.tokens)
+        evaluated = EVALUATED * rows * mean(held_out.tokens) * passes(settings, steps) / every / settings.processes
         return self.start + self.row * min(len(held_out.tokens), ANSWERS) + (trained + evaluated) / self.speed
 
 
@@ -103,7 +103,8 @@ def last_run(path: Path, settings: Settings, here: Machine) -> LastRun | None:
         row = data["tokens"] / data["train_rows"]
         steps = round(trained / row * settings.processes / settings.rows_a_step)
         rows = used.get("eval_rows") or data["held_out_rows"]  # releases before 0.6.0 evaluated all
-        evaluated = EVALUATED * rows * row * passes(settings, steps) / settings.processes
+        times = passes(settings, steps) / used.get("eval_every", 1)
+        evaluated = EVALUATED * rows * row * times / settings.processes
         return LastRun(
             start=max(timings["start_to_first_step"] - timings["before"], 0),
             row=(timings["before"] + timings["after"]) / min(data["held_out_rows"], ANSWERS),
@@ -152,9 +153,10 @@ def seconds(
     this machine; training reaches a larger share of that than of the theoretical peak.
     """
     reached = flops * (0.7 if measured else EFFICIENCY.get(settings.method, OTHER_EFFICIENCY))
-    watched = evaluated_rows(settings, lengths.tokens, held_out.tokens) / max(len(held_out.tokens), 1)
+    rows, every = evaluated_rows(settings, lengths.tokens, held_out.tokens)
     steps, _ = settings.steps(len(lengths.tokens))
-    evaluated = evaluation_operations(shape, held_out) * (2 + watched * passes(settings, steps))
+    watched = rows / max(len(held_out.tokens), 1) * passes(settings, steps) / every
+    evaluated = evaluation_operations(shape, held_out) * (2 + watched)
     rows = min(ANSWERS, len(held_out.tokens))
     longest = max(held_out.labels, default=0) + 8
     generated = math.ceil(rows / settings.per_device_eval_batch_size) * longest * shape.layers * LAYER_SECONDS

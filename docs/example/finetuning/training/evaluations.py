@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import mean
 
@@ -9,7 +10,7 @@ from settings.run_settings import Settings
 
 EVALUATED = 1 / 2  # of a trained token's time: frozen weights take as many operations backward as forward
 EVALUATION_SHARE = 0.1  # of the training's time, unless eval_rows is set
-FEWEST_ROWS = 4  # of an evaluation, even if they take more
+FEWEST_ROWS = 32  # of an evaluation: the best step of fewer would be chosen by chance
 
 
 def passes(settings: Settings, steps: int) -> float:
@@ -22,14 +23,18 @@ def passes(settings: Settings, steps: int) -> float:
     return min(steps, 1 / every if every < 1 else steps / every)
 
 
-def evaluated_rows(settings: Settings, train: Sequence[int], held_out: Sequence[int]) -> int:
-    """Return how many held-out rows each evaluation in the training reads. `train` and `held_out` are tokens per row.
+def evaluated_rows(settings: Settings, train: Sequence[int], held_out: Sequence[int]) -> tuple[int, int]:
+    """Return how many held-out rows an evaluation in the training reads, and in how many evaluations one is done.
 
-    Without eval_rows, they are as many as take a tenth of the training's time, all evaluations together.
+    `train` and `held_out` are tokens per row. Without eval_rows, all evaluations together take a tenth of the time of
+    the training: each reads fewer rows, down to FEWEST_ROWS, then some are left out; one at the end is always done.
     """
     if settings.eval_rows:
-        return min(settings.eval_rows, len(held_out))
+        return min(settings.eval_rows, len(held_out)), 1
     steps, _ = settings.steps(len(train))
     trained = mean(train) * min(steps * settings.rows_a_step, len(train) * settings.num_train_epochs)
-    tokens = EVALUATION_SHARE / (1 - EVALUATION_SHARE) * trained / EVALUATED / max(passes(settings, steps), 1)
-    return min(len(held_out), max(FEWEST_ROWS, int(tokens / mean(held_out))))
+    times = max(passes(settings, steps), 1)
+    affordable = EVALUATION_SHARE / (1 - EVALUATION_SHARE) * trained / EVALUATED / mean(held_out)  # rows, in all
+    rows = min(len(held_out), max(FEWEST_ROWS, int(affordable / times)))
+    every = math.ceil(times / max(int(affordable / rows), 1)) if settings.eval_strategy == "steps" else 1
+    return rows, every

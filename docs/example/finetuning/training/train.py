@@ -27,6 +27,7 @@ from settings.run_settings import Settings, olive_config
 from training import batches
 from training.checkpoints import Checkpoints, newest_checkpoint
 from training.evaluations import evaluated_rows
+from training.fewer_evaluations import FewerEvaluations
 from training.free_memory import free_memory
 from training.fused_lora import fuse
 from training.gradients import check_gradients
@@ -42,6 +43,7 @@ class Used(TypedDict):
     processes: int
     rows_a_step: int
     eval_rows: int
+    eval_every: int
 
 
 def train(
@@ -90,7 +92,7 @@ def train(
     olive_pass = create_pass_from_dict(kind, chosen.config, True, DEFAULT_CPU_ACCELERATOR)
     olive_pass.tokens, olive_pass.smoke, olive_pass.note = tokens, settings.smoke, note
     lengths = ([len(row["input_ids"]) for row in tokens[part]] for part in ("train", "held_out"))
-    olive_pass.eval_rows = evaluated_rows(settings, *lengths)
+    olive_pass.eval_rows, olive_pass.eval_every = evaluated_rows(settings, *lengths)
     output = olive_pass.run(run_config.input_model.create_model(), str(run_folder / "output"))
     result = Path(output.adapter_path), olive_pass.used, olive_pass.history
     del olive_pass, output
@@ -117,10 +119,9 @@ class Training(ExtraSettings):
         """Train `model`, a PEFT model, and return `output_model`, Olive's handle, with the adapter's folder."""
         train_rows, held_out_rows = self.tokens["train"], dataset.spread(self.tokens["held_out"], self.eval_rows)
         if len(held_out_rows) < len(self.tokens["held_out"]):
-            print(
-                f"Evaluations in the training read {len(held_out_rows)} of the {len(self.tokens['held_out'])} held-out "
-                "rows (eval_rows); those before and after it read all."
-            )
+            often = f", one in {self.eval_every} is done" if self.eval_every > 1 else ""
+            all_rows = len(self.tokens["held_out"])
+            print(f"Evaluations in the training read {len(held_out_rows)} of {all_rows} rows{often}: see eval_rows.")
         if config.torch_dtype == "float16":
             config.training_args.extra_args["fp16"] = True
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
@@ -134,7 +135,7 @@ class Training(ExtraSettings):
             train_dataset=train_rows,
             eval_dataset=held_out_rows,
             data_collator=batches.pack if pack else partial(batches.pad, filler=tokenizer.pad_token_id),
-            callbacks=[shown, checkpoints],
+            callbacks=[shown, checkpoints, FewerEvaluations(self.eval_every)],
         )
         # the bar of transformers mixes with other output; ours shows the same on one line
         trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
@@ -159,6 +160,7 @@ class Training(ExtraSettings):
             * trainer.args.gradient_accumulation_steps
             * trainer.args.world_size,
             "eval_rows": self.eval_rows,
+            "eval_every": self.eval_every,
         }
         self.history = trainer.state.log_history
 
