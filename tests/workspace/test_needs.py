@@ -417,6 +417,7 @@ def test_the_evaluations_in_the_training_take_a_tenth_of_it_or_there_is_one_of_3
 
     settings = settings_with(max_steps=steps, num_train_epochs=epochs, per_device_train_batch_size=8)
     settings = replace(settings, gradient_accumulation_steps=1, eval_strategy="steps", eval_steps=0.1)
+    settings = replace(settings, early_stopping_patience=0)
     rows_read, every = evaluated_rows(settings, [100] * 800, [tokens] * held_out)
     trained = 100 * (min(8 * steps, 800 * epochs) if steps > 0 else 800 * epochs)
 
