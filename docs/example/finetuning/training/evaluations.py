@@ -36,5 +36,7 @@ def evaluated_rows(settings: Settings, train: Sequence[int], held_out: Sequence[
     times = max(passes(settings, steps), 1)
     affordable = EVALUATION_SHARE / (1 - EVALUATION_SHARE) * trained / EVALUATED / mean(held_out)  # rows, in all
     rows = min(len(held_out), max(FEWEST_ROWS, int(affordable / times)))
-    every = math.ceil(times / max(int(affordable / rows), 1)) if settings.eval_strategy == "steps" else 1
-    return rows, every
+    # someone asked for each: early stopping counts them, and so does who sets a number of steps
+    if settings.early_stopping_patience or settings.eval_strategy != "steps" or (settings.eval_steps or 1) >= 1:
+        return rows, 1
+    return rows, math.ceil(times / max(int(affordable / rows), 1))
