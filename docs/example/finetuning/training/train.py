@@ -120,8 +120,8 @@ class Training(ExtraSettings):
         train_rows, held_out_rows = self.tokens["train"], dataset.spread(self.tokens["held_out"], self.eval_rows)
         if len(held_out_rows) < len(self.tokens["held_out"]):
             often = f", one in {self.eval_every} is done" if self.eval_every > 1 else ""
-            all_rows = len(self.tokens["held_out"])
-            print(f"Evaluations in the training read {len(held_out_rows)} of {all_rows} rows{often}: see eval_rows.")
+            read, all_rows = len(held_out_rows), len(self.tokens["held_out"])
+            print(f"Evaluations in the training read {read} of {all_rows} held-out rows{often}: see eval_rows.")
         if config.torch_dtype == "float16":
             config.training_args.extra_args["fp16"] = True
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
