@@ -35,6 +35,7 @@ OURS = {
     "ours-padded": "packing: false",
     "ours-all-logits": "logits of every token",
     "ours-whole-attention": "one masked attention for the whole batch",
+    "ours-whole-batches": "whole batches, not in pieces",
     "ours-peft-layers": "LoRA's layers as PEFT computes them",
     "ours-bfloat16": "torch_dtype: bfloat16",
 }
@@ -223,6 +224,8 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         batches.takes_columns = lambda model: False
     if options.step == "ours-whole-attention":
         train.pack_attention = lambda model: None
+    if options.step == "ours-whole-batches":
+        train.piece_tokens = lambda settings: math.inf
     if options.step == "ours-peft-layers":
         train.fuse = lambda model: 0
     tokens = {

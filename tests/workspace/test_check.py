@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -365,6 +366,22 @@ def test_a_padded_batch_counts_its_padding_and_a_packed_one_does_not(workspace: 
     assert Lengths([turns]).cut(15).masks == [], "without an answer, a row is left out"
     assert batches(Lengths([turns, bytes(30) + b"\1" * 10]), 2, packing=False).logits == 30
     assert batches(rows, 1, packing=False).masked == 0
+
+
+def test_of_a_batch_in_pieces_the_largest_piece_counts(workspace: Path) -> None:
+    from planning.row_lengths import Lengths, batches
+
+    rows = Lengths([bytes(15) + b"\1" * 5] * 6)
+    assert batches(rows, 6, packing=True, piece=60) == replace(batches(rows, 3, packing=True), mean_tokens=120)
+    assert batches(rows, 6, packing=True, piece=7).tokens == 20, "a row is not divided"
+    draw = random.Random(0)
+    for _ in range(300):
+        lengths = [draw.randint(1, 60) for _ in range(draw.randint(1, 12))]
+        rows, size, piece = Lengths([b"\1" * length for length in lengths]), draw.randint(1, 12), draw.randint(1, 90)
+        whole, divided = batches(rows, size, packing=True), batches(rows, size, packing=True, piece=piece)
+        assert divided.mean_tokens == whole.mean_tokens
+        assert min(whole.tokens, max(lengths)) <= divided.tokens <= max(piece, *lengths)
+        assert divided.logits == divided.tokens
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,22 @@ def test_without_dropout_it_is_what_peft_computes(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # they add in another order
 
 
+def test_in_bfloat16_it_is_as_near_to_float32_as_bfloat16_is(workspace: Path) -> None:
+    import torch
+
+    from training.fused_lora import fuse
+
+    exact = layer().double()
+    rounded = copy.deepcopy(exact).float()
+    rounded.base_model.model[0].base_layer.to(torch.bfloat16)
+    assert fuse(rounded) == 1
+    x = torch.randn(64, 24)
+    found, right = results(rounded, x.bfloat16()), results(exact, x.double())
+    assert [one.dtype for one in found] == [torch.bfloat16] * 2 + [torch.float32] * 2, "the adapter stays in float32"
+    for one, other in zip(found, right, strict=True):
+        assert torch.dist(one.double(), other) / other.norm() < 2**-7  # a number of bfloat16 is off by 2^-9
+
+
 def test_with_dropout_it_is_the_formula_with_the_same_mask(workspace: Path) -> None:
     import torch
 
@@ -114,7 +130,7 @@ def test_an_evaluation_has_no_dropout_and_a_switched_off_adapter_changes_nothing
         assert torch.equal(model(x), model.base_model.model[0].base_layer(x))
 
 
-@pytest.mark.parametrize("case", ["dora", "bias", "bfloat16", "conv", "two adapters"])
+@pytest.mark.parametrize("case", ["dora", "bias", "float16", "adapter in bfloat16", "conv", "two adapters"])
 def test_other_layers_stay_as_peft_computes_them(workspace: Path, case: str) -> None:
     import peft
     import torch
@@ -129,7 +145,10 @@ def test_other_layers_stay_as_peft_computes_them(workspace: Path, case: str) -> 
         made.add_adapter("other", peft.LoraConfig(r=2, target_modules=["0"]))
         made.base_model.set_adapter(["default", "other"])
     else:
-        made = layer(**{"dora": {"use_dora": True}, "bias": {"lora_bias": True}, "bfloat16": {}}[case])
-        if case == "bfloat16":
+        options: dict[str, dict[str, Any]] = {"dora": {"use_dora": True}, "bias": {"lora_bias": True}}
+        made = layer(**options.get(case, {}))
+        if case == "float16":
+            made.base_model.model[0].base_layer.to(torch.float16)
+        elif case == "adapter in bfloat16":
             made = made.to(torch.bfloat16)
     assert fuse(made) == 0

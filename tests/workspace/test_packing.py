@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,39 @@ def test_a_model_that_mixes_packed_rows_is_detected_and_its_rows_are_padded(
     assert train.can_pack(adapted, rows) is apart
     assert ("would mix packed rows" in capsys.readouterr().out) is not apart
     assert (model.config._attn_implementation == "packed_sdpa") is apart
+
+
+@pytest.mark.parametrize("most", [1, 64, 100, 200, 10**6])
+def test_a_batch_in_pieces_has_the_loss_and_the_gradients_of_the_whole(workspace: Path, most: int) -> None:
+    import torch
+
+    from training import batches, train
+
+    model, rows = model_and_rows("llama")
+    rows[2]["labels"] = [-100] * LENGTHS[2]  # a row that fills up a batch
+    train.pack_attention(model)
+    whole = batches.pack(rows)
+    pieces = list(batches.divide(whole, most))
+    sizes = [piece["row_ends"] for piece in pieces]
+    assert [piece["input_ids"].shape[1] for piece in pieces] == [ends[-1] for ends in sizes]
+    assert all(ends[-1] <= most or len(ends) == 1 for ends in sizes), "only one row may be longer"
+    assert [end - start for ends in sizes for start, end in pairwise([0, *ends])] == [*LENGTHS]
+    assert torch.equal(torch.cat([piece["labels"] for piece in pieces], dim=1), whole["labels"])
+
+    def slopes(parts: list[Any]) -> list[Any]:
+        model.zero_grad()
+        losses = [batches.answer_loss(model, part) for part in parts]
+        for loss in losses:
+            loss.backward()
+        return [torch.stack(losses).sum().detach(), *(weight.grad.clone() for weight in model.parameters())]
+
+    for one, other in zip(slopes(pieces), slopes([whole]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_padded_batch_is_not_divided(workspace: Path) -> None:
+    from training import batches
+
+    _, rows = model_and_rows("llama")
+    batch = batches.pad(rows, 0)
+    assert list(batches.divide(batch, 8)) == [batch]
