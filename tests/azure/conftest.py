@@ -55,6 +55,7 @@ def environment(emulator: Emulator) -> dict[str, str]:
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("AZURE_", "HF_"))}
     variables |= emulator.environment(emulator.folder / "login")
     variables |= {"PATH": os.pathsep.join([str(tools), os.environ["PATH"]])}
+    variables |= {"PYTHONDONTWRITEBYTECODE": ""}  # az is not compiled before its first call
     login = ["login", "--service-principal", "--username", "me", "--password", "pass", "--tenant", TENANT]
     subprocess.run([tools / "az", *login, "--output", "none"], env=variables, check=True)
     return variables

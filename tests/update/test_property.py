@@ -3,7 +3,7 @@
 Each draw creates a workspace, changes it as a user, updates it, and checks every file by rules that share no code with
 the update itself: it succeeded and kept everything, or it did not begin, or undo_update.py restores everything.
 
-UPDATE_DRAWS=2000     how many draws (30)
+UPDATE_DRAWS=2000     how many draws (24)
 UPDATE_SEED=123       that draw alone, as a failure names it
 UPDATE_REPORT=file    add the figures of each share to a file
 """
@@ -38,7 +38,7 @@ from .user import User
 
 Copy = Callable[..., Path]
 SHARES = 8
-DRAWS = int(os.environ.get("UPDATE_DRAWS", "30"))
+DRAWS = int(os.environ.get("UPDATE_DRAWS", "24"))
 SEED = os.environ.get("UPDATE_SEED")
 FIRST = {"project_name": "tone", "platform": "linux", "environment": "venv", "device": "cpu", "target": "local"}
 STARTS: list[dict[str, Any]] = [
