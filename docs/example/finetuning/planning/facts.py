@@ -82,6 +82,7 @@ class EstimateFacts(TypedDict):
     disk: dict[str, int]
     seconds: int | None
     seconds_source: str
+    bfloat16_gain: float | None  # how many times as fast this CPU multiplies in bfloat16 as in float32
 
 
 class Price(TypedDict):

@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from planning.architecture import Shape
@@ -133,7 +133,8 @@ def speed(shape: Shape, settings: Settings) -> float:
 
     if shape.hidden < 256:
         torch.set_num_threads(1)  # as evaluate.py does for models this small
-    device, dtype = ("cuda", settings.torch_dtype) if settings.gpu else ("cpu", "float32")
+    device = "cuda" if settings.gpu else "cpu"
+    dtype = "float32" if device == "cpu" and settings.torch_dtype == "float16" else settings.torch_dtype
     rows = torch.ones(4096 if settings.gpu else 512, shape.hidden, dtype=getattr(torch, dtype), device=device)
     weight = torch.ones(shape.hidden, min(shape.intermediate, 8192), dtype=rows.dtype, device=device)
     rows @ weight  # warm-up
@@ -145,3 +146,13 @@ def speed(shape: Shape, settings: Settings) -> float:
             torch.cuda.synchronize()
         fastest = min(fastest, time.perf_counter() - begun)  # slower ones waited for something else
     return 2 * rows.shape[0] * weight.numel() / fastest
+
+
+def bfloat16_gain(shape: Shape, settings: Settings, measured: float) -> float | None:
+    """Return how many times as fast this processor multiplies in bfloat16 as in float32, which `measured` is.
+
+    None if the run does not compute in float32 on a CPU, or if its products are too small to take most of the time.
+    """
+    if settings.gpu or settings.torch_dtype != "float32" or shape.hidden < 256:
+        return None
+    return speed(shape, replace(settings, torch_dtype="bfloat16")) / measured

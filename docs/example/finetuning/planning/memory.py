@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from planning.architecture import FUSED, Shape
 from planning.row_lengths import Batch, Lengths, batches
 from settings.run_settings import Settings
+from training.pieces import piece_tokens
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -106,7 +107,13 @@ def memory(shape: Shape, settings: Settings, lengths: Lengths, held_out: Lengths
         blocks = (0.5 + scales) * shape.block_weights
     adapter = adapter_parameters(shape, settings)
     moments = 2 if "8bit" in settings.optim else 8
-    batch = batches(lengths, settings.per_device_train_batch_size, settings.packing, settings.num_train_epochs)
+    batch = batches(
+        lengths,
+        settings.per_device_train_batch_size,
+        settings.packing,
+        settings.num_train_epochs,
+        piece_tokens(settings),
+    )
     rows = sum(lengths.tokens) + sum(held_out.tokens)
     # the log-softmax in float32 and the gradients of both, or the logits' own in 16 bits
     logit_bytes = (12 if settings.torch_dtype == "float32" else 14) + (4 if "lm_head" in ends(shape, settings) else 0)
@@ -173,7 +180,7 @@ def per_token(shape: Shape, settings: Settings, masked: bool) -> float:
     (repeated for every head if there is a mask) and its output; the MLP its gate before and after the activation, and
     up. The adapters save their inputs in float32: one per adapter if the input is cast or goes through dropout, with
     the dropout mask (a byte on a GPU, four on a CPU); otherwise adapters with the same input share one. So they do in
-    training/fused_lora.py, with a mask of a byte.
+    training/fused_lora.py, uncast and with a mask of a byte.
     """
     size, chosen = BYTES[settings.torch_dtype], targets(shape.linear, settings)
     queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
@@ -189,13 +196,15 @@ def per_token(shape: Shape, settings: Settings, masked: bool) -> float:
         attention += size * queries  # rotating a part of each head copies, and the output is copied back
     feed_forward = size * shape.intermediate * (4 if shape.architecture == "phi" else 3)
     inputs = [width for width, _ in chosen.values()]
-    if settings.method == "lora" and settings.torch_dtype == "float32" and not settings.gpu:
-        kept = 4 * (2 * shape.hidden + shape.intermediate) + sum(inputs) * bool(settings.lora_dropout)
+    # of attention (Phi's MLP has the same), MLP and the last layer; attention's own output is counted above
+    shared = size * ((1 if shape.architecture == "phi" else 2) * shape.hidden + shape.intermediate)
+    if settings.method == "lora" and settings.torch_dtype != "float16" and not settings.gpu:
+        kept = shared + sum(inputs) * bool(settings.lora_dropout)
     elif settings.torch_dtype == "float16":
         kept = sum(inputs) * (2 + (1 if settings.gpu else 4) * bool(settings.lora_dropout))
     elif settings.lora_dropout or size != 4:
         kept = sum(inputs) * (4 + (1 if settings.gpu else 4) * bool(settings.lora_dropout))
     else:
-        kept = 4 * (2 * shape.hidden + shape.intermediate)  # the inputs of attention, MLP and the last layer
+        kept = shared
     extra = size * 3 * sum(outputs for _, outputs in chosen.values()) if settings.method == "dora" else 0
     return norms + attention + feed_forward + kept + extra + 4 * settings.r * len(chosen)

@@ -197,11 +197,12 @@ def estimate_facts(
     """Return memory and disk in bytes, and the time in seconds with its source."""
     needed, room = memory(shape, settings, lengths["train"], lengths["held_out"]), limit(settings, here, azure)
     disk = cost.disk(shape, settings, model.download)
-    seconds, source = None, "not known: no GPU here to measure"
+    seconds, source, gain = None, "not known: no GPU here to measure", None
     if not settings.gpu or here.gpu:
         speed = hardware.speed(shape, settings)
         seconds = cost.seconds(shape, settings, lengths["train"], lengths["held_out"], speed, measured=True)
         source = f"rough, from a matrix product of {speed / 1e12:.3g} TFLOPS here"
+        gain = hardware.bfloat16_gain(shape, settings, speed)
         if last := cost.last_run(MODELS / "run.json", settings, here):
             seconds, source = last.seconds(settings, lengths["train"], lengths["held_out"]), "as fast as the last run"
     return {
@@ -211,6 +212,7 @@ def estimate_facts(
         "disk": {part: round(size) for part, size in vars(disk).items()} | {"run": round(disk.run)},
         "seconds": None if seconds is None else round(seconds),
         "seconds_source": source,
+        "bfloat16_gain": None if gain is None else round(gain, 1),
     }
 
 

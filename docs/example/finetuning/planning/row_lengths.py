@@ -7,6 +7,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from training.pieces import pieces
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -45,12 +47,13 @@ class Batch:
     mean_tokens: float
 
 
-def batches(lengths: Lengths, size: int, packing: bool, epochs: float = 1) -> Batch:
+def batches(lengths: Lengths, size: int, packing: bool, epochs: float = 1, piece: float = math.inf) -> Batch:
     """Distribute the rows into batches at random, as the Trainer does, and take the largest.
 
     The order differs from the run's: the largest batch is the one to expect, not the actual one. A packed batch is as
-    long as its rows together and needs no mask. A padded batch has as many tokens as its longest row times its rows,
-    and logits in every column in which some row has a label.
+    long as its rows together and needs no mask; if it is computed in pieces of `piece` tokens, the largest one counts.
+    A padded batch has as many tokens as its longest row times its rows, and logits in every column in which some row
+    has a label.
     """
     order, draw = [*lengths.masks], random.Random(0)
     tokens = logits = masked = total = count = 0
@@ -60,11 +63,15 @@ def batches(lengths: Lengths, size: int, packing: bool, epochs: float = 1) -> Ba
             rows = order[start : start + size]
             longest = max(map(len, rows))
             if packing:
-                width, answers = sum(map(len, rows)), sum(row.count(1) for row in rows)
+                width = sum(map(len, rows))
+                for part in pieces(map(len, rows), piece):
+                    here, rows = rows[: len(part)], rows[len(part) :]
+                    tokens = max(tokens, sum(part))
+                    logits = max(logits, sum(row.count(1) for row in here))
             else:
                 width, answers = len(rows) * longest, len(rows) * columns(rows)
                 masked = max(masked, len(rows) * longest**2 if len(rows) > 1 else 0)
-            tokens, logits = max(tokens, width), max(logits, answers)
+                tokens, logits = max(tokens, width), max(logits, answers)
             total, count = total + width, count + 1
     return Batch(tokens, logits, masked, total / max(count, 1))
 

@@ -6,6 +6,7 @@ A packed batch concatenates its rows into one long row, masked from each other: 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from preparing.tokens import IGNORED
+from training.pieces import pieces
 
 PACKED_SDPA = "packed_sdpa"
 
@@ -38,6 +40,23 @@ def pack(rows: list[Row], device: Any = None) -> Batch:
         "row_ends": list(accumulate(lengths)),
         "use_cache": False,  # with a cache, packed rows would see each other
     }
+
+
+def divide(batch: Batch, most: float) -> Iterator[Batch]:
+    """Yield the rows of a packed batch as batches of at most `most` tokens, or of one longer row; a padded batch whole.
+
+    The sum of their losses and of the gradients is that of the batch.
+    """
+    ends = batch.get("row_ends")
+    if ends is None:
+        yield batch
+        return
+    start = 0
+    for lengths in pieces([end - before for before, end in pairwise([0, *ends])], most):
+        end = start + sum(lengths)
+        columns = {name: value[:, start:end] for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        yield batch | columns | {"row_ends": list(accumulate(lengths))}
+        start = end
 
 
 def pad(rows: list[Row], filler: int, device: Any = None) -> Batch:

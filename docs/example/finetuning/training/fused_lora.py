@@ -1,8 +1,9 @@
-"""LoRA's layer as one operation of autograd: for float32 on a CPU, where PEFT's steps take most of the memory.
+"""LoRA's layer as one operation of autograd: for a CPU, where PEFT's steps take most of the memory.
 
 The result is PEFT's, base_layer(x) + scaling * lora_B(lora_A(dropout(x))). PEFT keeps the input after the dropout, and
-the dropout's mask, four bytes for each number and anew for each adapter. Here, adapters with the same input share it,
-the mask takes a byte, and sums are made in place. Random bits are drawn 64 at a time: PyTorch's own mask of a CPU takes
+the dropout's mask, four bytes for each number and anew for each adapter; in bfloat16 it computes the adapter in
+float32. Here, adapters with the same input share it, the mask takes a byte, sums are made in place, and the products of
+the adapter are in the base layer's precision. Random bits are drawn 64 at a time: PyTorch's own mask of a CPU takes
 a tenth of a step.
 """
 
@@ -28,17 +29,17 @@ def fuse(model: Any) -> int:
 
 
 def is_plain(layer: Any) -> bool:
-    """Return whether a layer is LoRA on a linear layer in float32 on a CPU, and nothing else."""
+    """Return whether a layer is LoRA in float32 on a linear layer in float32 or bfloat16 on a CPU, and nothing else."""
     if type(layer) is not Linear or type(layer.base_layer) is not torch.nn.Linear or layer.lora_variant:
         return False
-    weights = [
-        layer.base_layer.weight,
-        *(part.weight for parts in (layer.lora_A, layer.lora_B) for part in parts.values()),
-    ]
+    base = layer.base_layer.weight
+    adapters = [part.weight for parts in (layer.lora_A, layer.lora_B) for part in parts.values()]
     return (
         len(layer.active_adapters) == 1
         and not layer.lora_bias[layer.active_adapters[0]]
-        and all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights)
+        and base.dtype in (torch.float32, torch.bfloat16)
+        and all(weight.dtype == torch.float32 for weight in adapters)
+        and all(weight.device.type == "cpu" for weight in (base, *adapters))
     )
 
 
@@ -71,23 +72,22 @@ class FusedLora(torch.autograd.Function):
         rows = x.flatten(0, -2)
         ctx.scale = scale / (1 - dropout)
         keep = draw_mask(rows.shape, dropout) if dropout else None
-        small = dropped(rows, keep) @ down.T
-        small *= ctx.scale
-        output = torch.nn.functional.linear(rows, weight, bias).addmm_(small, up.T)
+        small = dropped(rows, keep) @ down.T.to(x.dtype)
+        output = torch.nn.functional.linear(rows, weight, bias).addmm_(small, (up.T * ctx.scale).to(x.dtype))
         ctx.save_for_backward(x, weight, down, up, small, keep)
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        """Compute the gradients of x, down and up."""
+        """Compute the gradients of x, down and up; those of down and up are float32, as these are."""
         x, weight, down, up, small, keep = ctx.saved_tensors
         rows, gradient = x.flatten(0, -2), gradients[0].flatten(0, -2)
-        back = gradient @ up
-        back *= ctx.scale
+        back = gradient @ (up * ctx.scale).to(x.dtype)
         of_x = None
         if ctx.needs_input_grad[0]:  # the first layer's input is the embedding, which is not trained
-            of_x = (gradient @ weight).add_(dropped(back @ down, keep)).view_as(x)
-        return of_x, None, None, back.T @ dropped(rows, keep), (small.T @ gradient).T, None, None
+            of_x = (gradient @ weight).add_(dropped(back @ down.to(x.dtype), keep)).view_as(x)
+        of_down, of_up = (back.T @ dropped(rows, keep)).float(), (small.T @ gradient).T.float() * ctx.scale
+        return of_x, None, None, of_down, of_up, None, None
 
 
 def draw_mask(shape: torch.Size, dropout: float) -> torch.Tensor:

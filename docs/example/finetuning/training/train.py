@@ -7,7 +7,6 @@ internals, and its imports are heavy: invoke_olive.py imports it when training s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,12 +24,14 @@ from settings.config_file import ConfigError
 from settings.olive_pass import ExtraSettings, pass_class
 from settings.run_settings import Settings, olive_config
 from training import batches
+from training.answer_trainer import AnswerTrainer
 from training.checkpoints import Checkpoints, newest_checkpoint
 from training.evaluations import evaluated_rows
 from training.fewer_evaluations import FewerEvaluations
 from training.free_memory import free_memory
 from training.fused_lora import fuse
 from training.gradients import check_gradients
+from training.pieces import piece_tokens
 from training.processes import share
 from training.progress import Progress
 
@@ -91,6 +92,7 @@ def train(
     kind = pass_class(settings.method, Training)
     olive_pass = create_pass_from_dict(kind, chosen.config, True, DEFAULT_CPU_ACCELERATOR)
     olive_pass.tokens, olive_pass.smoke, olive_pass.note = tokens, settings.smoke, note
+    olive_pass.piece = piece_tokens(settings)
     lengths = ([len(row["input_ids"]) for row in tokens[part]] for part in ("train", "held_out"))
     olive_pass.eval_rows, olive_pass.eval_every = evaluated_rows(settings, *lengths)
     output = olive_pass.run(run_config.input_model.create_model(), str(run_folder / "output"))
@@ -130,6 +132,7 @@ class Training(ExtraSettings):
         arguments = config.training_args.create_training_args()
         fill_up(held_out_rows, arguments.eval_batch_size * arguments.world_size)
         trainer = AnswerTrainer(
+            piece=self.piece,
             model=model,
             args=arguments,
             train_dataset=train_rows,
@@ -143,7 +146,7 @@ class Training(ExtraSettings):
         if config.early_stopping_patience:
             trainer.add_callback(transformers.EarlyStoppingCallback(config.early_stopping_patience))
         start = first_to_move(model)
-        if config.torch_dtype == "float32":
+        if config.torch_dtype != "float16":  # which the Trainer computes under autocast
             fuse(model)
         with checkpoints:
             trainer.train(resume_from_checkpoint=newest_checkpoint(Path(trainer.args.output_dir)))
@@ -151,6 +154,7 @@ class Training(ExtraSettings):
             raise KeyboardInterrupt(checkpoints.stopped_by)
         if self.smoke:
             batch = trainer._prepare_inputs(trainer.data_collator(train_rows[: arguments.train_batch_size]))
+            batch = next(batches.divide(batch, trainer.piece))
             print(check_gradients(model, batch, config.torch_dtype, trainer.compute_loss_context_manager))
         self.used: Used = {
             "packing": pack,
@@ -173,55 +177,6 @@ class Training(ExtraSettings):
         share()  # the adapter is on disk before any process continues
         output_model.set_resource("adapter_path", adapter)
         return output_model
-
-
-class AnswerTrainer(transformers.Trainer):
-    """The Trainer with the loss of batches.py: each answer token counts the same in every batch."""
-
-    control: Any
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.model_accepts_loss_kwargs = True  # count the labels of all batches of a step
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        """Return this batch's part of the mean loss over the labels of a step, in nats."""
-        # the gradients of several processes are averaged, but their sum is needed
-        return batches.answer_loss(model, inputs) / num_items_in_batch * self.accelerator.num_processes
-
-    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        """Train on a batch. Raises ConfigError in all processes if the loss of one is not a number."""
-        loss: torch.Tensor = super().training_step(*arguments, **options)
-        self.check_finite(self.accelerator.reduce(loss, "sum").item(), self.state.global_step + 1)
-        return loss
-
-    def check_finite(self, loss: float, step: int) -> None:
-        """Raise ConfigError if a loss is not a number: all that follows would be learned from nothing."""
-        if math.isfinite(loss):
-            return
-        precision = ", or set torch_dtype to float32 or bfloat16," if self.args.fp16 else ""
-        raise ConfigError(
-            f"The loss is not a number at step {step}, so the training stopped and no earlier result has changed: "
-            f"lower learning_rate{precision} in olive-config.yaml."
-        )
-
-    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """Log and return eval_loss, the mean over all labels of the held-out rows."""
-        self.model_wrapped.eval()
-        totals = torch.zeros(2, device=self.args.device)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            for batch in self.get_eval_dataloader():
-                inputs = self._prepare_inputs(batch)
-                labels = (inputs["labels"][:, 1:] != IGNORED).sum()
-                totals += torch.stack([batches.answer_loss(self.model_wrapped, inputs), labels])
-        loss, labels = self.accelerator.reduce(totals, "sum")
-        metrics = {"eval_loss": (loss / labels).item()}
-        self.check_finite(metrics["eval_loss"], self.state.global_step)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
 
 def text_part(model: Any) -> Any:
