@@ -39,8 +39,10 @@ GROUPS: dict[str, tuple[str, str, bool]] = {
         True,
     ),
     "training": (
-        "template/finetuning/training/{batches,gradients,train,sessions,checkpoints,processes}.py",
-        "tests/workspace/test_packing.py tests/workspace/test_run_end.py tests/workspace/test_finetuning.py",
+        "template/finetuning/training/{answer_trainer,batches,checkpoints,evaluations,fused_lora,gradients,pieces,"
+        "processes,sessions,train}.py",
+        "tests/workspace/test_packing.py tests/workspace/test_fused_lora.py tests/workspace/test_run_end.py "
+        "tests/workspace/test_finetuning.py",
         True,
     ),
     "planning": (

@@ -50,7 +50,7 @@ FREE = {
     for name, details in QUESTIONS.items()
     if name not in COMPUTED and details["type"] != "bool" and "choices" not in details
 }
-SETS = int(os.environ.get("HOSTILE_SETS", "600"))
+SETS = int(os.environ.get("HOSTILE_SETS", "1000"))
 WEIGHTS = {name: 3 if kind == "str" else 1 for name, kind in FREE.items()}  # in words there is more to be tried
 COLUMNS = 80
 # Between them, they ask every question.
