@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def test_out_of_memory_names_the_setting_of_what_ran(
     from settings.config_file import ConfigError
     from settings.run_settings import read_settings
     from training import batches
-    from training.train import AnswerTrainer
+    from training.answer_trainer import AnswerTrainer
 
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -159,7 +160,7 @@ def test_out_of_memory_names_the_setting_of_what_ran(
         else:
             from types import SimpleNamespace
 
-            trainer.args = SimpleNamespace(device="cpu")
+            trainer.args, trainer.piece = SimpleNamespace(device="cpu"), math.inf
             trainer.compute_loss_context_manager = torch.no_grad
             trainer.get_eval_dataloader = lambda: [{"labels": torch.zeros(1, 2, dtype=torch.int64)}]
             trainer._prepare_inputs = lambda batch: batch

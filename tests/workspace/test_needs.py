@@ -64,7 +64,8 @@ GPU = CPU | {"torch_dtype": "bfloat16", "device": "gpu"}
         ("qwen3", CPU, False, 512 + 384 + 768 + 1920 + 1152 + 224),
         ("gemma3_text", CPU, False, 1024 + 384 + 768 + 1920 + 1152 + 224),
         ("phi3", CPU, False, 512 + 768 + 384 + 256 + 1920 + 1152 + 128),  # its layers are fused: four adapters
-        ("phi", CPU, False, 256 + 768 + 256 + 2560 + 1152 + 192),  # no gate: six adapters
+        ("llama", CPU | {"torch_dtype": "bfloat16"}, False, 512 + 384 + 960 + 576 + 224),
+        ("phi", CPU, False, 256 + 768 + 256 + 2560 + 896 + 192),  # no gate, one input for both: six adapters
     ],
 )
 def test_what_a_block_keeps_of_a_token_is_the_sum_by_hand(
